@@ -1,0 +1,27 @@
+"""Differentially private training for PyTorch models that are neither wrapped nor rewritten."""
+
+from . import errors
+from .hook_controller import HookController
+from .privacy_engine import PrivacyEngineHookBased
+from .report import PrivacyReport
+from .rules import register_rule
+from .sampling import PrivateDataLoader
+from .optimizer import PrivateOptimizer
+from .scope import PrivateTraining, private_training
+from .step import dp_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HookController",
+    "PrivacyEngineHookBased",
+    "PrivacyReport",
+    "PrivateDataLoader",
+    "PrivateOptimizer",
+    "PrivateTraining",
+    "__version__",
+    "dp_step",
+    "errors",
+    "private_training",
+    "register_rule",
+]

@@ -1,0 +1,89 @@
+"""Walk nested batches, arguments and outputs: tuples, lists, mappings, dataclasses and the tensors in them."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Leaf = Callable[..., Any]
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, (tuple, list, Mapping)) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, (type, _Slot))
+    )
+
+
+def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
+    """Return ``tree`` with every leaf ``x`` replaced by ``fn(x, *matching leaves of others)``.
+
+    Containers keep their type: tuples, named tuples, lists, mappings of any class (``dict``, ``UserDict``,
+    ``BatchEncoding``, ``ModelOutput``) and dataclasses. ``others`` must have the structure of ``tree``. Lists whose
+    lengths differ between the trees are handed to ``fn`` whole, as leaves.
+    """
+    if not _is_node(tree):
+        return fn(tree, *others)
+    if isinstance(tree, (tuple, list)):
+        if any(len(other) != len(tree) for other in others):
+            return fn(tree, *others)
+        items = [tree_map(fn, item, *(other[i] for other in others)) for i, item in enumerate(tree)]
+        if isinstance(tree, list) and type(tree) is list:
+            return items
+        if hasattr(tree, "_fields"):
+            return type(tree)(*items)
+        return type(tree)(items)
+    if isinstance(tree, Mapping):
+        changed = {key: tree_map(fn, value, *(other[key] for other in others)) for key, value in tree.items()}
+        if type(tree) is dict:
+            return changed
+        clone = copy.copy(tree)
+        if hasattr(clone, "__setitem__"):
+            for key, value in changed.items():
+                clone[key] = value
+            return clone
+        return type(tree)(changed)  # type: ignore[call-arg]
+    clone = copy.copy(tree)
+    for field in dataclasses.fields(tree):
+        value = tree_map(fn, getattr(tree, field.name), *(getattr(other, field.name) for other in others))
+        object.__setattr__(clone, field.name, value)
+    return clone
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors of ``tree`` in the order in which ``tree_map`` visits them."""
+    found: list[Tensor] = []
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf
+
+    if isinstance(tree, Tensor):
+        return [tree]
+    tree_map(visit, tree)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+def split(tree: Any) -> tuple[Any, list[Tensor]]:
+    """Take the tensors out of ``tree``: return a skeleton that holds none of them, and the tensors in order."""
+    tensors: list[Tensor] = []
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
+        return _Slot(len(tensors) - 1)
+
+    return tree_map(take, tree), tensors
+
+
+def join(skeleton: Any, tensors: list[Tensor]) -> Any:
+    """Put ``tensors`` back into a ``skeleton`` made by :func:`split`."""
+    return tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf, skeleton)

@@ -1,0 +1,191 @@
+"""What has been spent: charges to an Opacus accountant, and the budget that bounds them."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from opacus.accountants import IAccountant, create_accountant
+from opacus.accountants.utils import get_noise_multiplier
+
+from ._validate import bad, fraction, non_negative, one_of, positive
+from .errors import BudgetExhaustedError, ScopeError
+
+ACCOUNTANTS = ("prv", "rdp", "gdp")
+
+_SIGMA = "pass 0 or more: it is the standard deviation of the noise in units of the clipping bound."
+_DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
+
+
+def make_accountant(accountant: str | IAccountant) -> IAccountant:
+    """Return the Opacus accountant of that name ("prv", "rdp", "gdp"), or the given object itself."""
+    if isinstance(accountant, IAccountant):
+        return accountant
+    return create_accountant(mechanism=one_of("accountant", accountant, ACCOUNTANTS))
+
+
+def epsilon_of(accountant: IAccountant, delta: float) -> float:
+    """Return epsilon at ``delta`` for the accountant's history.
+
+    0 before the first charge; infinite as soon as one step had no noise, whatever the accountant makes of that.
+    """
+    history = [entry for entry in accountant.history if entry[2] > 0]
+    if not history:
+        return 0.0
+    if any(sigma == 0 for sigma, _, _ in history):
+        return math.inf
+    return float(accountant.get_epsilon(delta))
+
+
+def check_budget(
+    noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Check the four budget arguments together and return them as floats.
+
+    Raises:
+        InvalidArgumentError: both or neither of ``noise_multiplier`` and ``target_epsilon``, or a value out of range.
+    """
+    delta = None if target_delta is None else fraction("target_delta", target_delta, _DELTA)
+    if (noise_multiplier is None) == (target_epsilon is None):
+        given = "neither" if noise_multiplier is None else "both"
+        raise bad(
+            "noise_multiplier",
+            noise_multiplier,
+            f"{given} of noise_multiplier and target_epsilon={target_epsilon!r} given; pass exactly one: a noise "
+            "multiplier, or target_epsilon with target_delta and epochs, from which it is calculated.",
+        )
+    if target_epsilon is None:
+        sigma = non_negative("noise_multiplier", noise_multiplier, _SIGMA)
+        if epochs is not None:
+            raise bad("epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier.")
+        return sigma, None, delta, None
+    epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
+    if delta is None:
+        raise bad("target_delta", None, f"target_epsilon needs a target_delta: {_DELTA}")
+    if epochs is None:
+        raise bad("epochs", None, "target_epsilon needs the number of passes over the data to spend it on.")
+    return None, epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0.")
+
+
+def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate: float, releases: int) -> float:
+    """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within ``(epsilon, delta)``.
+
+    Raises:
+        InvalidArgumentError: the accountant holds charges already, which the calculation would leave out.
+    """
+    if accountant.history:
+        raise bad(
+            "target_epsilon",
+            epsilon,
+            "the accountant already holds spent budget, which a noise multiplier calculated for a fresh start would "
+            "ignore. Use a new accountant (a new engine), or pass noise_multiplier.",
+        )
+    return float(
+        get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=sample_rate,
+            steps=releases,
+            accountant=accountant.mechanism(),
+            epsilon_tolerance=min(0.01, epsilon / 100),
+        )
+    )
+
+
+@dataclass
+class Budget:
+    """A calibrated number of releases within ``(epsilon, delta)``."""
+
+    epsilon: float
+    delta: float
+    releases: int
+
+
+class PrivacyMeter:
+    """Charges every release before its result can be seen, and refuses the one that would break the budget.
+
+    With Poisson sampling a release is one logical batch at rate ``q``. Without, it is one pass over the loader, in which
+    every example is in one batch at most, so that all its steps together are one Gaussian mechanism without
+    amplification (parallel composition under the null-record relation). A batch that did not come from the private loader
+    has no known sampling: its step is charged without amplification.
+    """
+
+    def __init__(
+        self, accountant: IAccountant, *, sample_rate: float, poisson: bool, budget: Budget | None = None
+    ) -> None:
+        """Charge to ``accountant``; ``sample_rate`` is q, the chance of one example to be in one batch."""
+        self.accountant = accountant
+        self.sample_rate = sample_rate
+        self.poisson = poisson
+        self.budget = budget
+        self.charged = 0
+        self.steps = 0
+        self.foreign_steps = 0
+        self._pass_sigma: float | None = None
+
+    @property
+    def remaining(self) -> int | None:
+        """Releases left in the budget (batches with Poisson sampling, else passes); None: no budget was set."""
+        return None if self.budget is None else max(0, self.budget.releases - self.charged)
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return the epsilon spent so far at ``delta``."""
+        return epsilon_of(self.accountant, fraction("delta", delta, _DELTA))
+
+    def _charge(self, sigma: float, rate: float) -> None:
+        self.accountant.step(noise_multiplier=sigma, sample_rate=rate)
+
+    def start_pass(self, sigma: float) -> None:
+        """Account for a new pass over the loader, just before its first batch is handed out."""
+        if self.poisson:
+            return
+        if self.remaining == 0:
+            raise self._exhausted()
+        self._charge(sigma, 1.0)
+        self.charged += 1
+        self._pass_sigma = sigma
+
+    def check_step(self, sigma: float, *, foreign: bool) -> None:
+        """Raise if one more step with ``sigma`` may not be taken; changes nothing."""
+        if foreign:
+            if self.budget is not None and self._epsilon_with(sigma) > self.budget.epsilon:
+                raise self._exhausted(
+                    " (the batch did not come from the private loader, so the step has no amplification by sampling)"
+                )
+        elif self.poisson:
+            if self.remaining == 0:
+                raise self._exhausted()
+        elif self._pass_sigma is not None and sigma < self._pass_sigma:
+            raise ScopeError(
+                f"noise_multiplier={sigma} is below the {self._pass_sigma} that this pass over the loader was charged "
+                "with. Without Poisson sampling a pass is charged at its start: lower the noise between passes."
+            )
+
+    def charge_step(self, sigma: float, *, foreign: bool) -> None:
+        """Charge one step, before anything of it is released."""
+        if foreign:
+            if self.foreign_steps == 0:
+                warnings.warn(
+                    "a step was taken on a batch that did not come from the private loader: nothing is known about how "
+                    "it was sampled, so the step is charged without amplification (as if it held the whole dataset)",
+                    stacklevel=2,
+                )
+            self._charge(sigma, 1.0)
+            self.foreign_steps += 1
+        elif self.poisson:
+            self._charge(sigma, self.sample_rate)
+            self.charged += 1
+        self.steps += 1
+
+    def _epsilon_with(self, sigma: float) -> float:
+        assert self.budget is not None
+        trial = create_accountant(mechanism=self.accountant.mechanism())
+        trial.history = [*self.accountant.history, (sigma, 1.0, 1)]
+        return epsilon_of(trial, self.budget.delta)
+
+    def _exhausted(self, why: str = "") -> BudgetExhaustedError:
+        assert self.budget is not None
+        return BudgetExhaustedError(
+            f"the budget of epsilon={self.budget.epsilon} at delta={self.budget.delta} is used up after "
+            f"{self.steps} steps{why}; nothing was changed by this call. Train for fewer steps, or open the scope with "
+            "more epochs or a larger target_epsilon."
+        )

@@ -1,0 +1,370 @@
+"""The optimizer that a private scope hands out: clips, adds noise, charges, and only then lets the user's own one step."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._validate import bad, non_negative
+from .accounting import PrivacyMeter
+from .clipping import ClippingFunction, FlatClipping, make_clipping
+from .errors import ScopeError, UnsupportedModelError
+from .gradients import SampleGradients
+from .hook_controller import HookController
+from .noise import GaussianNoise
+from .sampling import Part
+
+StepHook = Callable[["PrivateOptimizer"], None]
+
+
+def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters that ``optimizer`` manages, in its order.
+
+    Raises:
+        InvalidArgumentError: not an optimizer, foreign parameters, none that is trainable, or an optimizer that
+            evaluates its closure several times (LBFGS) or needs sparse gradients.
+    """
+    if isinstance(optimizer, PrivateOptimizer):
+        raise bad("optimizer", type(optimizer).__name__, "it is private already; pass the optimizer it was made from.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise bad("optimizer", optimizer, "pass a torch.optim.Optimizer over the model's parameters.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise bad(
+            "optimizer",
+            "LBFGS",
+            "it evaluates the loss several times per step, and every evaluation would need a charge of its own. Use SGD "
+            "or Adam.",
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise bad("optimizer", "SparseAdam", "noise makes every gradient dense. Use Adam.")
+    own = {id(p) for p in model.parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [tuple(p.shape) for p in params if id(p) not in own]
+    if foreign:
+        raise bad(
+            "optimizer",
+            type(optimizer).__name__,
+            "Module parameters are different than optimizer Parameters: "
+            f"{len(foreign)} of its {len(params)} tensors (shapes {foreign[:3]}) are not in the model. Create it "
+            "from model.parameters() after the model has its final form.",
+        )
+    trainable = [p for p in params if p.requires_grad]
+    if not trainable:
+        raise bad(
+            "optimizer",
+            type(optimizer).__name__,
+            "none of its parameters is trainable. Set requires_grad_(True) on those to train before entering.",
+        )
+    return trainable
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """A drop-in ``torch.optim.Optimizer`` around the user's own.
+
+    ``step()`` clips the captured per-sample gradients, adds ``N(0, (noise_multiplier * sensitivity)^2)`` to their sum,
+    charges the accountant, writes the noised gradient to ``p.grad`` and calls the wrapped optimizer. Inside the
+    scope ``p.grad`` is None until then. Parameter groups and state are the wrapped optimizer's own, so learning-rate schedulers
+    and checkpoints work as usual; a copy or pickle of it is a copy of the wrapped optimizer.
+
+    Guarantee: one example of the dataset changes the clipped sum by at most the clipping function's sensitivity, and no
+    function of that sum leaves this class without noise.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        controller: HookController,
+        clipping: ClippingFunction,
+        clipping_name: str,
+        noise: GaussianNoise,
+        noise_multiplier: float,
+        meter: PrivacyMeter,
+        expected_batch_size: float,
+        loss_reduction: str,
+    ) -> None:
+        """Wrap ``optimizer``; the pieces come checked from the scope."""
+        # Not calling super().__init__: it would build parameter groups of its own. These are what it would set up.
+        self.original_optimizer = optimizer
+        self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        self.expected_batch_size = expected_batch_size
+        self.loss_reduction = loss_reduction
+        self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._controller = controller
+        self._clipping = clipping
+        self._clipping_name = clipping_name
+        self._noise = noise
+        self._noise_multiplier = noise_multiplier
+        self._meter = meter
+        self._step_hooks: list[StepHook] = []
+        self._closed = False
+        self._stepping = False
+        self._part: Part | None = None
+        self._part_done = False
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._said: set[str] = set()
+
+    # ---------------------------------------------------------------- privacy parameters
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma: standard deviation of the noise in units of the sensitivity. Schedulers may set it."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        value = non_negative("noise_multiplier", value)
+        if self._meter.budget is not None and value != self._noise_multiplier:
+            raise ScopeError(
+                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
+                "scope with noise_multiplier=... to schedule it."
+            )
+        self._noise_multiplier = value
+
+    @property
+    def max_grad_norm(self) -> Any:
+        """The clipping bound C, or the list of bounds with clipping "per_layer". Schedulers may set it."""
+        return self._max_grad_norm()
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: Any) -> None:
+        self._clipping = make_clipping(self._clipping_name, value, self.params)
+
+    def _max_grad_norm(self) -> Any:
+        if isinstance(self._clipping, FlatClipping):
+            return self._clipping.max_grad_norm
+        return [self._clipping.bounds[p] for p in self.params]  # type: ignore[attr-defined]
+
+    @property
+    def sensitivity(self) -> float:
+        """S: what one example can change in the clipped sum; the noise has standard deviation ``sigma * S``."""
+        return self._clipping.sensitivity
+
+    def attach_step_hook(self, fn: StepHook) -> None:
+        """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
+        self._step_hooks.append(fn)
+
+    # ---------------------------------------------------------------- torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's parameter groups."""
+        return self.original_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.original_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.original_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.original_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.original_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.original_optimizer.defaults = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict."""
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the wrapped optimizer's class."""
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the set of private parameters is fixed when the scope begins."""
+        raise ScopeError("parameter groups cannot be added inside a private scope: add them before entering it.")
+
+    def __repr__(self) -> str:
+        """Show the privacy parameters and the wrapped optimizer."""
+        return (
+            f"PrivateOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
+            f"{self.original_optimizer!r})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.optim.Optimizer:
+        """A deep copy of the wrapped optimizer: ordinary, over copied parameters, outside the scope."""
+        return copy.deepcopy(self.original_optimizer, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the wrapped optimizer."""
+        return (_same, (self.original_optimizer,))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what was captured since the last step, and every ``p.grad``.
+
+        Finished physical parts of the present logical batch are kept. ``set_to_none=False`` is taken as True.
+        """
+        if not self._closed:
+            self._controller.discard()
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one private step, or, in the middle of a logical batch, just add the finished physical part.
+
+        Args:
+            closure: evaluated once, with gradients enabled, before the step.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ScopeError: after the scope's end, without gradients, or twice for one logical batch.
+            BudgetExhaustedError: the step would exceed the budget.
+            UnsupportedModelError: a trainable parameter was added or unfrozen inside the scope.
+            In each case before anything was released or charged.
+        """
+        self._check_open()
+        foreign = self._part is None
+        finishes = self._part is None or self._part.last
+        if finishes:
+            self._meter.check_step(self.noise_multiplier, foreign=foreign)
+        self._check_params()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_step()
+        self._add_part(self._controller.take())
+        self._part_done = True
+        if finishes:
+            self._release(foreign)
+        return loss
+
+    # ---------------------------------------------------------------- inside
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ScopeError(
+                "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
+                "the original optimizer."
+            )
+
+    def _check_params(self) -> None:
+        managed = {id(p) for p in self.params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in managed:
+                    name = self._controller.name_of(p)
+                    raise UnsupportedModelError(
+                        f"{name}: became trainable after the scope began, so its gradient was neither clipped nor noised. "
+                        "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
+                        "accountant=scope.accountant."
+                    )
+
+    def _check_step(self) -> None:
+        part = self._part
+        if part is not None and self._part_done:
+            raise ScopeError(
+                "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
+                "next batch from the loader first."
+            )
+        empty = part is not None and part.size == 0
+        if not self._controller.has_gradients and not empty and not self._sums:
+            raise ScopeError(
+                "opt.step() found no gradients: no backward pass through the model's hooked layers since the last step. "
+                "Call loss.backward() before it, on a loss of this model, outside torch.no_grad()."
+            )
+
+    def start_part(self, part: Part) -> None:
+        """The loader is about to hand out ``part``: finish the part before it, or forget a logical batch left early."""
+        if part.index > 0:
+            if not self._part_done:
+                self._add_part(self._controller.take())
+        else:
+            self._sums = {}
+        self._part = part
+        self._part_done = False
+        self._controller.serial += 1
+
+    def _add_part(self, gradients: SampleGradients | None) -> None:
+        """Clip one physical part and add it to the sums of its logical batch."""
+        if gradients is None:
+            return
+        part = self._part
+        if part is not None and gradients.samples > part.size:
+            raise ScopeError(
+                f"the model saw {gradients.samples} samples, but the private loader handed out {part.size} examples: one "
+                "example may then be clipped several times over. Keep one row per example (add up the losses of "
+                "augmented copies in separate forward passes)."
+            )
+        captured = {id(p) for p in gradients.params}
+        wanted = [p for p in self.params if id(p) in captured and p.requires_grad]
+        if gradients.samples == 0 or not wanted:
+            return
+        norms = gradients.sq_norms(wanted)
+        factors = self._clipping.factors(norms)
+        device = wanted[0].device
+        finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
+        for p, total in gradients.weighted_sums(factors, finite).items():
+            self._sums[p] = self._sums[p] + total if p in self._sums else total
+
+    def _release(self, foreign: bool) -> None:
+        sums, self._sums = self._sums, {}
+        params = [p for p in self.params if p.requires_grad]
+        self._mention_unused([p for p in params if p not in sums])
+        std = self.noise_multiplier * self.sensitivity
+        noised: dict[nn.Parameter, Tensor] = {}
+        for p in params:
+            total = sums.pop(p, None)
+            noised[p] = self._noise.add_(torch.zeros_like(p) if total is None else total, std)
+            if self.loss_reduction == "mean":
+                noised[p].div_(self.expected_batch_size)
+        self._meter.charge_step(self.noise_multiplier, foreign=foreign)
+        for hook in self._step_hooks:
+            hook(self)
+        for p, grad in noised.items():
+            p.grad = grad
+        self._stepping = True
+        try:
+            self.original_optimizer.step()
+        finally:
+            self._stepping = False
+
+    def _mention_unused(self, unused: list[nn.Parameter]) -> None:
+        names = [self._controller.name_of(p) for p in unused]
+        new = [name for name in names if name not in self._said]
+        if new and (self._part is None or self._part.size > 0):
+            self._said.update(new)
+            warnings.warn(
+                f"the loss did not reach {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}: such parameters get "
+                "noise but no signal. Freeze them with requires_grad_(False) before entering the scope.",
+                stacklevel=4,
+            )
+
+    def _forbid_direct_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._stepping:
+            raise ScopeError(
+                "the original optimizer was stepped inside a private scope: that step would have neither noise nor "
+                "charge. Step the optimizer that the scope returned."
+            )
+
+    def open(self, stack: ExitStack) -> None:
+        """Guard the original optimizer until ``stack`` unwinds, and close this one then."""
+        handle = self.original_optimizer.register_step_pre_hook(self._forbid_direct_step)
+        stack.callback(handle.remove)
+        stack.callback(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._sums = {}
+        self._part = None
+
+
+def _same(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer

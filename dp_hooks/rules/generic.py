@@ -1,0 +1,117 @@
+"""Modules without a rule: run the module again on each sample and differentiate, with ``torch.func`` or in a loop.
+
+The call is repeated with all its positional and keyword inputs; every floating-point output counts. ``vmap`` over samples is
+tried first; what it cannot do (ATen recurrent layers, control flow that depends on data) is done one sample at a time
+through ordinary autograd, which is exact. A module that draws random numbers is refused: the repetition would not
+see the numbers that the forward pass drew.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._tree import join, split, tensors_of
+from ..errors import UnsupportedModelError
+from .rule import Call, Rule
+
+# Classes that vmap has no batching rule for: not worth the attempt.
+_LOOP_ONLY = (nn.RNNBase, nn.EmbeddingBag)
+
+
+def _differentiable(outputs: Any) -> list[Tensor]:
+    return [t for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
+
+
+def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
+    axis, n = call.batch_dim, call.samples
+    return [axis if t.dim() > axis and t.shape[axis] == n else None for t in tensors]
+
+
+def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor:
+    """Return ``sum(output * grad)`` over all outputs: its gradient is the vector-Jacobian product."""
+    found = _differentiable(outputs)
+    if len(found) != len(grads):
+        raise RuntimeError(f"the repeated call returned {len(found)} tensors, the first one {len(grads)}")
+    terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
+    return torch.stack(terms).sum()
+
+
+def _by_vmap(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    axis = call.batch_dim
+    skeleton, inputs = split((call.args, call.kwargs))
+    axes = _batch_axes(call, inputs)
+    grads = [g for g in call.grads if g is not None]
+
+    def loss(params: Mapping[str, Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
+        alone = [t if a is None else t.unsqueeze(axis) for t, a in zip(inputs, axes, strict=True)]
+        args, kwargs = join(skeleton, alone)
+        queue = iter(grads)
+        placed = [None if g is None else next(queue).unsqueeze(axis) for g in call.grads]
+        return _contraction(call, call.run(params, args, kwargs), placed)
+
+    in_dims = (None, axes, [axis] * len(grads))
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=in_dims, randomness="error")
+    return dict(mapped(params, inputs, grads))
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    axis = call.batch_dim
+    skeleton, inputs = split((call.args, call.kwargs))
+    axes = _batch_axes(call, inputs)
+    rows: dict[str, list[Tensor]] = {name: [] for name in params}
+    before = _random_state()
+    for i in range(call.samples):
+        alone = [t if a is None else t.narrow(axis, i, 1) for t, a in zip(inputs, axes, strict=True)]
+        args, kwargs = join(skeleton, alone)
+        with torch.enable_grad():
+            leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+            placed = [None if g is None else g.narrow(axis, i, 1) for g in call.grads]
+            total = _contraction(call, call.run(leaves, args, kwargs), placed)
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for (name, p), grad in zip(params.items(), found, strict=True):
+            rows[name].append(torch.zeros_like(p) if grad is None else grad)
+    if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+        raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others")
+    return {
+        name: torch.stack(grads) if grads else params[name].new_zeros((0, *params[name].shape))
+        for name, grads in rows.items()
+    }
+
+
+def _refusal(call: Call, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{call.name or 'the model'} ({type(call.module).__name__}): there is no rule for this class, and its "
+        f"per-sample gradients cannot be computed by repeating the call, since {reason}. Remedy: write a rule with "
+        "dp_hooks.register_rule, set the dropout inside to 0, or freeze its parameters with requires_grad_(False)."
+    )
+
+
+def _is_random(error: Exception) -> bool:
+    return "randomness" in str(error) or "random operation" in str(error)
+
+
+def grad_samples(call: Call) -> dict[str, Tensor]:
+    """Per-sample gradients of every trainable parameter in the module and below it."""
+    params = {name: call.parameter(name).detach() for name in call.names}
+    if call.samples and not isinstance(call.module, _LOOP_ONLY) and "loop" not in call.memo:
+        try:
+            return _by_vmap(call, params)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            if _is_random(error):
+                raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others") from error
+            call.memo["loop"] = error
+    try:
+        return _by_loop(call, params)
+    except UnsupportedModelError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise _refusal(call, f"that failed with {type(error).__name__}: {error}") from error
+
+
+GENERIC = Rule("generic", grad_samples, parameters=None, keep=True, whole_subtree=True)

@@ -1,0 +1,151 @@
+"""What a layer rule is: pure functions from one captured call of a module to its per-sample gradients.
+
+Index legend used in all rules: ``n`` samples, ``t`` any dimensions between batch and features (tokens, pixels),
+``i`` input features, ``o`` output features.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._tree import join, split, tensors_of
+from ..errors import UnsupportedModelError
+
+RunModule = Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of ``module`` in a forward pass, with the gradients that came back to its outputs.
+
+    Attributes:
+        module: the module that was called; its parameters are the user's own.
+        name: its qualified name in the model, for messages.
+        args: positional inputs, detached, as they were given.
+        kwargs: keyword inputs, detached.
+        grads: one entry per floating-point output tensor: the gradient of the loss, or None where the loss does not
+            depend on that output.
+        samples: number of samples ``n`` in the batch.
+        batch_dim: the axis of inputs and outputs that counts samples.
+        names: names (relative to ``module``) of the parameters whose gradients are wanted.
+        run: calls the module with other tensors in its parameters' places; nothing is captured or left behind.
+        memo: scratch space of the rule for this module, kept for the lifetime of the scope.
+    """
+
+    module: nn.Module
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grads: list[Tensor | None]
+    samples: int
+    batch_dim: int
+    names: tuple[str, ...]
+    run: RunModule
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Tensor:
+        """The first input tensor with the sample axis moved to the front: ``[n, ...]``."""
+        tensors = tensors_of((self.args, self.kwargs))
+        return tensors[0].movedim(self.batch_dim, 0)
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of the only output with the sample axis moved to the front: ``[n, ...]``."""
+        (grad,) = self.grads
+        assert grad is not None  # a call none of whose outputs got a gradient is never recorded
+        return grad.movedim(self.batch_dim, 0)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The module's parameter ``name``."""
+        return self.module.get_parameter(name)
+
+
+GradSamples = Callable[[Call], dict[str, Tensor]]
+WeightedSums = Callable[[Call, Tensor], dict[str, Tensor]]
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How per-sample gradients of one class of modules are computed.
+
+    Only ``grad_samples`` is required; the other two are derived from it unless a faster function is given.
+
+    Attributes:
+        label: name shown in messages and reports.
+        grad_samples: ``call -> {name: [n, *param.shape]}``.
+        sq_norms: ``call -> {name: [n]}``, the squared norms of the per-sample gradients, or an upper bound of them.
+        weighted_sums: ``(call, factors [n]) -> {name: param.shape}``, the sum over samples of factor times gradient.
+        parameters: the names of the parameters the rule knows; a module that owns others is not given to it.
+            None: any.
+        subclasses: whether subclasses that inherit ``forward`` unchanged and add no parameters are covered too; only
+            right where ``forward`` calls nothing that a subclass could override.
+        applies: whether the rule is right for this very module (padding modes and the like).
+        batch_dim: the sample axis, where the layer fixes it; None: as declared by the user.
+        keep: per-sample gradients are too dear to compute twice; hold them between norm and sum.
+        whole_subtree: the rule differentiates the module together with everything below it.
+        expands: an input with one row that all samples share (position ids ``[1, t]``) may be repeated for each
+            sample without changing what the model computes.
+    """
+
+    label: str
+    grad_samples: GradSamples
+    sq_norms: GradSamples | None = None
+    weighted_sums: WeightedSums | None = None
+    parameters: frozenset[str] | None = frozenset({"weight", "bias"})
+    subclasses: bool = False
+    applies: Callable[[nn.Module], bool] = _always
+    batch_dim: int | None = None
+    keep: bool = False
+    whole_subtree: bool = False
+    expands: bool = False
+
+
+def check_samples(rule: Rule, call: Call) -> None:
+    """Raise ``UnsupportedModelError`` unless every output gradient of ``call`` has one slice per sample."""
+    for grad in call.grads:
+        if grad is not None and (grad.dim() <= call.batch_dim or grad.shape[call.batch_dim] != call.samples):
+            raise UnsupportedModelError(
+                f"{call.name or 'the model'} ({type(call.module).__name__}): its output has shape "
+                f"{tuple(grad.shape)}, but axis {call.batch_dim} should count the {call.samples} samples of the batch. "
+                "The module works on something that all samples share or in another layout, so its per-sample "
+                "gradients cannot be told apart. Remedy: give the module one row per sample (for position ids: "
+                "ids.expand(batch_size, -1)), or freeze its parameters with requires_grad_(False)."
+            )
+
+
+def expands_shared_ids(
+    rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None, axis: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Repeat a shared one-row input for each of the ``rows`` samples, where the rule allows it; else None.
+
+    The output is broadcast over the batch right afterwards anyway; with the repetition the sample axis exists before the
+    parameter is used, and with it a gradient per sample.
+    """
+    if not rule.expands or rows is None or rows <= 1:
+        return None
+    skeleton, tensors = split((args, kwargs))
+    if len(tensors) != 1 or tensors[0].dim() < 2 or tensors[0].shape[axis] != 1:
+        return None
+    shape = [-1] * tensors[0].dim()
+    shape[axis] = rows
+    repeated: tuple[tuple[Any, ...], dict[str, Any]] = join(skeleton, [tensors[0].expand(shape)])
+    return repeated
+
+
+def squared_norms(grads: Tensor) -> Tensor:
+    """Return ``[n]``, the squared norm of each row of ``grads`` ``[n, ...]``, added up in at least float32."""
+    dtype = torch.promote_types(grads.dtype, torch.float32)
+    return grads.flatten(1).to(dtype).square().sum(1) if grads.dim() > 1 else grads.to(dtype).square()
+
+
+def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
+    """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
+    return torch.tensordot(factors.to(grads.dtype), grads, dims=1)

@@ -1,0 +1,62 @@
+"""The places in a module where its parameters are stored, to put other tensors there for a while and back again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class ParameterSlots:
+    """The trainable parameters of ``module`` (with ``recurse`` also of its descendants) and where they are stored.
+
+    Parameters are known by module and name as found when the slots were made. ``fill`` and ``restore`` write to the modules'
+    parameter dictionaries directly: no ``setattr`` runs, ``requires_grad`` never changes, and after ``restore``
+    the very same objects are in place.
+    """
+
+    module: nn.Module
+    recurse: bool
+    params: dict[str, nn.Parameter] = field(init=False)
+    filled: bool = field(default=False, init=False)
+    places: list[tuple[nn.Module, str, str]] = field(init=False)
+    _flat: list[tuple[nn.RNNBase, list[Tensor]]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Find the slots."""
+        self.params, self.places = {}, []
+        seen: dict[int, str] = {}
+        for prefix, owner in self.module.named_modules() if self.recurse else [("", self.module)]:
+            for key, param in owner._parameters.items():
+                if param is None or not param.requires_grad:
+                    continue
+                name = seen.setdefault(id(param), f"{prefix}.{key}" if prefix else key)
+                self.params.setdefault(name, param)
+                self.places.append((owner, key, name))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store ``tensors[name]`` wherever the parameter ``name`` was."""
+        if self.filled:
+            self.restore()
+        self.filled = True
+        for owner, key, name in self.places:
+            owner._parameters[key] = tensors[name]  # type: ignore[assignment]
+        for owner in {id(o): o for o, _, _ in self.places}.values():
+            # Recurrent layers keep a second list of their weights, which is the one that forward reads.
+            if isinstance(owner, nn.RNNBase):
+                flat = owner._flat_weights
+                self._flat.append((owner, list(flat)))
+                flat[:] = [owner._parameters[n] for n in owner._flat_weights_names]
+
+    def detach(self) -> None:
+        """Store the parameters' detached selves, so that autograd computes no gradient for them."""
+        self.fill({name: param.detach() for name, param in self.params.items()})
+
+    def restore(self) -> None:
+        """Put the parameters back; harmless if they are in place."""
+        for owner, key, name in self.places:
+            owner._parameters[key] = self.params[name]
+        while self._flat:
+            owner, flat = self._flat.pop()
+            owner._flat_weights[:] = flat
+        self.filled = False

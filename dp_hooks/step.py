@@ -1,0 +1,143 @@
+"""dp_step: a train function that takes a whole private step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Concatenate, ParamSpec, TypeVar
+
+from ._tree import tensors_of
+from ._validate import one_of
+from .errors import InvalidArgumentError, ScopeError
+from .scope import PrivateTraining, active_scope
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
+Batch = TypeVar("Batch")
+StepFunction = Callable[Concatenate[M, Batch, P], Tensor]
+Reduction = Literal["auto", "none", "mean", "sum"]
+
+
+@overload
+def dp_step(fn: StepFunction[M, Batch, P], /) -> StepFunction[M, Batch, P]: ...
+@overload
+def dp_step(
+    *, reduction: Reduction = "auto"
+) -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
+def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto") -> Any:
+    """Make ``fn(model, batch, *args, **kwargs) -> loss`` take a whole private step.
+
+    ::
+
+        @dp_step
+        def train_step(model, batch):
+            x, y = batch
+            return F.cross_entropy(model(x), y, reduction="none")   # one loss per sample
+
+        with private_training(model, optimizer, loader, ...) as (opt, loader):
+            for batch in loader:
+                losses = train_step(model, batch)
+
+    A call inside a scope over ``model`` clears gradients, runs ``fn``, back-propagates, clips, adds noise, charges the
+    accountant and steps the optimizer. A physical part of a larger logical batch is only added up until the last
+    part; for an empty batch, where there is nothing to run ``fn`` on, noise alone is released.
+
+    Args:
+        fn: a plain function. It returns per-sample losses ``[n]`` (recommended: nothing can be coupled through the
+            reduction) or a scalar.
+        reduction: what ``fn`` returns: "none" for per-sample losses, "mean" or "sum" for a scalar; "auto" takes a vector as
+            per-sample losses, and a scalar as reduced the way the scope declares (``loss_reduction``).
+
+    Returns:
+        A function with the signature of ``fn`` that returns its loss, detached; zero (or an empty vector) for an empty batch.
+
+    Raises:
+        InvalidArgumentError: on decoration, for classes, generators and coroutines; on call, if ``fn`` returns
+            something else than a loss.
+        ScopeError: on call, if no scope over ``model`` is open: never a silent step without privacy.
+    """
+    one_of("reduction", reduction, ("auto", "none", "mean", "sum"))
+    if fn is None:
+        return functools.partial(_decorate, reduction=reduction)
+    return _decorate(fn, reduction=reduction)
+
+
+def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..., Tensor]:
+    _check_function(fn)
+    shape_seen: list[bool] = []
+
+    @functools.wraps(fn)
+    def step(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        scope = active_scope(model)
+        if scope is None or scope.optimizer is None:
+            raise ScopeError(
+                f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
+                "inside `with private_training(model, ...) as (opt, loader):`, with that same model as first argument."
+            )
+        optimizer = scope.optimizer
+        if _is_empty(scope, batch):
+            optimizer.step()
+            return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
+        optimizer.zero_grad()
+        loss = fn(model, batch, *args, **kwargs)
+        _checked(fn, loss, reduction)
+        shape_seen[:] = [loss.dim() == 1]
+        _for_scope(loss, reduction, scope.loss_reduction).backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", repr(fn))
+
+
+def _check_function(fn: Any) -> None:
+    reasons = (
+        (inspect.isclass(fn), "it is a class; decorate a function that runs the model and returns the loss"),
+        (isinstance(fn, (staticmethod, classmethod)), "put @staticmethod above @dp_step, not below"),
+        (not callable(fn), "it is not a function"),
+        (
+            inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn),
+            "it is a generator; one call must be one step. Return the loss instead of yielding",
+        ),
+        (inspect.iscoroutinefunction(fn), "it is a coroutine; a step cannot be suspended half-way. Use a plain function"),
+    )
+    for wrong, reason in reasons:
+        if wrong:
+            raise InvalidArgumentError(f"fn={_name(fn)} cannot be decorated with dp_step: {reason}.")
+
+
+def _is_empty(scope: PrivateTraining, batch: Any) -> bool:
+    if scope.current_part is not None and scope.current_part.size == 0:
+        return True
+    axis = 0 if scope.batch_first else 1
+    sizes = [t.shape[axis] for t in tensors_of(batch) if t.dim() > axis]
+    return bool(sizes) and not any(sizes)
+
+
+def _checked(fn: Any, loss: Any, reduction: Reduction) -> None:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned {type(loss).__name__}; a dp_step function returns its loss as a tensor: per-sample "
+            "losses [n] or a scalar."
+        )
+    wanted = {"none": (1,), "mean": (0,), "sum": (0,), "auto": (0, 1)}[reduction]
+    if loss.dim() not in wanted:
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned a loss of shape {tuple(loss.shape)}; with reduction={reduction!r} expected "
+            f"{' or '.join('[n]' if d else 'a scalar' for d in wanted)}. Average token losses within each sample first."
+        )
+
+
+def _for_scope(loss: Tensor, reduction: Reduction, declared: str) -> Tensor:
+    """Reduce the loss the way the scope expects it, so that the captured gradients get the right scale."""
+    if loss.dim() == 1:
+        return loss.mean() if declared == "mean" else loss.sum()
+    return loss
