@@ -2,11 +2,11 @@
 
 from . import errors
 from .hook_controller import HookController
+from .optimizer import PrivateOptimizer
 from .privacy_engine import PrivacyEngineHookBased
 from .report import PrivacyReport
 from .rules import register_rule
 from .sampling import PrivateDataLoader
-from .optimizer import PrivateOptimizer
 from .scope import PrivateTraining, private_training
 from .step import dp_step
 

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 Leaf = Callable[..., Any]
 
 
 def _is_node(value: object) -> bool:
+    if isinstance(value, PackedSequence):  # checks what is put into it, and has no sample axis
+        return False
     return isinstance(value, (tuple, list, Mapping)) or (
         dataclasses.is_dataclass(value) and not isinstance(value, (type, _Slot))
     )
@@ -19,9 +22,9 @@ def _is_node(value: object) -> bool:
 def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
     """Return ``tree`` with every leaf ``x`` replaced by ``fn(x, *matching leaves of others)``.
 
-    Containers keep their type: tuples, named tuples, lists, mappings of any class (``dict``, ``UserDict``,
-    ``BatchEncoding``, ``ModelOutput``) and dataclasses. ``others`` must have the structure of ``tree``. Lists whose
-    lengths differ between the trees are handed to ``fn`` whole, as leaves.
+    A ``PackedSequence`` is a leaf. Containers keep their type: tuples, named tuples, lists, mappings of any class
+    (``dict``, ``UserDict``, ``BatchEncoding``, ``ModelOutput``) and dataclasses. ``others`` must have the structure of
+    ``tree``. Lists whose lengths differ between the trees are handed to ``fn`` whole, as leaves.
     """
     if not _is_node(tree):
         return fn(tree, *others)

@@ -69,7 +69,9 @@ def clipping_bounds(name: str, value: object, clipping: str, tensors: int) -> tu
     """Return the clipping bounds as positive floats: one for "flat", ``tensors`` of them for "per_layer"."""
     if clipping == "flat":
         return (positive(name, value, "the clipping bound C must be greater than 0 (a typical value is 1.0)."),)
-    remedy = f"with clipping={clipping!r} pass a list with one positive bound for each of the {tensors} trainable tensors."
+    remedy = (
+        f"with clipping={clipping!r} pass a list with one positive bound for each of the {tensors} trainable tensors."
+    )
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != tensors:
         raise bad(name, value, remedy)
     return tuple(positive(f"{name}[{i}]", item, remedy) for i, item in enumerate(value))

@@ -56,7 +56,9 @@ def check_budget(
     if target_epsilon is None:
         sigma = non_negative("noise_multiplier", noise_multiplier, _SIGMA)
         if epochs is not None:
-            raise bad("epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier.")
+            raise bad(
+                "epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier."
+            )
         return sigma, None, delta, None
     epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
     if delta is None:

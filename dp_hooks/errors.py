@@ -19,7 +19,7 @@ class BudgetExhaustedError(ScopeError):
     """The next step would spend more than ``target_epsilon``. Nothing was touched: no noise, no charge, no update."""
 
 
-class UnsupportedModelError(DPHooksError, UnsupportedModuleError, NotImplementedError):
+class UnsupportedModelError(DPHooksError, UnsupportedModuleError, NotImplementedError):  # type: ignore[misc]
     """The per-sample gradients of a model cannot be separated, or cannot be computed correctly.
 
     The message lists every offending module and parameter, the reason and the remedy. It is a subclass of Opacus's

@@ -207,9 +207,7 @@ class SampleGradients:
                 out[param] = torch.cat([*parts, empty])
         return out
 
-    def weighted_sums(
-        self, factors: dict[nn.Parameter, Tensor], finite: Tensor
-    ) -> dict[nn.Parameter, Tensor]:
+    def weighted_sums(self, factors: dict[nn.Parameter, Tensor], finite: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 
         Args:
@@ -235,5 +233,3 @@ class SampleGradients:
             if param not in out:  # no sample at all
                 out[param] = torch.zeros_like(param)
         return out
-
-

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from ._tree import join, split, tensors_of
@@ -137,11 +138,11 @@ class HookController:
         self.hooks_enabled = False
         if strict:
             check_model(m)
-        self._axis = 0 if batch_first else 1
+        self.axis = 0 if batch_first else 1
         self._rules = RuleTable(generic_only=self.grad_sample_mode == "functorch")
         self._token = torch.zeros((), requires_grad=True)
         # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
-        self._token_node = self._token.view_as(self._token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._token_node: Any = self._token.view_as(self._token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self._stack: ExitStack | None = None
         self._sites: list[_Site] = []
         self._hook_ids: dict[int, set[int]] = {}
@@ -229,15 +230,29 @@ class HookController:
         handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         stack.callback(handles[0].remove)
         if after is not None:
-            handles.append(
-                module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True)
-            )
+            handles.append(module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True))
             stack.callback(handles[1].remove)
+        self._clean_copies_of(module, stack).update(handle.id for handle in handles)
+
+    def attach_observer(
+        self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]
+    ) -> list[RemovableHandle]:
+        """Attach an observer's pair of hooks to ``module``; copies of the module will not carry them."""
+        handles = [
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+        assert self._stack is not None
+        self._clean_copies_of(module, self._stack).update(handle.id for handle in handles)
+        return handles
+
+    def _clean_copies_of(self, module: nn.Module, stack: ExitStack) -> set[int]:
+        """Let copies of ``module`` go without hooks of ours; returns the set of their ids."""
         if id(module) not in self._hook_ids:
             self._hook_ids[id(module)] = set()
             vars(module)["__getstate__"] = functools.partial(self._state_of, module)
             stack.callback(vars(module).pop, "__getstate__", None)
-        self._hook_ids[id(module)].update(handle.id for handle in handles)
+        return self._hook_ids[id(module)]
 
     def _unwatch(self, param: nn.Parameter, before: Any) -> None:
         param._post_accumulate_grad_hooks = before
@@ -245,18 +260,14 @@ class HookController:
     def _state_of(self, module: nn.Module) -> dict[str, Any]:
         """State for ``copy.deepcopy`` and ``pickle``: the module as it would be without hooks."""
         own = getattr(type(module), "__getstate__", None)
-        if own is not None and own is not getattr(object, "__getstate__", None):
-            state = dict(own(module))
-        else:
-            state = dict(vars(module))
+        custom = own is not None and own is not getattr(object, "__getstate__", None)
+        state = dict(own(module) if custom else vars(module))
         state.pop("__getstate__", None)
         ours = self._hook_ids.get(id(module), set())
         for key in _HOOK_DICTS:
             state[key] = OrderedDict((k, v) for k, v in state[key].items() if k not in ours)
         originals = {
-            (id(owner), key): site.slots.params[name]
-            for site in self._sites
-            for owner, key, name in site.slots.places
+            (id(owner), key): site.slots.params[name] for site in self._sites for owner, key, name in site.slots.places
         }
         # grad_sample holds gradients of private samples without noise: it must not travel with a copy.
         state["_parameters"] = {
@@ -306,7 +317,7 @@ class HookController:
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running:
             return
-        sized = [t.shape[self._axis] for t in tensors_of((args, kwargs)) if t.dim() > self._axis]
+        sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
         self._rows.append(sized[0] if sized else None)
         self._last_rows = self._rows[-1]
 
@@ -334,7 +345,7 @@ class HookController:
         if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
             return None
         site.slots.detach()
-        return expands_shared_ids(site.rule, args, kwargs, self._current_rows(), self._axis)
+        return expands_shared_ids(site.rule, args, kwargs, self._current_rows(), self.axis)
 
     def _after(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._running or not site.slots.filled:
@@ -342,6 +353,11 @@ class HookController:
         site.slots.restore()
         if not self._capturing():
             return None
+        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+            raise UnsupportedModelError(
+                f"{site.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
+                "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
+            )
         outputs = [t for t in tensors_of(output) if t.is_floating_point() or t.is_complex()]
         if not outputs:
             return None
@@ -382,7 +398,7 @@ class HookController:
         if not torch._C._will_engine_execute_node(self._token_node):
             return  # torch.autograd.grad(loss, something else)
         site, rule = use.site, use.site.rule
-        axis = self._axis if rule.batch_dim is None else rule.batch_dim
+        axis = self.axis if rule.batch_dim is None else rule.batch_dim
         args, kwargs = join(use.skeleton, saved())
         first = next(g for g in grads if g is not None)
         rows = use.rows
@@ -390,7 +406,15 @@ class HookController:
             rows = first.shape[axis] if first.dim() > axis else 0
         detached = [None if g is None else g.detach() for g in grads]
         call = Call(
-            site.module, site.name, args, kwargs, detached, rows, axis, use.names, functools.partial(self._rerun, site),
+            site.module,
+            site.name,
+            args,
+            kwargs,
+            detached,
+            rows,
+            axis,
+            use.names,
+            functools.partial(self._rerun, site),
             site.memo,
         )
         check_samples(rule, call)
@@ -485,13 +509,35 @@ class HookController:
         for param in self.params:
             vars(param).pop("grad_sample", None)
 
+    @contextmanager
+    def separate(self) -> Iterator[None]:
+        """Capture something else in between: what was captured before is back, unchanged, afterwards."""
+        names = ("_open", "_leaks", "_rows", "_pending", "_samples", "_serial", "_consumed")
+        kept = {name: getattr(self, name) for name in names}
+        samples = {p: vars(p).pop("grad_sample") for p in self.params if "grad_sample" in vars(p)}
+        self._open, self._consumed = {}, False
+        self._reset()
+        try:
+            yield
+        finally:
+            self.discard()
+            for name, value in kept.items():
+                setattr(self, name, value)
+            for p, grads in samples.items():
+                p.grad_sample = grads  # type: ignore[attr-defined]
+
     @property
     def has_gradients(self) -> bool:
         """Whether a finished backward pass is waiting."""
         return self._samples is not None
 
+    @property
+    def samples(self) -> int:
+        """Number of samples in the backward passes that are waiting; 0 if there are none."""
+        return self._samples or 0
+
     def _reset(self) -> None:
-        self._open.clear()
+        self._open = {}
         self._leaks = []
         self._rows = []
         self._pending = []

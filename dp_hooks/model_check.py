@@ -68,6 +68,8 @@ def _reasons(module: nn.Module, trainable: bool) -> list[str]:
         return [mixing_reason(module)]
     if not trainable:
         return []
+    if isinstance(module, torch.jit.ScriptModule):
+        return ["it is compiled by TorchScript, which accepts no hooks. Remedy: use the Python module it was made from"]
     checks: list[Callable[[nn.Module], str | None]] = [_buffers]
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         checks.append(embedding_refusal)

@@ -17,6 +17,7 @@ from .gradients import SampleGradients
 from .hook_controller import HookController
 from .noise import GaussianNoise
 from .sampling import Part
+from .self_check import SelfCheck
 
 StepHook = Callable[["PrivateOptimizer"], None]
 
@@ -86,6 +87,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         meter: PrivacyMeter,
         expected_batch_size: float,
         loss_reduction: str,
+        self_check: SelfCheck | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
         # Not calling super().__init__: it would build parameter groups of its own. These are what it would set up.
@@ -101,6 +103,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._noise = noise
         self._noise_multiplier = noise_multiplier
         self._meter = meter
+        self._self_check = self_check
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
@@ -148,6 +151,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def attach_step_hook(self, fn: StepHook) -> None:
         """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
         self._step_hooks.append(fn)
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Refused: physical batches belong to the scope, which knows them (Opacus's ``BatchMemoryManager`` calls this)."""
+        raise ScopeError(
+            "BatchMemoryManager is not needed here: pass max_physical_batch_size to private_training or make_private."
+        )
 
     # ---------------------------------------------------------------- torch.optim.Optimizer
 
@@ -212,6 +221,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if not self._closed:
             self._controller.discard()
+            if self._self_check is not None:
+                self._self_check.new_step()
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -305,6 +316,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         captured = {id(p) for p in gradients.params}
         wanted = [p for p in self.params if id(p) in captured and p.requires_grad]
+        if self._self_check is not None:
+            if self._self_check.needed(gradients.samples):
+                self._self_check.check_calls(gradients.samples)
+            self._self_check.new_step()
         if gradients.samples == 0 or not wanted:
             return
         norms = gradients.sq_norms(wanted)

@@ -122,7 +122,7 @@ class PrivacyEngineHookBased:
             noise_generator: generator of the noise, for repeatable experiments.
             grad_sample_mode: "hooks", "functorch" or "ghost".
             wrap_model: accepted for compatibility; True raises, since this engine never wraps.
-            **kwargs: ``max_physical_batch_size``, ``sample_rate``, ``target_delta`` as in ``private_training``.
+            **kwargs: ``max_physical_batch_size``, ``sample_rate``, ``self_check`` as in ``private_training``.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -281,7 +281,8 @@ class PrivacyEngineHookBased:
     @classmethod
     def get_compatible_module(cls, module: nn.Module) -> nn.Module:
         """Return a copy of ``module`` in which Opacus's fixers have replaced what cannot be trained privately."""
-        return PrivacyEngine.get_compatible_module(module)
+        fixed: nn.Module = PrivacyEngine.get_compatible_module(module)
+        return fixed
 
     # ---------------------------------------------------------------- accounting and checkpoints
 

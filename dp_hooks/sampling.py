@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, Sized, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -304,15 +304,21 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) 
     if examples == 0:
         raise bad("loader", loader, "its dataset is empty; there is nothing to train on.")
     if loader.batch_size > examples:
-        raise bad("loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples.")
+        raise bad(
+            "loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples."
+        )
     _check_sampler(loader.sampler, examples, poisson)
     if not getattr(loader, "in_order", True):
         raise bad("loader", loader, "it was built with in_order=False; batches must arrive in the order of drawing.")
     if sample_rate is None:
         return SamplingPlan(examples, loader.batch_size / examples, float(loader.batch_size), len(loader), poisson)
     if not poisson:
-        raise bad("sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False.")
-    rate = fraction("sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True)
+        raise bad(
+            "sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False."
+        )
+    rate = fraction(
+        "sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True
+    )
     return SamplingPlan(examples, rate, rate * examples, math.ceil(1 / rate - 1e-9), poisson)
 
 

@@ -12,7 +12,6 @@ import torch
 from opacus.accountants import IAccountant
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import Self
 
 from ._validate import bad, boolean, fraction, one_of, positive_int
 from .accounting import Budget, PrivacyMeter, calibrate, check_budget, make_accountant
@@ -24,6 +23,7 @@ from .noise import GaussianNoise
 from .optimizer import PrivateOptimizer, check_optimizer
 from .report import PrivacyReport
 from .sampling import Part, PrivateDataLoader, make_loader, plan_sampling
+from .self_check import SelfCheck
 
 _active: contextvars.ContextVar[tuple[PrivateTraining, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
 _claimed: dict[int, PrivateTraining] = {}
@@ -65,15 +65,14 @@ class PrivateTraining:
         sample_rate: float | None,
         secure_mode: bool,
         noise_generator: torch.Generator | None,
+        self_check: bool,
     ) -> None:
         """Check every argument, and work out sigma; nothing is attached or spent yet."""
         self.model = check_is_module(model)
         self._params = check_optimizer(optimizer, model)
         self._original_optimizer = optimizer
         self._original_loader = loader
-        sigma, epsilon, self.target_delta, passes = check_budget(
-            noise_multiplier, target_epsilon, target_delta, epochs
-        )
+        sigma, epsilon, self.target_delta, passes = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
         self._clipping = make_clipping(clipping, max_grad_norm, self._params)
         self._clipping_name = clipping
         self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
@@ -92,14 +91,16 @@ class PrivateTraining:
         if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
             raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
         self._noise = GaussianNoise(noise_generator)
+        self._wants_check = boolean("self_check", self_check)
         self._noise.check_devices({p.device for p in self._params})
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ScopeError(
-                    "torch.distributed runs with several processes, which this version does not support: noise and "
-                    "sampling would have to be coordinated. Train in one process."
-                )
-        self.plan = plan_sampling(loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate)
+        if _processes() > 1:
+            raise ScopeError(
+                "torch.distributed runs with several processes, which this version does not support: noise and "
+                "sampling would have to be coordinated. Train in one process."
+            )
+        self.plan = plan_sampling(
+            loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
+        )
         check_model(model)
         self.accountant = make_accountant(accountant)
         budget = None
@@ -115,6 +116,7 @@ class PrivateTraining:
         self.optimizer: PrivateOptimizer | None = None
         self.loader: PrivateDataLoader | None = None
         self.controller: HookController | None = None
+        self.self_check: SelfCheck | None = None
         self._stack: ExitStack | None = None
         self._ended = False
 
@@ -146,6 +148,9 @@ class PrivateTraining:
                 grad_sample_mode=self.grad_sample_mode,
             )
             stack.callback(controller.cleanup)
+            if self._wants_check:
+                self.self_check = SelfCheck(controller, self.model, self._params)
+                self.self_check.watch(stack)
             optimizer = PrivateOptimizer(
                 self._original_optimizer,
                 controller=controller,
@@ -156,6 +161,7 @@ class PrivateTraining:
                 meter=self._meter,
                 expected_batch_size=self.plan.expected_batch_size,
                 loss_reduction=self.loss_reduction,
+                self_check=self.self_check,
             )
             optimizer.open(stack)
             loader = make_loader(self._original_loader, self.plan, self, self._max_physical_batch_size)
@@ -251,8 +257,10 @@ class PrivateTraining:
             delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
         delta = fraction("delta", delta, "pass a number between 0 and 1.")
         optimizer, plan = self.optimizer, self.plan
-        sampling = "Poisson" if plan.poisson else (
-            "order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove"
+        sampling = (
+            "Poisson"
+            if plan.poisson
+            else ("order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove")
         )
         return PrivacyReport(
             epsilon=self.get_epsilon(delta),
@@ -269,9 +277,15 @@ class PrivateTraining:
             expected_batch_size=plan.expected_batch_size,
             dataset_size=plan.examples,
             foreign_steps=self._meter.foreign_steps,
-            loss_verified=False,
+            loss_verified=self.self_check is not None and self.self_check.loss_verified,
             grad_sample_mode=self.grad_sample_mode,
         )
+
+
+def _processes() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
 
 
 def active_scope(model: object) -> PrivateTraining | None:
@@ -299,6 +313,7 @@ def private_training(
     sample_rate: float | None = None,
     secure_mode: bool = False,
     noise_generator: torch.Generator | None = None,
+    self_check: bool = True,
 ) -> PrivateTraining:
     """Train ``model`` with differential privacy inside a ``with`` block (DP-SGD: Abadi et al., CCS 2016).
 
@@ -342,6 +357,9 @@ def private_training(
         secure_mode: not available yet; True raises.
         noise_generator: a generator for the noise, for repeatable experiments. Whoever knows its seed can remove the
             noise; the default draws from fresh entropy.
+        self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
+            is released, at the cost of a few passes, once. Under ``@dp_step`` the train function and its loss are
+            included. False trusts the engine blindly.
 
     Returns:
         The scope. Entering it gives ``(optimizer, loader)``; it keeps ``optimizer``, ``loader``, ``controller``,
@@ -350,6 +368,7 @@ def private_training(
     Raises:
         InvalidArgumentError: an argument that cannot be used, before anything is attached or spent.
         UnsupportedModelError: lists every module and parameter that cannot be trained privately.
+        SelfCheckError: from the first ``opt.step()``, if the self-check disagrees.
     """
     return PrivateTraining(
         model,
@@ -370,6 +389,5 @@ def private_training(
         sample_rate=sample_rate,
         secure_mode=secure_mode,
         noise_generator=noise_generator,
+        self_check=self_check,
     )
-
-

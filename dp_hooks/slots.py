@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class ParameterSlots:
     params: dict[str, nn.Parameter] = field(init=False)
     filled: bool = field(default=False, init=False)
     places: list[tuple[nn.Module, str, str]] = field(init=False)
-    _flat: list[tuple[nn.RNNBase, list[Tensor]]] = field(default_factory=list, init=False)
+    _flat: list[tuple[nn.RNNBase, list[Any]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Find the slots."""
@@ -44,7 +45,7 @@ class ParameterSlots:
         for owner in {id(o): o for o, _, _ in self.places}.values():
             # Recurrent layers keep a second list of their weights, which is the one that forward reads.
             if isinstance(owner, nn.RNNBase):
-                flat = owner._flat_weights
+                flat: list[Any] = owner._flat_weights
                 self._flat.append((owner, list(flat)))
                 flat[:] = [owner._parameters[n] for n in owner._flat_weights_names]
 

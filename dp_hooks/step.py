@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Concatenate, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Concatenate, ParamSpec, TypeVar
+from typing_extensions import ParamSpec, TypeVar
 
 from ._tree import tensors_of
 from ._validate import one_of
 from .errors import InvalidArgumentError, ScopeError
 from .scope import PrivateTraining, active_scope
+from .self_check import one_sample
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -26,9 +27,7 @@ Reduction = Literal["auto", "none", "mean", "sum"]
 @overload
 def dp_step(fn: StepFunction[M, Batch, P], /) -> StepFunction[M, Batch, P]: ...
 @overload
-def dp_step(
-    *, reduction: Reduction = "auto"
-) -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
+def dp_step(*, reduction: Reduction = "auto") -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
 def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto") -> Any:
     """Make ``fn(model, batch, *args, **kwargs) -> loss`` take a whole private step.
 
@@ -84,10 +83,14 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..
             optimizer.step()
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
         optimizer.zero_grad()
-        loss = fn(model, batch, *args, **kwargs)
-        _checked(fn, loss, reduction)
+
+        def run(part: Any) -> Tensor:
+            return _checked(fn, fn(model, part, *args, **kwargs), reduction)
+
+        loss = run(batch)
         shape_seen[:] = [loss.dim() == 1]
         _for_scope(loss, reduction, scope.loss_reduction).backward()
+        _self_check(scope, run, batch, reduction)
         optimizer.step()
         return loss.detach()
 
@@ -107,7 +110,10 @@ def _check_function(fn: Any) -> None:
             inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn),
             "it is a generator; one call must be one step. Return the loss instead of yielding",
         ),
-        (inspect.iscoroutinefunction(fn), "it is a coroutine; a step cannot be suspended half-way. Use a plain function"),
+        (
+            inspect.iscoroutinefunction(fn),
+            "it is a coroutine; a step cannot be suspended half-way. Use a plain function",
+        ),
     )
     for wrong, reason in reasons:
         if wrong:
@@ -122,7 +128,19 @@ def _is_empty(scope: PrivateTraining, batch: Any) -> bool:
     return bool(sizes) and not any(sizes)
 
 
-def _checked(fn: Any, loss: Any, reduction: Reduction) -> None:
+def _self_check(scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, reduction: Reduction) -> None:
+    check, controller = scope.self_check, scope.controller
+    if check is None or controller is None or not check.needed(controller.samples):
+        return
+    samples, axis, declared = controller.samples, controller.axis, scope.loss_reduction
+
+    def alone(i: int) -> Tensor:
+        return _for_scope(run(one_sample(batch, i, samples, axis)), reduction, declared)
+
+    check.check_loss(samples, lambda: _for_scope(run(batch), reduction, declared), alone)
+
+
+def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         raise InvalidArgumentError(
             f"{_name(fn)}() returned {type(loss).__name__}; a dp_step function returns its loss as a tensor: per-sample "
@@ -134,6 +152,7 @@ def _checked(fn: Any, loss: Any, reduction: Reduction) -> None:
             f"{_name(fn)}() returned a loss of shape {tuple(loss.shape)}; with reduction={reduction!r} expected "
             f"{' or '.join('[n]' if d else 'a scalar' for d in wanted)}. Average token losses within each sample first."
         )
+    return loss
 
 
 def _for_scope(loss: Tensor, reduction: Reduction, declared: str) -> Tensor:

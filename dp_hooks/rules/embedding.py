@@ -65,4 +65,6 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
-EMBEDDING = Rule("Embedding", grad_samples, sq_norms, weighted_sums, frozenset({"weight"}), subclasses=True, expands=True)
+EMBEDDING = Rule(
+    "Embedding", grad_samples, sq_norms, weighted_sums, frozenset({"weight"}), subclasses=True, expands=True
+)

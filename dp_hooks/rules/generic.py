@@ -104,7 +104,9 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
             return _by_vmap(call, params)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if _is_random(error):
-                raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others") from error
+                raise _refusal(
+                    call, "it draws random numbers (dropout?), and the repeated call draws others"
+                ) from error
             call.memo["loop"] = error
     try:
         return _by_loop(call, params)

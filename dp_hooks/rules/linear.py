@@ -31,8 +31,7 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
 def _instantiated_norms(x: Tensor, g: Tensor) -> Tensor:
     rows = max(1, _CHUNK // max(1, x.shape[-1] * g.shape[-1]))
     parts = [
-        squared_norms(torch.einsum("nto,nti->noi", gc, xc))
-        for xc, gc in zip(x.split(rows), g.split(rows), strict=True)
+        squared_norms(torch.einsum("nto,nti->noi", gc, xc)) for xc, gc in zip(x.split(rows), g.split(rows), strict=True)
     ]
     return torch.cat(parts)
 

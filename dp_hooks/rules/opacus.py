@@ -15,7 +15,9 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def _applies(module: nn.Module) -> bool:
     # Opacus's convolution sampler ignores padding_mode and its EmbeddingBag sampler is wrong for repeated ids.
-    return not (isinstance(module, _CONV) and module.padding_mode != "zeros") and not isinstance(module, nn.EmbeddingBag)
+    return not (isinstance(module, _CONV) and module.padding_mode != "zeros") and not isinstance(
+        module, nn.EmbeddingBag
+    )
 
 
 def from_sampler(cls: type[nn.Module], sampler: OpacusSampler) -> Rule:

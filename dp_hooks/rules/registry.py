@@ -57,12 +57,14 @@ def register_rule(
         )
 
     def decorator(grad_samples: GradSamples) -> GradSamples:
-        _RULES[module_class] = Rule(
-            module_class.__name__, grad_samples, sq_norms, weighted_sums, parameters=None
-        )
+        _RULES[module_class] = Rule(module_class.__name__, grad_samples, sq_norms, weighted_sums, parameters=None)
         return grad_samples
 
     return decorator
+
+
+def _forward_of(cls: type[nn.Module]) -> object:
+    return getattr(cls, "forward", None)
 
 
 class RuleTable:
@@ -86,7 +88,7 @@ class RuleTable:
             if rule is None:
                 continue
             exact = type(module) is cls
-            inherits = rule.subclasses and type(module).forward is cls.forward
+            inherits = rule.subclasses and _forward_of(type(module)) is _forward_of(cls)
             known = rule.parameters is None or names <= rule.parameters
             return rule if (exact or inherits) and known and rule.applies(module) else GENERIC
         return GENERIC

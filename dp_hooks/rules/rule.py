@@ -148,4 +148,5 @@ def squared_norms(grads: Tensor) -> Tensor:
 
 def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
     """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
-    return torch.tensordot(factors.to(grads.dtype), grads, dims=1)
+    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
+    return total

@@ -1,0 +1,215 @@
+"""Small models that all map ``[n, 4]`` to logits, a reference for clipped sums, and snapshots of everything a user owns."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
+
+from dp_hooks import PrivateTraining, private_training
+
+MODES = ("ghost", "hooks", "functorch")
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x.view(-1, 1, 2, 2)))).flatten(1))
+
+
+class TiedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 5)
+        self.decoder = nn.Linear(5, 8)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x > 0).long() + 2 * torch.arange(4)
+        return self.decoder(torch.tanh(self.embedding(ids).mean(1)))
+
+
+class LstmNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3, batch_first=True)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.view(-1, 2, 2))[0][:, -1])
+
+
+class AttentionNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift = nn.Linear(2, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x.view(-1, 2, 2))
+        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+class OwnerNet(nn.Module):
+    """Owns parameters itself, next to a child that owns others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.rand(3) + 0.5)
+        self.shift = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) * self.scale + self.shift
+
+
+def mlp() -> nn.Module:
+    """Two linear layers."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def weight_normed() -> nn.Module:
+    """A linear layer with the weight-norm parametrization, and a plain one."""
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "conv": ConvNet,
+    "tied": TiedNet,
+    "lstm": LstmNet,
+    "attention": AttentionNet,
+    "owner": OwnerNet,
+    "weight_norm": weight_normed,
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Build the model ``name`` from a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return BUILDERS[name]().to(dtype)
+
+
+def examples(n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return inputs ``[n, 4]`` and class labels ``[n]`` from a fixed seed."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64) * 2
+    return x.to(dtype), torch.randint(0, 3, (n,), generator=generator)
+
+
+def in_order(n: int = 6, batch_size: int | None = None) -> DataLoader[Any]:
+    """Return a loader that hands out :func:`examples` in their order."""
+    return DataLoader(TensorDataset(*examples(n)), batch_size=batch_size or n)
+
+
+def scope_over(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loader: DataLoader[Any] | None = None,
+    **options: Any,
+) -> PrivateTraining:
+    """Return a scope without noise in which one step of size 1 moves the parameters by the clipped sum."""
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 0.5, "poisson_sampling": False, **options}
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    return private_training(model, optimizer, loader or in_order(), **options)
+
+
+def sample_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+) -> list[list[Tensor]]:
+    """Return, for every sample, its gradient for each parameter by plain autograd on that sample alone."""
+    loss = loss or (lambda m, a, b: F.cross_entropy(m(a), b))
+    params = list(model.parameters())
+    rows = []
+    for i in range(len(x)):
+        found = torch.autograd.grad(loss(model, x[i : i + 1], y[i : i + 1]), params, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)])
+    return rows
+
+
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm over all ``tensors``."""
+    return torch.cat([t.flatten() for t in tensors]).norm()
+
+
+def clipped_sum(rows: list[list[Tensor]], bound: float | list[float]) -> list[Tensor]:
+    """Clip every sample by hand, over all parameters or (with a list of bounds) one by one, and add up."""
+    total = [torch.zeros_like(g) for g in rows[0]]
+    for row in rows:
+        for k, g in enumerate(row):
+            factor = bound / norm_of(row) if isinstance(bound, float) else bound[k] / g.norm()
+            total[k] += g * min(1.0, float(factor))
+    return total
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Return copies of the parameters' values."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def moved(before: list[Tensor], model: nn.Module) -> list[Tensor]:
+    """Return by how much the parameters went down since ``before``."""
+    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-9) -> None:
+    """Compare two lists of tensors."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+class Snapshot:
+    """All objects a user can see on a model, an optimizer and a loss function, to be compared by identity later."""
+
+    def __init__(self, model: nn.Module, *others: Any) -> None:
+        self._model = model
+        self._others = others
+        self._before = self._look()
+
+    def _look(self) -> dict[str, Any]:
+        seen: dict[str, Any] = {"state_dict keys": tuple(self._model.state_dict())}
+        for name, module in self._model.named_modules():
+            seen[f"{name} itself"] = module
+            seen[f"{name} class"] = type(module)
+            self._look_into(seen, name, vars(module))
+        for name, param in self._model.named_parameters(remove_duplicate=False):
+            seen[f"{name} itself"] = param
+            seen[f"{name} class"] = type(param)
+            seen[f"{name} requires_grad"] = param.requires_grad
+            self._look_into(seen, f"{name} vars", vars(param))
+            hooks = {"post": param._post_accumulate_grad_hooks, "backward": param._backward_hooks}
+            self._look_into(seen, f"{name} hooks", hooks)
+        for other in self._others:
+            seen[f"{type(other).__name__} class"] = type(other)
+            self._look_into(seen, type(other).__name__, vars(other), skip=("state", "param_groups"))
+        return seen
+
+    def _look_into(self, seen: dict[str, Any], label: str, items: dict[Any, Any], skip: tuple[str, ...] = ()) -> None:
+        for key, value in items.items():
+            seen[f"{label}.{key}"] = value
+            if isinstance(value, dict) and key not in skip:
+                self._look_into(seen, f"{label}.{key}", value)
+            elif isinstance(value, list) and key not in skip:
+                self._look_into(seen, f"{label}.{key}", dict(enumerate(value)))
+            if isinstance(value, dict):
+                seen[f"{label}.{key} order"] = tuple(value) if key not in skip else ()
+
+    def differences(self) -> list[str]:
+        """Return the labels of everything that is new, gone or another object now."""
+        before, now = self._before, self._look()
+
+        def same(a: Any, b: Any) -> bool:
+            return a is b or (isinstance(a, (tuple, int, float, str)) and type(a) is type(b) and a == b)
+
+        changed = [key for key in before.keys() & now.keys() if not same(before[key], now[key])]
+        return sorted([*(before.keys() ^ now.keys()), *changed])
