@@ -250,8 +250,9 @@ class SelfCheck:
             ]
         )
         norms = found.sq_norms(seen)
-        factors = torch.zeros(found.samples, device=device)
-        factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device)
+        dtype = torch.promote_types(reached[0].dtype, torch.float32)
+        factors = torch.zeros(found.samples, device=device, dtype=dtype)
+        factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
         everywhere = torch.ones(found.samples, dtype=torch.bool, device=device)
         sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, everywhere)
         worst: list[tuple[float, str]] = []

@@ -20,6 +20,10 @@ from .rule import Call, Rule
 _LOOP_ONLY = (nn.RNNBase, nn.EmbeddingBag)
 
 
+def _needs_loop(module: nn.Module) -> bool:
+    return isinstance(module, _LOOP_ONLY) or bool(getattr(module, "sparse", False))
+
+
 def _differentiable(outputs: Any) -> list[Tensor]:
     return [t for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
 
@@ -75,7 +79,7 @@ def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
             total = _contraction(call, call.run(leaves, args, kwargs), placed)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for (name, p), grad in zip(params.items(), found, strict=True):
-            rows[name].append(torch.zeros_like(p) if grad is None else grad)
+            rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
     if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
         raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others")
     return {
@@ -99,7 +103,7 @@ def _is_random(error: Exception) -> bool:
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Per-sample gradients of every trainable parameter in the module and below it."""
     params = {name: call.parameter(name).detach() for name in call.names}
-    if call.samples and not isinstance(call.module, _LOOP_ONLY) and "loop" not in call.memo:
+    if call.samples and not _needs_loop(call.module) and "loop" not in call.memo:
         try:
             return _by_vmap(call, params)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:

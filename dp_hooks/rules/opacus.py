@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from opacus.grad_sample import GradSampleHooks
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
@@ -20,14 +21,24 @@ def _applies(module: nn.Module) -> bool:
     )
 
 
+def _plain_strides(value: Tensor) -> Tensor:
+    """Return ``value`` laid out row by row, which is what the convolution samplers' ``as_strided`` assumes.
+
+    ``contiguous()`` is not enough: a tensor with axes of size 1 counts as contiguous with any strides on them.
+    """
+    plain = value.contiguous()
+    if plain.stride() == torch.empty(plain.shape, device="meta").stride():
+        return plain
+    return plain.clone(memory_format=torch.contiguous_format)
+
+
 def from_sampler(cls: type[nn.Module], sampler: OpacusSampler) -> Rule:
     """Wrap the Opacus grad sampler of ``cls`` (``fn(layer, activations, backprops) -> {param: [n, *shape]}``)."""
 
     def grad_samples(call: Call) -> dict[str, Tensor]:
         if call.samples == 0:  # several samplers return one row for no sample
             return {name: p.new_zeros((0, *p.shape)) for name in call.names for p in [call.parameter(name)]}
-        # The convolution samplers view their input with strides of a contiguous tensor.
-        found = sampler(call.module, [call.input.contiguous()], call.grad.contiguous())
+        found = sampler(call.module, [_plain_strides(call.input)], _plain_strides(call.grad))
         names = {call.parameter(name): name for name in call.names}
         return {names[p]: g for p, g in found.items() if p in names}
 

@@ -1,5 +1,6 @@
 """The table of rules: which function computes the per-sample gradients of which module class."""
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import nn
@@ -72,7 +73,8 @@ class RuleTable:
 
     def __init__(self, *, generic_only: bool = False) -> None:
         """Take the snapshot; with ``generic_only`` every module is handled by ``torch.func`` (mode "functorch")."""
-        self._rules: dict[type[nn.Module], Rule] = {} if generic_only else {**opacus_rules(), **_RULES}
+        self._rules: dict[type[nn.Module], Rule] = {**opacus_rules(), **_RULES}
+        self._generic_only = generic_only
 
     def owns_subtree(self, module: nn.Module) -> bool:
         """Whether ``module`` must be differentiated as a whole, children included."""
@@ -80,6 +82,10 @@ class RuleTable:
 
     def find(self, module: nn.Module) -> Rule:
         """Return the rule for ``module``; the generic one unless another is certainly right for it."""
+        rule = self._special(module)
+        return dataclasses.replace(GENERIC, expands=rule.expands) if self._generic_only else rule
+
+    def _special(self, module: nn.Module) -> Rule:
         if self.owns_subtree(module) or "forward" in vars(module):
             return GENERIC
         names = {name for name, _ in module.named_parameters(recurse=False)}

@@ -129,7 +129,7 @@ def expands_shared_ids(
     The output is broadcast over the batch right afterwards anyway; with the repetition the sample axis exists before the
     parameter is used, and with it a gradient per sample.
     """
-    if not rule.expands or rows is None or rows <= 1:
+    if not rule.expands or rows is None or rows == 1:
         return None
     skeleton, tensors = split((args, kwargs))
     if len(tensors) != 1 or tensors[0].dim() < 2 or tensors[0].shape[axis] != 1:

@@ -1,0 +1,318 @@
+"""The self-check stops what is wrong before anything is released, and stays silent about what is right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dp_hooks import dp_step, errors, private_training
+from dp_hooks.hook_controller import HookController
+from dp_hooks.rules import registry
+from dp_hooks.rules.rule import Rule
+
+from .test_rules import Wrap, randn
+
+N, T = 6, 4
+
+
+def mlp(mix=None):
+    """A small network; ``mix`` is applied to its hidden layer."""
+    model = Wrap(lambda s, x: s.b((mix or torch.tanh)(s.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    return model.double()
+
+
+def enter(model, loader_of, inputs, **kwargs):
+    arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "poisson_sampling": False, **kwargs}
+    return private_training(model, torch.optim.SGD(model.parameters(), lr=1.0), loader_of(inputs), **arguments)
+
+
+def released(model, scope, step):
+    """Take one step and return (error or None, whether a parameter moved, whether anything was charged)."""
+    before = [p.detach().clone() for p in model.parameters()]
+    error = None
+    with scope as (opt, loader):
+        try:
+            for batch in loader:
+                step(opt, batch)
+        except errors.SelfCheckError as caught:
+            error = caught
+    moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return error, moved, scope.steps
+
+
+MIXING = {
+    "centred by the batch mean": lambda h: h - h.mean(0),
+    "divided by the batch's largest value": lambda h: h / h.abs().max(),
+    "sorted over samples": lambda h: h.sort(0).values,
+    "cumulative over samples": lambda h: h.cumsum(0),
+    "rolled to the next sample": lambda h: h + 0.5 * h.roll(1, 0),
+    "attention between samples": lambda h: torch.softmax(h @ h.mT, -1) @ h,
+    "norm over the whole batch": lambda h: h / h.norm(),
+    "functional batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "flipped order": lambda h: h.flip(0),
+}
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+@pytest.mark.parametrize("name", MIXING)
+def test_models_that_mix_samples_are_stopped(name, mode, loader_of):
+    """Whatever couples the samples of a batch inside the model is refused before any parameter moves."""
+    model = mlp(MIXING[name])
+
+    def step(opt, batch):
+        model(*batch).square().mean(1).mean().backward()
+        opt.step()
+
+    error, moved, steps = released(model, enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode), step)
+    assert error is not None
+    assert "the model: " in str(error)
+    assert not moved
+    assert steps == 0
+
+
+LOSSES = {
+    "sum although mean is declared": lambda out: out.square().sum(),
+    "mean over a fixed number": lambda out: out.square().sum() / 100,
+    "weighted by the batch": lambda out: (out.square().mean(1) * torch.softmax(out.sum(1), 0)).sum(),
+    "contrastive": lambda out: F.cross_entropy(out @ out.mT, torch.arange(len(out))),
+    "token mean with a data-dependent denominator": lambda out: out[out > 0].sum() / (out > 0).sum().clamp(min=1),
+    "variance over the batch": lambda out: out.var(0, unbiased=False).sum() + out.square().mean(1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_couple_samples_are_stopped_under_dp_step(name, loader_of):
+    """A train function whose loss is not the declared mean over samples is refused before any parameter moves."""
+    model = mlp()
+
+    @dp_step
+    def train(model, batch):
+        return LOSSES[name](model(*batch))
+
+    error, moved, steps = released(
+        model, enter(model, loader_of, [randn(N, 5)]), lambda opt, batch: train(model, batch)
+    )
+    assert error is not None
+    assert "train function" in str(error)
+    assert not moved
+    assert steps == 0
+
+
+BROKEN_RULES = {
+    "gradient doubled": lambda call: {"weight": 2 * torch.einsum("no,ni->noi", call.grad, call.input)},
+    "samples swapped": lambda call: {"weight": torch.einsum("no,ni->noi", call.grad, call.input).roll(1, 0)},
+    "zero": lambda call: {"weight": 0 * torch.einsum("no,ni->noi", call.grad, call.input)},
+    "sign": lambda call: {"weight": -torch.einsum("no,ni->noi", call.grad, call.input)},
+    "batch average": lambda call: {
+        "weight": torch.einsum("no,ni->noi", call.grad, call.input).mean(0, keepdim=True).expand(call.samples, -1, -1)
+    },
+}
+
+
+def correct(call):
+    return {"weight": torch.einsum("no,ni->noi", call.grad, call.input)}
+
+
+def _half_norms(call):
+    return {"weight": correct(call)["weight"].flatten(1).square().sum(1) / 4}
+
+
+def _doubled_sums(call, factors):
+    return {"weight": 2 * torch.tensordot(factors, correct(call)["weight"], 1)}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(pytest.param(Rule("x", fn), id=name) for name, fn in BROKEN_RULES.items()),
+        pytest.param(Rule("x", correct, sq_norms=_half_norms), id="norms half as large"),
+        pytest.param(Rule("x", correct, weighted_sums=_doubled_sums), id="sums twice as large"),
+    ],
+)
+def test_broken_rules_are_stopped(rule, loader_of, monkeypatch):
+    """A layer rule that is wrong in gradients, norms or sums is refused before any parameter moves."""
+    monkeypatch.setitem(registry._RULES, nn.Linear, rule)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+
+    def step(opt, batch):
+        model(*batch).square().mean(1).mean().backward()
+        opt.step()
+
+    error, moved, steps = released(model, enter(model, loader_of, [randn(N, 5)]), step)
+    assert error is not None
+    assert "weight" in str(error)
+    assert not moved
+    assert steps == 0
+
+
+def test_a_shared_input_with_as_many_rows_as_the_batch_is_stopped(loader_of):
+    """A table looked up once for all samples is refused even when its length equals the batch size."""
+    model = Wrap(lambda s, x: s.a(x) + s.p(torch.arange(N)), a=nn.Linear(5, 4), p=nn.Embedding(N, 4)).double()
+
+    def step(opt, batch):
+        model(*batch).square().flatten(1).mean(1).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, N, 5)]), step)
+    assert error is not None
+    assert "p.weight" in str(error)
+    assert not moved
+
+
+def test_a_wrong_sample_axis_is_stopped(loader_of):
+    """Time-first data under batch_first=True is refused, also when time and batch have the same length."""
+    model = Wrap(lambda s, x: s.r(x)[0].sum(0), r=nn.LSTM(5, 3)).double()
+
+    def step(opt, batch):
+        model(batch[0].transpose(0, 1)).square().mean(1).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, N, 5)]), step)
+    assert error is not None
+    assert not moved
+
+
+def _plain(model, batch):
+    return model(*batch).square().flatten(1).mean(1)
+
+
+def test_per_sample_losses_are_verified_and_reported(loader_of):
+    """Under dp_step the loss is part of the check, and the report says so; in a bare loop it says the opposite."""
+    model = mlp()
+    scope = enter(model, loader_of, [randn(N, 5)])
+    with scope as (_, loader):
+        for batch in loader:
+            dp_step(_plain)(model, batch)
+    assert scope.report().loss_verified
+    bare = enter(model, loader_of, [randn(N, 5)])
+    with bare as (opt, loader):
+        for batch in loader:
+            _plain(model, batch).mean().backward()
+            opt.step()
+    assert not bare.report().loss_verified
+    assert "not verified" in str(bare.report())
+
+
+def test_the_check_leaves_no_trace(loader_of):
+    """Random state, buffers and the step itself are the same with and without the check, dropout included."""
+
+    def run(self_check):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+        model.register_buffer("calls", torch.zeros(()))
+        model.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
+        data = torch.linspace(-1, 1, N * 5, dtype=torch.float64).view(N, 5)
+        with enter(model, loader_of, [data], self_check=self_check) as (opt, loader):
+            for batch in loader:
+                _plain(model, batch).mean().backward()
+                opt.step()
+        return model, torch.rand(3)
+
+    (checked, after), (unchecked, expected) = run(True), run(False)
+    assert torch.equal(after, expected)
+    assert checked.calls == unchecked.calls == 1
+    for a, b in zip(checked.parameters(), unchecked.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_batch_of_one_does_not_count_for_batches_of_many(loader_of):
+    """A first batch with one sample is checked for values; mixing is still found at the first larger batch."""
+    model = mlp(lambda h: h / h.detach().norm())
+    data = randn(N, 5)
+    moves = []
+    with enter(model, loader_of, [data]) as (opt, _):
+        for rows in (data[:1], data):
+            before = model.a.weight.detach().clone()
+            _plain(model, [rows]).mean().backward()
+            if len(rows) == 1:
+                opt.step()
+            else:
+                with pytest.raises(errors.SelfCheckError):
+                    opt.step()
+            moves.append(not torch.equal(before, model.a.weight))
+    assert moves == [True, False]
+
+
+def test_direct_calls_of_submodules_are_checked(loader_of):
+    """Outermost calls other than the model's own forward are compared as well."""
+
+    class TwoParts(nn.Module):
+        def __init__(self, mix):
+            super().__init__()
+            self.encoder = mlp(mix)
+            self.head = nn.Linear(3, 2).double()
+
+    for mix, refused in ((torch.tanh, False), (MIXING["cumulative over samples"], True)):
+        model = TwoParts(mix)
+
+        def step(opt, batch, model=model):
+            model.head(model.encoder(*batch)).square().mean(1).mean().backward()
+            opt.step()
+
+        error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5)]), step)
+        assert (error is not None) == refused
+        assert moved != refused
+
+
+def test_the_check_runs_once(loader_of):
+    """After it has passed for several samples, no further forward passes are made and its hooks are gone."""
+    model = mlp()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    hooks = len(model._forward_hooks)
+    with enter(model, loader_of, [randn(3 * N, 5)]) as (opt, _):
+        counts = []
+        for _ in range(3):
+            calls.clear()
+            _plain(model, [randn(N, 5)]).mean().backward()
+            opt.step()
+            counts.append(len(calls))
+        assert counts[0] > 1
+        assert counts[1:] == [1, 1]
+    assert len(model._forward_hooks) == hooks
+
+
+def test_a_model_that_cannot_run_on_one_sample_is_refused(loader_of):
+    """A check that could not run is a refusal, never a pass."""
+
+    def picky(h):
+        if len(h) == 1:
+            raise RuntimeError("needs two samples")
+        return h.tanh()
+
+    model = mlp(picky)
+
+    def step(opt, batch):
+        _plain(model, batch).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5)]), step)
+    assert error is not None
+    assert "needs two samples" in str(error)
+    assert not moved
+
+
+def test_it_can_be_switched_off(loader_of):
+    """self_check=False takes the engine's word."""
+    model = mlp(MIXING["centred by the batch mean"])
+    with enter(model, loader_of, [randn(N, 5)], self_check=False) as (opt, loader):
+        for batch in loader:
+            _plain(model, batch).mean().backward()
+            opt.step()
+    assert isinstance(opt, torch.optim.Optimizer)
+
+
+def test_what_was_captured_for_the_step_survives_a_separate_capture():
+    """HookController.separate() gives back exactly what it found, p.grad_sample included."""
+    for mode in ("ghost", "hooks"):
+        model = mlp()
+        controller = HookController(model, grad_sample_mode=mode)
+        _plain(model, [randn(N, 5)]).mean().backward()
+        before = [vars(p).get("grad_sample") for p in model.parameters()]
+        with controller.separate():
+            assert controller.samples == 0
+            _plain(model, [randn(2, 5)]).mean().backward()
+            assert controller.samples == 2
+        assert controller.samples == N
+        assert all(vars(p).get("grad_sample") is g for p, g in zip(model.parameters(), before, strict=True))
+        controller.cleanup()
