@@ -15,9 +15,13 @@ def bad(name: str, value: object, remedy: str) -> InvalidArgumentError:
 
 def real(name: str, value: object, remedy: str) -> float:
     """Return ``value`` as a float if it is a finite real number (no bool), else raise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise bad(name, value, remedy)
-    return float(value)
+    return number
 
 
 def positive(name: str, value: object, remedy: str = "pass a number greater than 0.") -> float:

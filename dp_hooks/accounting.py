@@ -27,13 +27,20 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
     """Return epsilon at ``delta`` for the accountant's history.
 
     0 before the first charge; infinite as soon as one step had no noise, whatever the accountant makes of that.
+
+    Raises:
+        InvalidArgumentError: ``delta`` outside (0, 1).
     """
+    delta = fraction("delta", delta, _DELTA)
     history = [entry for entry in accountant.history if entry[2] > 0]
     if not history:
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
         return math.inf
-    return float(accountant.get_epsilon(delta))
+    with warnings.catch_warnings():
+        # Opacus's accountants take logarithms of 0 at rate 1, and advise on their grid of orders.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(accountant.get_epsilon(delta))
 
 
 def check_budget(
@@ -112,29 +119,52 @@ class PrivacyMeter:
     """
 
     def __init__(
-        self, accountant: IAccountant, *, sample_rate: float, poisson: bool, budget: Budget | None = None
+        self,
+        accountant: IAccountant,
+        *,
+        sigma: float,
+        charged_rate: float,
+        poisson: bool,
+        budget: Budget | None = None,
     ) -> None:
-        """Charge to ``accountant``; ``sample_rate`` is q, the chance of one example to be in one batch."""
+        """Charge to ``accountant``; ``sigma`` and ``charged_rate`` are what the budget was calculated for."""
         self.accountant = accountant
-        self.sample_rate = sample_rate
+        self.sigma = sigma
+        self.charged_rate = charged_rate
         self.poisson = poisson
         self.budget = budget
-        self.charged = 0
         self.steps = 0
         self.foreign_steps = 0
         self._pass_sigma: float | None = None
 
     @property
     def remaining(self) -> int | None:
-        """Releases left in the budget (batches with Poisson sampling, else passes); None: no budget was set."""
-        return None if self.budget is None else max(0, self.budget.releases - self.charged)
+        """Releases left in the budget (batches with Poisson sampling, else passes); None: no budget was set.
+
+        Counted from the accountant's history, so that what a checkpoint brought along is included.
+        """
+        if self.budget is None:
+            return None
+        kinds = {(sigma, rate) for sigma, rate, _ in self.accountant.history}
+        if kinds <= {(self.sigma, self.charged_rate)}:
+            return max(0, self.budget.releases - int(sum(steps for _, _, steps in self.accountant.history)))
+        # Something else was charged, too: one more release is allowed as long as epsilon stays within the target.
+        return 1 if self._epsilon_with(self.sigma, self.charged_rate) <= self.budget.epsilon else 0
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``."""
-        return epsilon_of(self.accountant, fraction("delta", delta, _DELTA))
+        return epsilon_of(self.accountant, delta)
 
     def _charge(self, sigma: float, rate: float) -> None:
-        self.accountant.step(noise_multiplier=sigma, sample_rate=rate)
+        before = list(self.accountant.history)
+        try:
+            self.accountant.step(noise_multiplier=sigma, sample_rate=rate)
+        except ValueError as error:
+            self.accountant.history = before  # the GDP accountant forgets what was spent when it refuses more
+            raise ScopeError(
+                f"the {self.accountant.mechanism()!r} accountant cannot add a step with noise multiplier {sigma} at rate "
+                f'{rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
+            ) from error
 
     def start_pass(self, sigma: float) -> None:
         """Account for a new pass over the loader, just before its first batch is handed out."""
@@ -142,14 +172,13 @@ class PrivacyMeter:
             return
         if self.remaining == 0:
             raise self._exhausted()
-        self._charge(sigma, 1.0)
-        self.charged += 1
+        self._charge(sigma, self.charged_rate)
         self._pass_sigma = sigma
 
     def check_step(self, sigma: float, *, foreign: bool) -> None:
         """Raise if one more step with ``sigma`` may not be taken; changes nothing."""
         if foreign:
-            if self.budget is not None and self._epsilon_with(sigma) > self.budget.epsilon:
+            if self.budget is not None and self._epsilon_with(sigma, 1.0) > self.budget.epsilon:
                 raise self._exhausted(
                     " (the batch did not come from the private loader, so the step has no amplification by sampling)"
                 )
@@ -174,14 +203,13 @@ class PrivacyMeter:
             self._charge(sigma, 1.0)
             self.foreign_steps += 1
         elif self.poisson:
-            self._charge(sigma, self.sample_rate)
-            self.charged += 1
+            self._charge(sigma, self.charged_rate)
         self.steps += 1
 
-    def _epsilon_with(self, sigma: float) -> float:
+    def _epsilon_with(self, sigma: float, rate: float) -> float:
         assert self.budget is not None
         trial = create_accountant(mechanism=self.accountant.mechanism())
-        trial.history = [*self.accountant.history, (sigma, 1.0, 1)]
+        trial.history = [*self.accountant.history, (sigma, rate, 1)]
         return epsilon_of(trial, self.budget.delta)
 
     def _exhausted(self, why: str = "") -> BudgetExhaustedError:

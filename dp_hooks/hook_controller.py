@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
 from ._tree import join, split, tensors_of
 from ._validate import boolean, one_of
@@ -24,6 +24,8 @@ from .slots import ParameterSlots
 MODES = ("ghost", "hooks", "functorch")
 REDUCTIONS = ("mean", "sum")
 
+# Put on hooked modules and taken away with the hooks: they make copies and pickles come out without hooks.
+_ON_MODULES = ("__getstate__", "__deepcopy__")
 _HOOK_DICTS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -140,9 +142,9 @@ class HookController:
             check_model(m)
         self.axis = 0 if batch_first else 1
         self._rules = RuleTable(generic_only=self.grad_sample_mode == "functorch")
-        self._token = torch.zeros((), requires_grad=True)
+        self.token = torch.zeros((), requires_grad=True)
         # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
-        self._token_node: Any = self._token.view_as(self._token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._token_node: Any = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self._stack: ExitStack | None = None
         self._sites: list[_Site] = []
         self._hook_ids: dict[int, set[int]] = {}
@@ -155,7 +157,6 @@ class HookController:
         self._samples: int | None = None
         self._serial = 0
         self._consumed = False
-        self._twins: dict[int, nn.Parameter] = {}
         self.serial = 0
         self.add_hooks()
 
@@ -174,14 +175,15 @@ class HookController:
             for site in self._sites:
                 stack.callback(site.slots.restore)
                 before = functools.partial(self._before, site)
-                self._attach(stack, site.module, before, functools.partial(self._after, site))
+                self.attach(stack, site.module, before, functools.partial(self._after, site))
             for name, module in self._module.named_modules():
                 if hasattr(module, "track_running_stats"):
-                    self._attach(stack, module, functools.partial(self._guard, name), None)
-            self._attach(stack, self._module, self._enter_root, self._leave_root, outer=True)
+                    self.attach(stack, module, functools.partial(self._guard, name), None)
+            self.attach(stack, self._module, self._enter_root, self._leave_root, outer=True)
             for param in self.params:
-                stack.callback(self._unwatch, param, param._post_accumulate_grad_hooks)
-                param.register_post_accumulate_grad_hook(self._leaked)
+                if param._post_accumulate_grad_hooks is None:  # else an empty dictionary would stay behind
+                    stack.callback(setattr, param, "_post_accumulate_grad_hooks", None)
+                stack.callback(param.register_post_accumulate_grad_hook(self._leaked).remove)
             self._stack = stack.pop_all()
         self.enable_hooks()
 
@@ -200,7 +202,7 @@ class HookController:
         self.disable_hooks()
         if self._stack is not None:
             stack, self._stack = self._stack, None
-            stack.close()
+            stack.__exit__(*sys.exc_info())  # what is being handled stays in the context of what goes wrong here
 
     def cleanup(self) -> None:
         """Remove the hooks and every ``grad_sample``: the model is as it was before."""
@@ -208,15 +210,14 @@ class HookController:
             self.remove_hooks()
         finally:
             for param in self._module.parameters():
-                vars(param).pop("grad_sample", None)
+                _clear(param)
 
     def _forget(self) -> None:
         self.discard()
         self._sites = []
         self._hook_ids = {}
-        self._twins = {}
 
-    def _attach(
+    def attach(
         self,
         stack: ExitStack,
         module: nn.Module,
@@ -225,62 +226,59 @@ class HookController:
         *,
         outer: bool = False,
     ) -> None:
-        handles: list[RemovableHandle] = []
-        # prepend: captured inputs and outputs are what forward itself saw and returned, before and after users' hooks.
-        handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        stack.callback(handles[0].remove)
-        if after is not None:
-            handles.append(module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True))
-            stack.callback(handles[1].remove)
-        self._clean_copies_of(module, stack).update(handle.id for handle in handles)
+        """Hook ``before`` and ``after`` onto ``module`` until ``stack`` unwinds; copies of the module go without them.
 
-    def attach_observer(
-        self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]
-    ) -> list[RemovableHandle]:
-        """Attach an observer's pair of hooks to ``module``; copies of the module will not carry them."""
-        handles = [
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
-        assert self._stack is not None
-        self._clean_copies_of(module, self._stack).update(handle.id for handle in handles)
-        return handles
+        Unless ``outer``, captured inputs and outputs are what forward itself saw and returned, within users' hooks.
+        """
+        ids = self._clean_copies_of(module, self._stack or stack)
+        handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
+        ids.add(handle.id)
+        if after is not None:
+            handle = module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True)
+            stack.callback(handle.remove)
+            ids.add(handle.id)
 
     def _clean_copies_of(self, module: nn.Module, stack: ExitStack) -> set[int]:
         """Let copies of ``module`` go without hooks of ours; returns the set of their ids."""
         if id(module) not in self._hook_ids:
             self._hook_ids[id(module)] = set()
             vars(module)["__getstate__"] = functools.partial(self._state_of, module)
-            stack.callback(vars(module).pop, "__getstate__", None)
+            if hasattr(type(module), "__deepcopy__"):
+                vars(module)["__deepcopy__"] = functools.partial(self._copy_of, module)
+            for name in _ON_MODULES:
+                stack.callback(vars(module).pop, name, None)
         return self._hook_ids[id(module)]
 
-    def _unwatch(self, param: nn.Parameter, before: Any) -> None:
-        param._post_accumulate_grad_hooks = before
-
     def _state_of(self, module: nn.Module) -> dict[str, Any]:
-        """State for ``copy.deepcopy`` and ``pickle``: the module as it would be without hooks."""
+        """State for ``pickle`` and ``copy``: the module as it would be without hooks."""
         own = getattr(type(module), "__getstate__", None)
-        custom = own is not None and own is not getattr(object, "__getstate__", None)
-        state = dict(own(module) if custom else vars(module))
-        state.pop("__getstate__", None)
+        default = getattr(object, "__getstate__", None)
+        return self._without_hooks(module, vars(module) if own is None or own is default else own(module))
+
+    def _without_hooks(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        state = {key: value for key, value in attributes.items() if key not in _ON_MODULES}
         ours = self._hook_ids.get(id(module), set())
         for key in _HOOK_DICTS:
             state[key] = OrderedDict((k, v) for k, v in state[key].items() if k not in ours)
         originals = {
             (id(owner), key): site.slots.params[name] for site in self._sites for owner, key, name in site.slots.places
         }
-        # grad_sample holds gradients of private samples without noise: it must not travel with a copy.
         state["_parameters"] = {
-            key: self._twin(originals.get((id(module), key), param)) for key, param in state["_parameters"].items()
+            key: originals.get((id(module), key), param) for key, param in state["_parameters"].items()
         }
         return state
 
-    def _twin(self, param: nn.Parameter | None) -> nn.Parameter | None:
-        if param is None or "grad_sample" not in vars(param):
-            return param
-        if id(param) not in self._twins:
-            self._twins[id(param)] = nn.Parameter(param.data, requires_grad=param.requires_grad)
-        return self._twins[id(param)]
+    def _copy_of(self, module: nn.Module, memo: dict[int, Any]) -> Any:
+        """``copy.deepcopy`` for classes with a ``__deepcopy__`` of their own, which ignore ``__getstate__``."""
+        kept, clean = dict(vars(module)), self._without_hooks(module, vars(module))
+        try:
+            vars(module).clear()
+            vars(module).update(clean)
+            return type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+        finally:
+            vars(module).clear()
+            vars(module).update(kept)
 
     # ---------------------------------------------------------------- sites
 
@@ -364,7 +362,7 @@ class HookController:
         names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
         skeleton, inputs = split((args, kwargs))
         use = _Use(self, site, self._current_rows(), self.serial, skeleton, names, [t.detach() for t in inputs])
-        tapped = iter(_Tap.apply(self._token, use, *outputs))
+        tapped = iter(_Tap.apply(self.token, use, *outputs))
         if isinstance(output, Tensor):
             return next(tapped)
         whole, tensors = split(output)
@@ -464,13 +462,13 @@ class HookController:
         """Write the sum over all uses in this pass to ``p.grad_sample``, adding to what earlier passes left there."""
         if self._consumed:
             for param in self.params:
-                vars(param).pop("grad_sample", None)
+                _clear(param)
             self._consumed = False
         fresh = SampleGradients(found[0].call.samples, found)
         for param in fresh.params:
             earlier = vars(param).get("grad_sample")
             grads = fresh.grads(param)
-            param.grad_sample = grads if earlier is None else earlier + grads  # type: ignore[attr-defined]
+            _store(param, grads if earlier is None else earlier + grads)
 
     def _rerun(self, site: _Site, tensors: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module of ``site`` with other tensors as parameters, capturing nothing and leaving nothing."""
@@ -507,14 +505,16 @@ class HookController:
         self._reset()
         self._consumed = False
         for param in self.params:
-            vars(param).pop("grad_sample", None)
+            _clear(param)
 
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
         names = ("_open", "_leaks", "_rows", "_pending", "_samples", "_serial", "_consumed")
         kept = {name: getattr(self, name) for name in names}
-        samples = {p: vars(p).pop("grad_sample") for p in self.params if "grad_sample" in vars(p)}
+        samples = {p: vars(p)["grad_sample"] for p in self.params if "grad_sample" in vars(p)}
+        for p in samples:
+            _clear(p)
         self._open, self._consumed = {}, False
         self._reset()
         try:
@@ -524,7 +524,7 @@ class HookController:
             for name, value in kept.items():
                 setattr(self, name, value)
             for p, grads in samples.items():
-                p.grad_sample = grads  # type: ignore[attr-defined]
+                _store(p, grads)
 
     @property
     def has_gradients(self) -> bool:
@@ -532,16 +532,48 @@ class HookController:
         return self._samples is not None
 
     @property
+    def is_stale(self) -> bool:
+        """Whether what is waiting belongs to an earlier batch than the one handed out last."""
+        return self._samples is not None and self._serial != self.serial
+
+    @contextmanager
+    def reduced_by(self, loss_reduction: str) -> Iterator[None]:
+        """Take the losses back-propagated meanwhile as reduced by "mean" or "sum"."""
+        kept, self.loss_reduction = self.loss_reduction, loss_reduction
+        try:
+            yield
+        finally:
+            self.loss_reduction = kept
+
+    @property
     def samples(self) -> int:
         """Number of samples in the backward passes that are waiting; 0 if there are none."""
         return self._samples or 0
 
     def _reset(self) -> None:
+        for site in self._sites:
+            if site.slots.filled:  # an interrupted forward could not put the parameters back
+                site.slots.restore()
         self._open = {}
         self._leaks = []
         self._rows = []
         self._pending = []
         self._samples = None
+
+
+def _store(param: nn.Parameter, grads: Tensor) -> None:
+    """Set ``param.grad_sample``, and see to it that it does not travel along when ``param`` is pickled."""
+    vars(param)["grad_sample"] = grads
+    vars(param)["__getstate__"] = functools.partial(_state_without_gradients, param)
+
+
+def _clear(param: nn.Parameter) -> None:
+    vars(param).pop("grad_sample", None)
+    vars(param).pop("__getstate__", None)
+
+
+def _state_without_gradients(param: nn.Parameter) -> dict[str, Any]:
+    return {key: value for key, value in vars(param).items() if key not in ("grad_sample", "__getstate__")}
 
 
 def _materialised(captured: Captured) -> Captured:

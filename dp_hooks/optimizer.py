@@ -19,6 +19,12 @@ from .noise import GaussianNoise
 from .sampling import Part
 from .self_check import SelfCheck
 
+_HOOKS = tuple(
+    f"_optimizer_{method}_{when}_hooks"
+    for method in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+)
+
 StepHook = Callable[["PrivateOptimizer"], None]
 
 
@@ -90,10 +96,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self_check: SelfCheck | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
-        # Not calling super().__init__: it would build parameter groups of its own. These are what it would set up.
+        # Not calling super().__init__: it would build parameter groups and state of its own.
         self.original_optimizer = optimizer
-        self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        for name in _HOOKS:  # shared, so that hooks registered here run when the wrapped optimizer works
+            setattr(self, name, getattr(optimizer, name))
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
         self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -136,6 +142,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
+        if self._sums:
+            raise ScopeError(
+                f"max_grad_norm={value!r}: cannot change in the middle of a logical batch, parts of which were clipped to "
+                f"{self.max_grad_norm!r} already. Change it between steps."
+            )
         self._clipping = make_clipping(self._clipping_name, value, self.params)
 
     def _max_grad_norm(self) -> Any:
@@ -283,9 +294,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if part is not None and self._part_done:
             raise ScopeError(
                 "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
-                "next batch from the loader first."
+                "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
             )
         empty = part is not None and part.size == 0
+        if self._controller.is_stale:
+            raise ScopeError(
+                "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
+                "Take the step before the next batch, or call opt.zero_grad() to drop them."
+            )
         if not self._controller.has_gradients and not empty and not self._sums:
             raise ScopeError(
                 "opt.step() found no gradients: no backward pass through the model's hooked layers since the last step. "
@@ -295,6 +311,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def start_part(self, part: Part) -> None:
         """The loader is about to hand out ``part``: finish the part before it, or forget a logical batch left early."""
         if part.index > 0:
+            if self._part is None or (self._part.logical, self._part.index + 1) != (part.logical, part.index):
+                raise ScopeError(
+                    "two passes over the private loader are interleaved: physical parts of different logical batches would "
+                    "be added up. Finish or leave one pass before beginning the next."
+                )
             if not self._part_done:
                 self._add_part(self._controller.take())
         else:
@@ -343,8 +364,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._meter.charge_step(self.noise_multiplier, foreign=foreign)
         for hook in self._step_hooks:
             hook(self)
-        for p, grad in noised.items():
-            p.grad = grad
+        for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
+            for p in group["params"]:
+                p.grad = noised.get(p)
         self._stepping = True
         try:
             self.original_optimizer.step()

@@ -20,6 +20,8 @@ from .optimizer import PrivateOptimizer
 from .sampling import PrivateDataLoader
 from .scope import PrivateTraining, private_training
 
+_WRAPPER = "_module."
+
 PathOrFile = str | os.PathLike[str] | BinaryIO | IO[bytes]
 Private = tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]
 PrivateWithCriterion = tuple[nn.Module, PrivateOptimizer, Any, PrivateDataLoader]
@@ -100,6 +102,7 @@ class PrivacyEngineHookBased:
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = False,
+        rand_on_empty: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
         """Attach to ``module`` and return it with the private optimizer and loader.
@@ -122,6 +125,7 @@ class PrivacyEngineHookBased:
             noise_generator: generator of the noise, for repeatable experiments.
             grad_sample_mode: "hooks", "functorch" or "ghost".
             wrap_model: accepted for compatibility; True raises, since this engine never wraps.
+            rand_on_empty: accepted for compatibility; True raises, since empty batches have no row here.
             **kwargs: ``max_physical_batch_size``, ``sample_rate``, ``self_check`` as in ``private_training``.
 
         Returns:
@@ -137,6 +141,7 @@ class PrivacyEngineHookBased:
             criterion,
             data_loader,
             wrap_model,
+            rand_on_empty=rand_on_empty,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             batch_first=batch_first,
@@ -225,10 +230,18 @@ class PrivacyEngineHookBased:
         wrap_model: bool,
         *,
         grad_sample_mode: str,
+        rand_on_empty: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
         if wrap_model is not False:
             raise bad("wrap_model", wrap_model, "this engine never wraps the model; leave the argument out.")
+        if rand_on_empty is not False:
+            raise bad(
+                "rand_on_empty",
+                rand_on_empty,
+                "an empty batch has zero rows here, and gets noise all the same; a made-up row would count as a person. "
+                "Use @dp_step if the model cannot run on zero rows.",
+            )
         scope = private_training(
             module,
             optimizer,
@@ -304,8 +317,8 @@ class PrivacyEngineHookBased:
     ) -> None:
         """Save model, optimizer, accountant and schedulers in Opacus's checkpoint format.
 
-        State-dict keys have no ``_module.`` prefix, which is also what Opacus writes. Random states are never saved: past
-        noise could be replayed from them.
+        State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from
+        them.
         """
         # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
         PrivacyEngine.save_checkpoint(
@@ -333,12 +346,18 @@ class PrivacyEngineHookBased:
     ) -> dict[str, Any]:
         """Load a checkpoint written by this engine or by Opacus's, and return what else was in it.
 
+        The ``_module.`` prefix of checkpoints written through Opacus's wrapper is taken off.
         Loads with ``weights_only=True``: a checkpoint cannot run code. Pass
         ``torch_load_kwargs={"weights_only": False}`` for one of your own that holds other objects.
         """
         checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
-        module.load_state_dict(checkpoint["module_state_dict"], **(module_load_dict_kwargs or {}))
-        self.accountant.load_state_dict(checkpoint["privacy_accountant_state_dict"])
+        spent = checkpoint["privacy_accountant_state_dict"]
+        make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
+        weights = checkpoint["module_state_dict"]
+        if weights and all(key.startswith(_WRAPPER) for key in weights):
+            weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
+        module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
+        self.accountant.load_state_dict(spent)
         parts = (
             ("optimizer_state_dict", optimizer),
             ("noise_scheduler_state_dict", noise_scheduler),

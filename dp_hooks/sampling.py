@@ -1,5 +1,6 @@
 """Drawing batches: Poisson sampling, physical parts of logical batches, batches with no example in them."""
 
+import copy
 import math
 import warnings
 from collections import deque
@@ -21,7 +22,7 @@ from torch.utils.data import (
 
 from ._tree import tree_map
 from ._validate import bad, fraction
-from .errors import ScopeError
+from .errors import DPHooksError, ScopeError
 from .noise import fresh_generator
 
 
@@ -173,8 +174,10 @@ class EmptyAwareCollate:
         """Collate ``examples``; an empty list gives a batch with zero rows."""
         if len(examples) > 0:
             return self.collate_fn(examples)
-        one = self.collate_fn([self.dataset[0]])
-        two = self.collate_fn([self.dataset[0], self.dataset[0]])
+        example = self.dataset[0]
+        # Copies, since collate functions may consume what they are given.
+        one = self.collate_fn([copy.deepcopy(example)])
+        two = self.collate_fn([copy.deepcopy(example), copy.deepcopy(example)])
         return tree_map(_no_rows, one, two)
 
 
@@ -190,9 +193,9 @@ def _no_rows(one: Any, two: Any) -> Any:
         return type(one)()
     if one is None or (isinstance(one, bool) and one == two):
         return one
-    if isinstance(one, (int, float)):
-        return type(one)(0)
-    raise TypeError(
+    if isinstance(one, (int, float, str, bytes)):
+        return type(one)()
+    raise DPHooksError(
         f"cannot make an empty batch: collate_fn returned a {type(one).__name__} in it. Let collate_fn return tensors, "
         "lists, tuples, mappings or dataclasses of them."
     )
@@ -237,6 +240,12 @@ class PrivateDataLoader(DataLoader[Any]):
             warnings.warn("the privacy budget is used up: the loader yields no more batches", stacklevel=2)
         batches = super().__iter__()
         return self._hand_out(batches, sampler.queue)
+
+    def close(self) -> None:
+        """Stop persistent workers, which would otherwise outlive the scope."""
+        workers, self._iterator = self._iterator, None
+        if workers is not None and hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
 
     def _hand_out(self, batches: Iterator[Any], queue: deque[Part]) -> Iterator[Any]:
         started = False

@@ -111,7 +111,7 @@ class PrivateTraining:
         assert sigma is not None  # check_budget: one of the two was given
         self.noise_multiplier = sigma
         self._meter = PrivacyMeter(
-            self.accountant, sample_rate=self.plan.sample_rate, poisson=self.plan.poisson, budget=budget
+            self.accountant, sigma=sigma, charged_rate=self.plan.charged_rate, poisson=self.plan.poisson, budget=budget
         )
         self.optimizer: PrivateOptimizer | None = None
         self.loader: PrivateDataLoader | None = None
@@ -165,6 +165,7 @@ class PrivateTraining:
             )
             optimizer.open(stack)
             loader = make_loader(self._original_loader, self.plan, self, self._max_physical_batch_size)
+            stack.callback(loader.close)
             self._activate(stack)
             self.controller, self.optimizer, self.loader = controller, optimizer, loader
             stack.callback(self._end)
@@ -180,7 +181,7 @@ class PrivateTraining:
         """Remove everything, whatever happened inside; exceptions pass through unchanged."""
         if self._stack is not None:
             stack, self._stack = self._stack, None
-            stack.close()
+            stack.__exit__(exc_type, exc, traceback)
 
     def _end(self) -> None:
         self._ended = True

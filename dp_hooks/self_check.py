@@ -1,7 +1,8 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from ._tree import tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
@@ -69,7 +69,7 @@ class SelfCheck:
         self._checked: set[str] = set()
         self._observed: list[_Observed] = []
         self._depth = 0
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._busy = False
         self.loss_verified = False
 
@@ -81,12 +81,11 @@ class SelfCheck:
         for name, module in self._model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # accepts no hooks; has nothing trainable, or the model would have been refused
-            self._handles += self._controller.attach_observer(module, self._before(name), self._after)
+            self._controller.attach(self._hooks, module, self._before(name), self._after, outer=True)
 
     def _unwatch(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
         self._observed = []
+        self._hooks.__exit__(*sys.exc_info())  # keeps what is being handled in the context of what goes wrong here
 
     def _before(self, name: str) -> Callable[..., None]:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,7 +196,7 @@ class SelfCheck:
             loss = whole()
             if not loss.requires_grad:
                 return False
-            loss.backward()
+            _backward(loss, [controller.token, *controller.params])
             found = controller.take()
             if found is None or found.samples != samples:
                 raise SelfCheckError(
@@ -214,12 +213,12 @@ class SelfCheck:
 
     def _reference(self, alone: Callable[[int], Tensor], i: int, what: str) -> dict[nn.Parameter, Tensor]:
         torch.manual_seed(0)
-        for p in self._params:
+        for p in self._model.parameters():
             p.grad = None
         try:
             loss = alone(i)
             if loss.requires_grad:
-                loss.backward()
+                _backward(loss, self._params)
         except DPHooksError:
             raise
         except Exception as error:
@@ -291,7 +290,7 @@ class SelfCheck:
         devices = sorted({p.device.index or 0 for p in self._params if p.device.type == "cuda"})
         buffers = [(b, b.detach().clone()) for b in self._model.buffers()]
         attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in self._model.modules()]
-        grads = [(p, p.grad) for p in self._params]
+        grads = [(p, p.grad) for p in self._model.parameters()]
         self._busy = True
         try:
             with torch.random.fork_rng(devices=devices), torch.enable_grad(), _NoDropout():
@@ -310,6 +309,16 @@ class SelfCheck:
                     buffer.copy_(value)
             for p, grad in grads:
                 p.grad = grad
+
+
+def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Back-propagate to ``leaves`` only: other models in the same graph, private or not, must not notice."""
+    try:
+        loss.backward(inputs=[leaf for leaf in leaves if leaf.requires_grad])
+    except RuntimeError as error:
+        if "Checkpointing is not compatible" not in str(error):
+            raise
+        loss.backward()  # reentrant checkpointing allows nothing else
 
 
 def _private_copy(leaf: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
+
 
 @dataclass(eq=False)
 class ParameterSlots:
@@ -21,7 +23,7 @@ class ParameterSlots:
     params: dict[str, nn.Parameter] = field(init=False)
     filled: bool = field(default=False, init=False)
     places: list[tuple[nn.Module, str, str]] = field(init=False)
-    _flat: list[tuple[nn.RNNBase, list[Any]]] = field(default_factory=list, init=False)
+    _lists: list[tuple[nn.RNNBase, dict[str, Any]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Find the slots."""
@@ -43,11 +45,9 @@ class ParameterSlots:
         for owner, key, name in self.places:
             owner._parameters[key] = tensors[name]  # type: ignore[assignment]
         for owner in {id(o): o for o, _, _ in self.places}.values():
-            # Recurrent layers keep a second list of their weights, which is the one that forward reads.
+            # Recurrent layers notice in forward that their weights changed, and renew a second list of them.
             if isinstance(owner, nn.RNNBase):
-                flat: list[Any] = owner._flat_weights
-                self._flat.append((owner, list(flat)))
-                flat[:] = [owner._parameters[n] for n in owner._flat_weights_names]
+                self._lists.append((owner, {key: vars(owner)[key] for key in _RNN_LISTS if key in vars(owner)}))
 
     def detach(self) -> None:
         """Store the parameters' detached selves, so that autograd computes no gradient for them."""
@@ -57,7 +57,7 @@ class ParameterSlots:
         """Put the parameters back; harmless if they are in place."""
         for owner, key, name in self.places:
             owner._parameters[key] = self.params[name]
-        while self._flat:
-            owner, flat = self._flat.pop()
-            owner._flat_weights[:] = flat
+        while self._lists:
+            owner, lists = self._lists.pop()
+            vars(owner).update(lists)
         self.filled = False

@@ -89,8 +89,9 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..
 
         loss = run(batch)
         shape_seen[:] = [loss.dim() == 1]
-        _for_scope(loss, reduction, scope.loss_reduction).backward()
-        _self_check(scope, run, batch, reduction)
+        _private_backward(scope, loss, reduction)
+        _check_length(fn, loss, scope)
+        _self_check(scope, run, batch, loss, reduction)
         optimizer.step()
         return loss.detach()
 
@@ -128,16 +129,45 @@ def _is_empty(scope: PrivateTraining, batch: Any) -> bool:
     return bool(sizes) and not any(sizes)
 
 
-def _self_check(scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, reduction: Reduction) -> None:
+def _check_length(fn: Any, loss: Tensor, scope: PrivateTraining) -> None:
+    samples = 0 if scope.controller is None else scope.controller.samples
+    if loss.dim() == 1 and samples and len(loss) != samples:
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
+        )
+
+
+def _reduction_of(scope: PrivateTraining, loss: Tensor, reduction: Reduction) -> str:
+    """Return "mean" or "sum": how the loss that is back-propagated is reduced over samples."""
+    return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
+
+
+def _reduced(loss: Tensor, how: str) -> Tensor:
+    if loss.dim() == 0:
+        return loss
+    return loss.mean() if how == "mean" else loss.sum()
+
+
+def _private_backward(scope: PrivateTraining, loss: Tensor, reduction: Reduction) -> None:
+    assert scope.controller is not None  # the scope is open
+    how = _reduction_of(scope, loss, reduction)
+    with scope.controller.reduced_by(how):
+        _reduced(loss, how).backward()
+
+
+def _self_check(
+    scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, loss: Tensor, reduction: Reduction
+) -> None:
     check, controller = scope.self_check, scope.controller
     if check is None or controller is None or not check.needed(controller.samples):
         return
-    samples, axis, declared = controller.samples, controller.axis, scope.loss_reduction
-
-    def alone(i: int) -> Tensor:
-        return _for_scope(run(one_sample(batch, i, samples, axis)), reduction, declared)
-
-    check.check_loss(samples, lambda: _for_scope(run(batch), reduction, declared), alone)
+    samples, axis, how = controller.samples, controller.axis, _reduction_of(scope, loss, reduction)
+    with controller.reduced_by(how):
+        check.check_loss(
+            samples,
+            lambda: _reduced(run(batch), how),
+            lambda i: _reduced(run(one_sample(batch, i, samples, axis)), how),
+        )
 
 
 def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:
@@ -152,11 +182,4 @@ def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:
             f"{_name(fn)}() returned a loss of shape {tuple(loss.shape)}; with reduction={reduction!r} expected "
             f"{' or '.join('[n]' if d else 'a scalar' for d in wanted)}. Average token losses within each sample first."
         )
-    return loss
-
-
-def _for_scope(loss: Tensor, reduction: Reduction, declared: str) -> Tensor:
-    """Reduce the loss the way the scope expects it, so that the captured gradients get the right scale."""
-    if loss.dim() == 1:
-        return loss.mean() if declared == "mean" else loss.sum()
     return loss

@@ -73,3 +73,11 @@ def test_public_names_are_importable_and_typed():
     """Every name in ``__all__`` exists, and the package says that it is typed."""
     assert all(hasattr(dp_hooks, name) for name in dp_hooks.__all__)
     assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda p: p.name)
+def test_every_test_says_what_it_shows(path):
+    """Each test function has a docstring that states the behaviour it shows."""
+    tests = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    silent = [n.name for n in tests if n.name.startswith("test_") and not ast.get_docstring(n)]
+    assert not silent

@@ -354,7 +354,7 @@ def test_a_rule_that_returns_the_wrong_thing_is_refused(wrong):
     try:
         model = Odd()
         controller = HookController(model)
-        with pytest.raises(errors.UnsupportedModelError, match="'Odd'.*factor"):
+        with pytest.raises(errors.UnsupportedModelError, match=r"'Odd'.*factor"):
             losses_of(model, randn(N, 4)).mean().backward()
         controller.cleanup()
     finally:

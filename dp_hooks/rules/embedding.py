@@ -52,17 +52,18 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
 
 def refusal(module: nn.Module) -> str | None:
     """Say why this embedding cannot be trained privately, or None."""
+    reasons = []
     if getattr(module, "max_norm", None) is not None:
-        return (
+        reasons.append(
             "max_norm rescales rows of the table in place according to the ids in the batch, an update without "
             "noise. Remedy: build it with max_norm=None"
         )
     if getattr(module, "scale_grad_by_freq", False):
-        return (
+        reasons.append(
             "scale_grad_by_freq divides gradients by counts over the whole batch, which mixes samples. "
             "Remedy: build it with scale_grad_by_freq=False"
         )
-    return None
+    return "; ".join(reasons) or None
 
 
 EMBEDDING = Rule(
