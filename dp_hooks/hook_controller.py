@@ -19,7 +19,7 @@ from .errors import ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .model_check import check_is_module, check_model, mixes_samples, mixing_reason
 from .rules import Call, Rule, RuleTable, check_samples, expands_shared_ids
-from .slots import ParameterSlots
+from .slots import ParameterSlots, attributes_kept
 
 MODES = ("ghost", "hooks", "functorch")
 REDUCTIONS = ("mean", "sum")
@@ -472,19 +472,16 @@ class HookController:
 
     def _rerun(self, site: _Site, tensors: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module of ``site`` with other tensors as parameters, capturing nothing and leaving nothing."""
-        attributes = {m: dict(vars(m)) for m in site.module.modules()}
         self._running += 1
         try:
-            site.slots.fill(tensors)
-            return site.module(*args, **kwargs)
+            with attributes_kept(site.module):
+                site.slots.fill(tensors)
+                try:
+                    return site.module(*args, **kwargs)
+                finally:
+                    site.slots.restore()
         finally:
             self._running -= 1
-            site.slots.restore()
-            for module, before in attributes.items():
-                now = vars(module)
-                if now.keys() != before.keys() or any(now[k] is not v for k, v in before.items()):
-                    now.clear()
-                    now.update(before)
 
     # ---------------------------------------------------------------- boundaries
 

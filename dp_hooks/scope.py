@@ -66,6 +66,8 @@ class PrivateTraining:
         secure_mode: bool,
         noise_generator: torch.Generator | None,
         self_check: bool,
+        criterion: nn.Module | None,
+        ledger: None,
     ) -> None:
         """Check every argument, and work out sigma; nothing is attached or spent yet."""
         self.model = check_is_module(model)
@@ -92,6 +94,11 @@ class PrivateTraining:
             raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
         self._noise = GaussianNoise(noise_generator)
         self._wants_check = boolean("self_check", self_check)
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
+        self._criterion = criterion
+        if ledger is not None:
+            raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
         self._noise.check_devices({p.device for p in self._params})
         if _processes() > 1:
             raise ScopeError(
@@ -149,7 +156,7 @@ class PrivateTraining:
             )
             stack.callback(controller.cleanup)
             if self._wants_check:
-                self.self_check = SelfCheck(controller, self.model, self._params)
+                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion)
                 self.self_check.watch(stack)
             optimizer = PrivateOptimizer(
                 self._original_optimizer,
@@ -315,6 +322,8 @@ def private_training(
     secure_mode: bool = False,
     noise_generator: torch.Generator | None = None,
     self_check: bool = True,
+    criterion: nn.Module | None = None,
+    ledger: None = None,
 ) -> PrivateTraining:
     """Train ``model`` with differential privacy inside a ``with`` block (DP-SGD: Abadi et al., CCS 2016).
 
@@ -361,6 +370,9 @@ def private_training(
         self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
             is released, at the cost of a few passes, once. Under ``@dp_step`` the train function and its loss are
             included. False trusts the engine blindly.
+        criterion: the loss module of a bare loop. The self-check then covers it, too: its gradient on the batch must be
+            that of single samples, reduced as declared.
+        ledger: reserved for a record of charges on disk; not available yet.
 
     Returns:
         The scope. Entering it gives ``(optimizer, loader)``; it keeps ``optimizer``, ``loader``, ``controller``,
@@ -391,4 +403,6 @@ def private_training(
         secure_mode=secure_mode,
         noise_generator=noise_generator,
         self_check=self_check,
+        criterion=criterion,
+        ledger=ledger,
     )

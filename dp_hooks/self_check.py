@@ -15,6 +15,7 @@ from ._tree import tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
+from .slots import attributes_kept
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 _ALONE = 4
@@ -61,8 +62,15 @@ class SelfCheck:
     samples, once.
     """
 
-    def __init__(self, controller: HookController, model: nn.Module, params: list[nn.Parameter]) -> None:
-        """Check the gradients of ``params`` that ``controller`` captures on ``model``."""
+    def __init__(
+        self,
+        controller: HookController,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        criterion: nn.Module | None = None,
+    ) -> None:
+        """Check the gradients of ``params`` that ``controller`` captures on ``model``, and those of ``criterion``."""
+        self._criterion = criterion
         self._controller = controller
         self._model = model
         self._params = params
@@ -71,6 +79,7 @@ class SelfCheck:
         self._depth = 0
         self._hooks = ExitStack()
         self._busy = False
+        self._criterion_call: tuple[Any, Any] | None = None
         self.loss_verified = False
 
     # ---------------------------------------------------------------- watching
@@ -78,6 +87,9 @@ class SelfCheck:
     def watch(self, stack: ExitStack) -> None:
         """Observe outermost calls into the model until checked, or until ``stack`` unwinds."""
         stack.callback(self._unwatch)
+        if self._criterion is not None:
+            handle = self._criterion.register_forward_hook(self._observe_criterion, with_kwargs=True)
+            self._hooks.callback(handle.remove)
         for name, module in self._model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # accepts no hooks; has nothing trainable, or the model would have been refused
@@ -102,9 +114,14 @@ class SelfCheck:
         if not self._busy and torch._C._current_graph_task_id() == -1:
             self._depth = max(0, self._depth - 1)
 
+    def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._busy and torch.is_grad_enabled():
+            self._criterion_call = tree_map(_private_copy, (args, kwargs))
+
     def new_step(self) -> None:
         """Forget calls observed before a boundary."""
         self._observed = []
+        self._criterion_call = None
         self._depth = 0
 
     # ---------------------------------------------------------------- checking
@@ -137,7 +154,49 @@ class SelfCheck:
                 "no output of the model could be compared in the self-check: none has a row per sample or is a scalar loss. "
                 "Remedy: declare the sample axis (batch_first), or train with a @dp_step function, which is checked whole."
             )
+        if self._criterion is not None:
+            self._check_criterion(samples)
         self._passed(samples)
+        self.loss_verified = self._criterion is not None and "many" in self._checked
+
+    def _check_criterion(self, samples: int) -> None:
+        """Compare the gradient of the loss function on the batch with that on single samples."""
+        if self._criterion_call is None:
+            raise SelfCheckError(
+                "criterion was not called before this step, so it could not be checked. Pass the loss module that the "
+                "training loop calls, or leave criterion out (the report then says: loss not verified)."
+            )
+        axis, call = self._controller.axis, self._criterion_call
+        with self._undisturbed():
+            whole = self._criterion_gradients(call)
+            if self._controller.loss_reduction == "mean":
+                whole = [g * samples for g in whole]
+            for i in _some(samples):
+                alone = self._criterion_gradients(one_sample(call, i, samples, axis))
+                for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
+                    off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
+                    if not off <= _TOLERANCE.get(single.dtype, _COARSE):
+                        raise SelfCheckError(
+                            f"criterion ({type(self._criterion).__name__}): its gradient for sample {i} of the batch is off by "
+                            f"{off:.1e} from its gradient on that sample alone; nothing was released. Either it couples the "
+                            "samples (a mean over all tokens, a contrastive term), or "
+                            f"loss_reduction={self._controller.loss_reduction!r} is not how it reduces. Remedy: reduce within each "
+                            "sample first, or declare the reduction."
+                        )
+
+    def _criterion_gradients(self, call: tuple[Any, Any]) -> list[Tensor]:
+        assert self._criterion is not None
+        leaves: list[Tensor] = []
+
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            leaves.append(value.detach().requires_grad_())
+            return leaves[-1]
+
+        args, kwargs = tree_map(leaf, call)
+        found = torch.autograd.grad(self._criterion(*args, **kwargs).sum(), leaves, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
     def check_loss(self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor]) -> None:
         """Check a whole train function, loss included.
@@ -289,21 +348,18 @@ class SelfCheck:
         """Run with dropout off, and put random state, buffers, attributes and gradients back afterwards."""
         devices = sorted({p.device.index or 0 for p in self._params if p.device.type == "cuda"})
         buffers = [(b, b.detach().clone()) for b in self._model.buffers()]
-        attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in self._model.modules()]
         grads = [(p, p.grad) for p in self._model.parameters()]
         self._busy = True
         try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad(), _NoDropout():
+            with (
+                attributes_kept(self._model),
+                torch.random.fork_rng(devices=devices),
+                torch.enable_grad(),
+                _NoDropout(),
+            ):
                 yield
         finally:
             self._busy = False
-            for module, before, named in attributes:
-                module._buffers.clear()
-                module._buffers.update(named)
-                now = vars(module)
-                if now.keys() != before.keys() or any(now[k] is not v for k, v in before.items()):
-                    now.clear()
-                    now.update(before)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)

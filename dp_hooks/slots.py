@@ -1,6 +1,7 @@
 """The places in a module where its parameters are stored, to put other tensors there for a while and back again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,3 +62,19 @@ class ParameterSlots:
             owner, lists = self._lists.pop()
             vars(owner).update(lists)
         self.filled = False
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in before:
+            m._buffers.clear()
+            m._buffers.update(buffers)
+            now = vars(m)
+            if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
+                now.clear()
+                now.update(attributes)

@@ -117,6 +117,9 @@ PLAIN: list[tuple[str, dict[str, Any], list[str]]] = [
         for name in ("batch_first", "poisson_sampling")
         for v in (1, 0, "no", None)
     ],
+    ("criterion function", {"criterion": torch.nn.functional.mse_loss}, ["criterion=", "dp_step"]),
+    ("ledger", {"ledger": "spent.jsonl"}, ["ledger='spent.jsonl'", "not available"]),
+    ("self_check 1", {"self_check": 1}, ["self_check=1", "True or False"]),
     ("generator 7", {"noise_generator": 7}, ["noise_generator=7", "torch.Generator"]),
     ("generator module", {"noise_generator": torch.manual_seed}, ["noise_generator=", "torch.Generator"]),
     # the model, the optimizer and the data

@@ -316,3 +316,51 @@ def test_what_was_captured_for_the_step_survives_a_separate_capture():
         assert controller.samples == N
         assert all(vars(p).get("grad_sample") is g for p, g in zip(model.parameters(), before, strict=True))
         controller.cleanup()
+
+
+class TokenMean(nn.Module):
+    """Averages over all positive entries of the batch: the denominator couples the samples."""
+
+    def forward(self, out, target):
+        return ((out - target) ** 2)[out > 0].mean()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "declared", "verified"),
+    [
+        (nn.MSELoss(), "mean", True),
+        (nn.CrossEntropyLoss(), "mean", True),
+        (nn.MSELoss(reduction="sum"), "sum", True),
+        (nn.MSELoss(reduction="sum"), "mean", False),
+        (nn.MSELoss(), "sum", False),
+        (TokenMean(), "mean", False),
+    ],
+    ids=["mean", "cross-entropy", "sum", "sum for mean", "mean for sum", "token mean"],
+)
+def test_a_criterion_is_checked_as_well(criterion, declared, verified, loader_of):
+    """A loss module given as criterion is compared on batch and single samples; the report then says: verified."""
+    model = mlp()
+    target = torch.randint(0, 3, (N,)) if isinstance(criterion, nn.CrossEntropyLoss) else randn(N, 3)
+    hooks = dict(criterion._forward_hooks)
+
+    def step(opt, batch):
+        criterion(model(batch[0]), batch[1]).backward()
+        opt.step()
+
+    scope = enter(model, loader_of, [randn(N, 5), target], criterion=criterion, loss_reduction=declared)
+    error, moved, _ = released(model, scope, step)
+    assert (error is None) == moved == scope.report().loss_verified == verified
+    assert dict(criterion._forward_hooks) == hooks
+
+
+def test_a_criterion_that_is_never_called_is_refused(loader_of):
+    """Giving a criterion that the loop does not use is an error, not a verified loss."""
+    model = mlp()
+
+    def step(opt, batch):
+        _plain(model, batch).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5)], criterion=nn.MSELoss()), step)
+    assert "criterion was not called" in str(error)
+    assert not moved

@@ -1,0 +1,179 @@
+"""HookController on its own: the life of its hooks, and what it captures."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dp_hooks import HookController, errors
+
+from .reference import sample_grads
+from .test_rules import N, Wrap, assert_close, losses_of, randn
+
+
+def model_of(*layers):
+    return nn.Sequential(*layers).double()
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_every_method_may_be_called_again():
+    """add, enable, disable, remove and cleanup do nothing the second time, and hooks can be added anew."""
+    model = model_of(nn.Linear(4, 3))
+    controller = HookController(model)
+    count = hook_count(model)
+    assert count > 0
+    controller.add_hooks()
+    assert hook_count(model) == count
+    for method in (controller.disable_hooks, controller.remove_hooks, controller.cleanup):
+        method()
+        method()
+        assert not controller.hooks_enabled
+    assert hook_count(model) == 0
+    with pytest.raises(errors.ScopeError, match="add_hooks"):
+        controller.enable_hooks()
+    controller.add_hooks()
+    losses_of(model, randn(N, 4)).mean().backward()
+    assert model[0].weight.grad_sample.shape == (N, 3, 4)
+    controller.cleanup()
+    assert not hasattr(model[0].weight, "grad_sample")
+
+
+def test_disabled_hooks_leave_ordinary_training_alone():
+    """While disabled, p.grad is the ordinary gradient and no grad_sample appears; enabling captures again."""
+    model, x = model_of(nn.Linear(4, 3)), randn(N, 4)
+    controller = HookController(model)
+    controller.disable_hooks()
+    losses_of(model, x).sum().backward()
+    expected = sample_grads(model, losses_of, x)["0.weight"].sum(0)
+    torch.testing.assert_close(model[0].weight.grad, expected)
+    assert not hasattr(model[0].weight, "grad_sample")
+    controller.enable_hooks()
+    model.zero_grad()
+    losses_of(model, x).mean().backward()
+    assert model[0].weight.grad is None
+    assert model[0].weight.grad_sample.shape == (N, 3, 4)
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+def test_a_graph_that_outlives_the_controller_is_inert(mode):
+    """Backward through a graph built before removal records nothing and disturbs no gradient of the input."""
+    model = model_of(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    x = randn(N, 4).requires_grad_()
+    controller = HookController(model, grad_sample_mode=mode)
+    loss = losses_of(model, x).sum()
+    controller.remove_hooks()
+    loss.backward()
+    assert controller.take() is None
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    torch.testing.assert_close(x.grad, torch.autograd.grad(losses_of(model, x).sum(), x)[0])
+
+
+def test_every_module_with_buffers_is_listed():
+    """The refusal names each trainable module with buffers and each that keeps batch statistics."""
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("seen", torch.zeros(()))
+
+    model = nn.Sequential(Counting(), nn.BatchNorm1d(3), nn.Linear(3, 3), Counting())
+    with pytest.raises(NotImplementedError) as caught:
+        HookController(model)
+    message = str(caught.value)
+    assert all(name in message for name in ("0 (Counting)", "1 (BatchNorm1d)", "3 (Counting)"))
+    assert "2 (Linear)" not in message
+    assert hook_count(model) == 0
+
+
+def test_batch_norm_switched_to_training_later_is_refused():
+    """A frozen BatchNorm in eval mode passes; its first forward in training mode raises, naming it."""
+    model = model_of(nn.Linear(4, 3), nn.BatchNorm1d(3).eval().requires_grad_(False))
+    controller = HookController(model)
+    losses_of(model, randn(N, 4)).mean().backward()
+    model.train()
+    with pytest.raises(errors.UnsupportedModelError, match=r"^1 \(BatchNorm1d\)"):
+        model(randn(N, 4))
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant, mode):
+    """Checkpointed parts, reentrant or not, give the gradients of single samples."""
+    model = Wrap(
+        lambda s, x: s.b(checkpoint(s.a, s.first(x), use_reentrant=use_reentrant)),
+        first=nn.Linear(4, 4),
+        a=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
+        b=nn.Linear(4, 2),
+    ).double()
+    x = randn(N, 4)
+    plain = Wrap(lambda s, x: s.b(s.a(s.first(x))), first=model.first, a=model.a, b=model.b)
+    expected = sample_grads(plain, losses_of, x)
+    controller = HookController(model, grad_sample_mode=mode)
+    losses_of(model, x).mean().backward()
+    found = controller.take()
+    assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+def test_keyword_inputs_and_nested_outputs(mode):
+    """Modules called with keywords only, and modules that return dictionaries and tuples, are captured whole."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4, dtype=torch.float64))
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, *, x, factor, flag="plus"):
+            y = self.linear(input=x) * factor
+            return {"sum": y + self.scale, "parts": (y, [x * self.scale]), "flag": flag}
+
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            out = self.pair(x=x, factor=2.0)
+            return out["sum"].tanh() + out["parts"][0] * out["parts"][1][0]
+
+    model, x = Uses(), randn(N, 4)
+    expected = sample_grads(model, losses_of, x)
+    controller = HookController(model, grad_sample_mode=mode)
+    losses_of(model, x).mean().backward()
+    found = controller.take()
+    assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
+    controller.cleanup()
+
+
+def test_two_passes_over_the_same_samples_add_up_and_other_sizes_are_refused():
+    """grad_sample is the sum over passes between boundaries; a pass over another number of samples is an error."""
+    model, x = model_of(nn.Linear(4, 3)), randn(N, 4)
+    controller = HookController(model)
+    losses_of(model, x).mean().backward()
+    once = model[0].weight.grad_sample.clone()
+    losses_of(model, x).mean().backward()
+    torch.testing.assert_close(model[0].weight.grad_sample, 2 * once)
+    with pytest.raises(errors.ScopeError, match="different numbers of samples"):
+        losses_of(model, x[:1]).mean().backward()
+    controller.discard()
+    losses_of(model, x).mean().backward()
+    torch.testing.assert_close(model[0].weight.grad_sample, once)
+    controller.cleanup()
+
+
+def test_a_weight_used_elsewhere_is_named():
+    """A weight read outside its module raises from backward, with its name, and its gradient is dropped."""
+    model = Wrap(lambda s, x: F.linear(s.a(x), s.b.weight), a=nn.Linear(4, 4), b=nn.Linear(4, 2)).double()
+    controller = HookController(model)
+    with pytest.raises(errors.UnsupportedModelError, match=r"^b\.weight: used where no hook saw it"):
+        losses_of(model, randn(N, 4)).mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    controller.cleanup()
