@@ -114,7 +114,7 @@ class PrivacyEngineHookBased:
             module: the model, returned as the same object.
             optimizer: its optimizer.
             criterion: the loss function; returned unchanged in mode "ghost" (default there: ``CrossEntropyLoss()``), since
-                ordinary losses work, and covered by the self-check if it is a module. Unused in other modes.
+                ordinary losses work. Unused in other modes.
             data_loader: the loader of the training data.
             noise_multiplier: sigma.
             max_grad_norm: C, or a list with ``clipping="per_layer"``.
@@ -249,8 +249,6 @@ class PrivacyEngineHookBased:
             accountant=self.accountant,
             secure_mode=self.secure_mode,
             grad_sample_mode=grad_sample_mode,
-            # Only in mode "ghost" is the criterion handed back, and so the one that the loop calls.
-            criterion=criterion if grad_sample_mode == "ghost" and isinstance(criterion, nn.Module) else None,
             **kwargs,
         )
         if self.dataset is not None and self.dataset is not data_loader.dataset:
