@@ -117,7 +117,6 @@ PLAIN: list[tuple[str, dict[str, Any], list[str]]] = [
         for name in ("batch_first", "poisson_sampling")
         for v in (1, 0, "no", None)
     ],
-    ("criterion function", {"criterion": torch.nn.functional.mse_loss}, ["criterion=", "dp_step"]),
     ("ledger", {"ledger": "spent.jsonl"}, ["ledger='spent.jsonl'", "not available"]),
     ("self_check 1", {"self_check": 1}, ["self_check=1", "True or False"]),
     ("generator 7", {"noise_generator": 7}, ["noise_generator=7", "torch.Generator"]),
@@ -150,6 +149,7 @@ PLAIN: list[tuple[str, dict[str, Any], list[str]]] = [
     ("batch too large", {"loader": lambda m: _loader(8, 9)}, ["loader=", "batch_size=9", "8 examples"]),
 ]
 SCOPE_ONLY: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("criterion function", {"criterion": torch.nn.functional.mse_loss}, ["criterion=", "dp_step"]),
     *[
         (f"accountant {v!r}", {"accountant": v}, [f"accountant={v!r}", "'gdp', 'prv', 'rdp'"])
         for v in ("PRV", "moments", None, 3)
