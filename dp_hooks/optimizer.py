@@ -232,8 +232,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if not self._closed:
             self._controller.discard()
-            if self._self_check is not None:
-                self._self_check.new_step()
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -323,6 +321,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._part = part
         self._part_done = False
         self._controller.serial += 1
+        if self._self_check is not None:
+            self._self_check.new_step()
 
     def _add_part(self, gradients: SampleGradients | None) -> None:
         """Clip one physical part and add it to the sums of its logical batch."""

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .slots import attributes_kept
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 _ALONE = 4
+# How many outermost calls are remembered: those of one step, in practice one or two.
+_CALLS = 8
 # Largest disagreement relative to the gradient of a parameter, or to a hundredth of the sample's whole gradient where
 # the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
@@ -75,7 +78,7 @@ class SelfCheck:
         self._model = model
         self._params = params
         self._checked: set[str] = set()
-        self._observed: list[_Observed] = []
+        self._observed: deque[_Observed] = deque(maxlen=_CALLS)
         self._depth = 0
         self._hooks = ExitStack()
         self._busy = False
@@ -96,7 +99,7 @@ class SelfCheck:
             self._controller.attach(self._hooks, module, self._before(name), self._after, outer=True)
 
     def _unwatch(self) -> None:
-        self._observed = []
+        self._observed.clear()
         self._hooks.__exit__(*sys.exc_info())  # keeps what is being handled in the context of what goes wrong here
 
     def _before(self, name: str) -> Callable[..., None]:
@@ -104,7 +107,7 @@ class SelfCheck:
             if self._busy or torch._C._current_graph_task_id() != -1:
                 return
             self._depth += 1
-            if self._depth == 1 and torch.is_grad_enabled() and len(self._observed) < 8:
+            if self._depth == 1 and torch.is_grad_enabled():
                 copied = tree_map(_private_copy, (args, kwargs))
                 self._observed.append(_Observed(module, name, *copied))
 
@@ -120,7 +123,7 @@ class SelfCheck:
 
     def new_step(self) -> None:
         """Forget calls observed before a boundary."""
-        self._observed = []
+        self._observed.clear()
         self._criterion_call = None
         self._depth = 0
 
@@ -136,13 +139,14 @@ class SelfCheck:
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
-        if not self._observed:
+        calls = [call for call in self._observed if self._has_rows(call, samples)]
+        if not calls:
             raise SelfCheckError(
                 "the self-check saw no call into the model before this step, so nothing could be compared. Run the model "
                 "inside the scope, in one process, with gradients enabled."
             )
         compared = 0
-        for call in self._observed:
+        for call in calls:
             compared += self._compare(
                 samples,
                 lambda call=call: self._loss_of_call(call, samples, None),  # type: ignore[misc]
@@ -158,6 +162,10 @@ class SelfCheck:
             self._check_criterion(samples)
         self._passed(samples)
         self.loss_verified = self._criterion is not None and "many" in self._checked
+
+    def _has_rows(self, call: _Observed, samples: int) -> bool:
+        axis = self._controller.axis
+        return any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of((call.args, call.kwargs)))
 
     def _check_criterion(self, samples: int) -> None:
         """Compare the gradient of the loss function on the batch with that on single samples."""

@@ -254,6 +254,36 @@ def test_direct_calls_of_submodules_are_checked(loader_of):
         assert moved != refused
 
 
+def test_zero_grad_between_forward_and_backward_is_fine(loader_of):
+    """The order forward, zero_grad, backward, step passes the check like any other."""
+    model = mlp()
+
+    def step(opt, batch):
+        loss = _plain(model, batch).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    error, moved, steps = released(model, enter(model, loader_of, [randn(N, 5)]), step)
+    assert error is None
+    assert moved
+    assert steps == 1
+
+
+def test_calls_on_other_batches_before_the_step_do_not_matter(loader_of):
+    """A forward pass over other data, with gradients enabled and never back-propagated, does not disturb the check."""
+    model = mlp()
+
+    def step(opt, batch):
+        model(randn(2, 5))
+        _plain(model, batch).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5)]), step)
+    assert error is None
+    assert moved
+
+
 def test_the_check_runs_once(loader_of):
     """After it has passed for several samples, no further forward passes are made and its hooks are gone."""
     model = mlp()
