@@ -6,6 +6,7 @@ through ordinary autograd, which is exact. A module that draws random numbers is
 see the numbers that the forward pass drew.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,9 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     params = {name: call.parameter(name).detach() for name in call.names}
     if call.samples and not _needs_loop(call.module) and "loop" not in call.memo:
         try:
-            return _by_vmap(call, params)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return _by_vmap(call, params)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if _is_random(error):
                 raise _refusal(
