@@ -172,7 +172,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     # ---------------------------------------------------------------- torch.optim.Optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's parameter groups."""
         return self.original_optimizer.param_groups
 
@@ -181,7 +181,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's state."""
         return self.original_optimizer.state
 
@@ -190,7 +190,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.original_optimizer.defaults
 
@@ -234,7 +234,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._controller.discard()
         self.original_optimizer.zero_grad(set_to_none=True)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one private step, or, in the middle of a logical batch, just add the finished physical part.
 
         Args:

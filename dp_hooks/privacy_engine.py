@@ -322,7 +322,7 @@ class PrivacyEngineHookBased:
         """
         # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
         PrivacyEngine.save_checkpoint(
-            self,  # type: ignore[arg-type]
+            self,
             path=path,
             module=module,
             optimizer=optimizer,

@@ -1,0 +1,116 @@
+"""The examples run: on their own data where they make it, on a tiny model and data where they would fetch some."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+    """A directory with a five-layer BERT encoder of random weights and a tokenizer for a few words."""
+    words = [*"a good bad movie film the story is this and from start to finish i thought it was . ,".split()]
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    directory = tmp_path / "model"
+    config = BertConfig(
+        vocab_size=5 + len(words),
+        hidden_size=24,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(directory)
+    BertTokenizerFast(str(vocabulary)).save_pretrained(directory)
+    return directory
+
+
+def test_hook_based_example(capsys):
+    """The comparison with Opacus's wrapper runs, and its own assertions hold."""
+    load("hook_based_example").main()
+    out = capsys.readouterr().out
+    assert "Opacus  False\n    hooks   True" in out
+    assert "no hook is left" in out
+
+
+def test_finetuning_saves_a_checkpoint_that_transformers_loads(tiny_model, tmp_path, monkeypatch, capsys):
+    """A run on a CSV file and another model stays within its budget, and the saved model computes what was trained."""
+    data, output = tmp_path / "reviews.csv", tmp_path / "out"
+    with data.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(120):
+            writer.writerow([f"this {'good' if i % 2 else 'bad'} movie is a film" + " and a story" * (i % 4), i % 2])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "finetune",
+            "--data",
+            str(data),
+            "--model",
+            str(tiny_model),
+            "--output",
+            str(output),
+            "--epochs",
+            "3",
+            "--batch-size",
+            "32",
+            "--max-physical-batch-size",
+            "20",
+            "--epsilon",
+            "50",
+        ],
+    )
+    load("finetune_sentiment").main()
+    out = capsys.readouterr().out
+    last_epoch = out.split("epoch  3: ")[1]
+    trained = float(last_epoch.split("accuracy ")[1].split(",")[0])
+    saved = float(out.split("\naccuracy ")[1].split(" ")[0])
+    assert saved == pytest.approx(trained, abs=0.05)
+    assert 0 < float(out.split("at epsilon ")[1].split(",")[0]) <= 50
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.bert.encoder.layer[-1].attention.self.key.weight.abs().sum() > 0
+
+
+def test_the_keys_written_into_the_model_compute_what_was_trained(tiny_model):
+    """The model's own forward equals the top layer that was trained, once the key vectors are filled in."""
+    example = load("finetune_sentiment")
+    torch.manual_seed(0)
+    model = example.build_model(tiny_model)
+    top = example.TopLayer(model)
+    with torch.no_grad():
+        top.keys.weight.normal_(std=0.5)
+        model.classifier.weight.normal_()
+    top.write_keys()
+    ids = torch.randint(5, 20, (6, 9))
+    mask = (torch.arange(9)[None] < torch.tensor([9, 4, 5, 9, 2, 7])[:, None]).long()
+    hidden = example.encode(model, ids, mask).float()
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(top(hidden, mask), expected, atol=2e-2, rtol=2e-2)  # hidden states are kept in float16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("words,label\na,1\n", "columns text and label"), ("text,label\na,2\n", "labels other than 0 and 1")],
+)
+def test_a_bad_csv_file_is_explained(content, message, tmp_path):
+    """A file without the right columns or labels ends the example with a sentence that says so."""
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        load("finetune_sentiment").load_csv(path)
