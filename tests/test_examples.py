@@ -55,27 +55,9 @@ def test_finetuning_saves_a_checkpoint_that_transformers_loads(tiny_model, tmp_p
         writer.writerow(["text", "label"])
         for i in range(120):
             writer.writerow([f"this {'good' if i % 2 else 'bad'} movie is a film" + " and a story" * (i % 4), i % 2])
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "finetune",
-            "--data",
-            str(data),
-            "--model",
-            str(tiny_model),
-            "--output",
-            str(output),
-            "--epochs",
-            "3",
-            "--batch-size",
-            "32",
-            "--max-physical-batch-size",
-            "20",
-            "--epsilon",
-            "50",
-        ],
-    )
+    where = ["--data", str(data), "--model", str(tiny_model), "--output", str(output)]
+    how = ["--epochs", "3", "--batch-size", "32", "--max-physical-batch-size", "20", "--epsilon", "50"]
+    monkeypatch.setattr(sys, "argv", ["finetune_sentiment.py", *where, *how])
     load("finetune_sentiment").main()
     out = capsys.readouterr().out
     last_epoch = out.split("epoch  3: ")[1]
