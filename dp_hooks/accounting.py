@@ -5,12 +5,13 @@ import warnings
 from dataclasses import dataclass
 
 from opacus.accountants import IAccountant, create_accountant
-from opacus.accountants.utils import get_noise_multiplier
 
 from ._validate import bad, fraction, non_negative, one_of, positive
 from .errors import BudgetExhaustedError, ScopeError
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
+_LARGEST_SIGMA = 1e4
+_LARGEST_EPSILON = 100.0
 
 _SIGMA = "pass 0 or more: it is the standard deviation of the noise in units of the clipping bound."
 _DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
@@ -68,6 +69,13 @@ def check_budget(
             )
         return sigma, None, delta, None
     epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
+    if epsilon > _LARGEST_EPSILON:
+        raise bad(
+            "target_epsilon",
+            target_epsilon,
+            f"a budget above {_LARGEST_EPSILON:g} protects nobody, and accountants break down there. Pass a smaller one, or "
+            "noise_multiplier.",
+        )
     if delta is None:
         raise bad("target_delta", None, f"target_epsilon needs a target_delta: {_DELTA}")
     if epochs is None:
@@ -78,8 +86,13 @@ def check_budget(
 def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate: float, releases: int) -> float:
     """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within ``(epsilon, delta)``.
 
+    The result is the larger end of a bisection, so epsilon is never above the target, and at least 99.9 % of it is used
+    (less only where the accountant's own resolution is coarser). Opacus's ``get_noise_multiplier`` is not used: it
+    starts from 0, where accountants take very long or run out of memory, and need not end for small targets.
+
     Raises:
-        InvalidArgumentError: the accountant holds charges already, which the calculation would leave out.
+        InvalidArgumentError: the accountant holds charges already, which the calculation would leave out, or it cannot
+            certify such a small epsilon with any noise.
     """
     if accountant.history:
         raise bad(
@@ -88,16 +101,32 @@ def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate
             "the accountant already holds spent budget, which a noise multiplier calculated for a fresh start would "
             "ignore. Use a new accountant (a new engine), or pass noise_multiplier.",
         )
-    return float(
-        get_noise_multiplier(
-            target_epsilon=epsilon,
-            target_delta=delta,
-            sample_rate=sample_rate,
-            steps=releases,
-            accountant=accountant.mechanism(),
-            epsilon_tolerance=min(0.01, epsilon / 100),
-        )
-    )
+
+    def spent(sigma: float) -> float:
+        trial = create_accountant(mechanism=accountant.mechanism())
+        trial.history = [(sigma, sample_rate, releases)]
+        try:
+            return epsilon_of(trial, delta)
+        except (ValueError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
+            return math.inf
+
+    high = 1.0
+    while spent(high) > epsilon:
+        high *= 2
+        if high > _LARGEST_SIGMA:
+            raise bad(
+                "target_epsilon",
+                epsilon,
+                f"the {accountant.mechanism()!r} accountant cannot certify it at delta={delta} with any noise. "
+                "Pass a larger target_epsilon, or a larger target_delta.",
+            )
+    low = high / 2
+    while spent(low) <= epsilon:
+        low, high = low / 2, low
+    while epsilon - spent(high) > 1e-3 * epsilon and (high - low) > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+    return high
 
 
 @dataclass

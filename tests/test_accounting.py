@@ -647,3 +647,22 @@ def test_epsilon_of_an_accountant_object(accountant: str) -> None:
     assert epsilon_of(_fresh(accountant, history), DELTA) == _fresh(accountant, history).get_epsilon(DELTA)
     assert epsilon_of(_fresh(accountant, []), DELTA) == 0
     assert epsilon_of(_fresh(accountant, [(0.0, 0.01, 1)]), DELTA) == math.inf
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp", "gdp"])
+@pytest.mark.parametrize("target", [0.2, 1.0, 8.0, 60.0])
+def test_calibration_uses_the_budget_and_no_more(target: float, accountant: str) -> None:
+    """For small and large targets epsilon of the calibrated run is below the target, and close to it."""
+    scope = _scope_over(Net(), accountant=accountant, target_epsilon=target, target_delta=DELTA, epochs=3)
+    spent = _fresh(accountant, [(scope.noise_multiplier, scope.plan.sample_rate, scope.plan.releases(3))])
+    assert 0.99 * target <= spent.get_epsilon(DELTA) <= target
+
+
+@pytest.mark.parametrize(("target", "accountant"), [(0.005, "prv"), (0.05, "rdp"), (1e4, "prv"), (1e4, "gdp")])
+def test_a_budget_that_no_noise_can_meet_or_that_means_nothing_is_refused(target: float, accountant: str) -> None:
+    """Targets below an accountant's resolution, or absurdly large, are errors at once instead of an endless search."""
+    with pytest.raises(InvalidArgumentError, match="target_epsilon="):
+        _scope_over(Net(), accountant=accountant, target_epsilon=target, target_delta=DELTA, epochs=3)
