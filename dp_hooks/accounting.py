@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from opacus.accountants import IAccountant, create_accountant
 
 from ._validate import bad, fraction, non_negative, one_of, positive
-from .errors import BudgetExhaustedError, ScopeError
+from .errors import AccountingError, BudgetExhaustedError, ScopeError
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 _LARGEST_SIGMA = 1e4
@@ -31,6 +31,7 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
 
     Raises:
         InvalidArgumentError: ``delta`` outside (0, 1).
+        AccountingError: the accountant fails on its history.
     """
     delta = fraction("delta", delta, _DELTA)
     history = [entry for entry in accountant.history if entry[2] > 0]
@@ -41,7 +42,13 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
     with warnings.catch_warnings():
         # Opacus's accountants take logarithms of 0 at rate 1, and advise on their grid of orders.
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(accountant.get_epsilon(delta))
+        try:
+            return float(accountant.get_epsilon(delta))
+        except ValueError as error:
+            raise AccountingError(
+                f"the {accountant.mechanism()!r} accountant cannot tell epsilon at delta={delta} for its history ({error}). "
+                'What was charged is kept; use accountant="prv" or "rdp" for such steps.'
+            ) from error
 
 
 def check_budget(
@@ -107,7 +114,7 @@ def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate
         trial.history = [(sigma, sample_rate, releases)]
         try:
             return epsilon_of(trial, delta)
-        except (ValueError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
+        except (AccountingError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
             return math.inf
 
     high = 1.0

@@ -19,6 +19,10 @@ class BudgetExhaustedError(ScopeError):
     """The next step would spend more than ``target_epsilon``. Nothing was touched: no noise, no charge, no update."""
 
 
+class AccountingError(DPHooksError, ValueError):
+    """An accountant could not work out epsilon for the steps it was charged with."""
+
+
 class UnsupportedModelError(DPHooksError, UnsupportedModuleError, NotImplementedError):  # type: ignore[misc]
     """The per-sample gradients of a model cannot be separated, or cannot be computed correctly.
 

@@ -210,6 +210,9 @@ class SampleGradients:
     def weighted_sums(self, factors: dict[nn.Parameter, Tensor], finite: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 
+        Sums are in at least float32, whatever the parameters are in: rounding to less must come after the noise, since a
+        rounded sum of many samples can move by more than C when one sample goes.
+
         Args:
             factors: ``[samples]`` for every wanted parameter.
             finite: ``[samples]`` bool; the other samples are left out by selection, not by a factor of 0.
@@ -218,7 +221,7 @@ class SampleGradients:
         out: dict[nn.Parameter, Tensor] = {}
 
         def add(param: nn.Parameter, value: Tensor) -> None:
-            value = value.to(param.dtype)
+            value = value.to(torch.promote_types(param.dtype, torch.float32))
             out[param] = out[param] + value if param in out else value
 
         for param, factor in factors.items():
@@ -231,5 +234,5 @@ class SampleGradients:
                 for part in self._chunks(param, self.samples) if rows is None else rows.split(self._step(param)):
                     add(param, weighted_sum(source.grads(param, part), factor[part]))
             if param not in out:  # no sample at all
-                out[param] = torch.zeros_like(param)
+                out[param] = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
         return out

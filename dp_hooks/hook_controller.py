@@ -19,7 +19,7 @@ from .errors import ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .model_check import check_is_module, check_model, mixes_samples, mixing_reason
 from .rules import Call, Rule, RuleTable, check_samples, expands_shared_ids
-from .slots import ParameterSlots, attributes_kept
+from .slots import ParameterSlots, attributes_kept, autocast_as, autocast_dtype
 
 MODES = ("ghost", "hooks", "functorch")
 REDUCTIONS = ("mean", "sum")
@@ -57,6 +57,7 @@ class _Use:
     skeleton: Any
     names: tuple[str, ...]
     inputs: list[Tensor]
+    autocast: torch.dtype | None
 
 
 @dataclass(eq=False)
@@ -148,8 +149,9 @@ class HookController:
         self._stack: ExitStack | None = None
         self._sites: list[_Site] = []
         self._hook_ids: dict[int, set[int]] = {}
-        self._rows: list[int | None] = []
-        self._last_rows: int | None = None
+        self._rows: int | None = None
+        self._depth = 0
+        self.observer: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._running = 0
         self._open: dict[int, _Pass] = {}
         self._leaks: list[nn.Parameter] = []
@@ -179,7 +181,9 @@ class HookController:
             for name, module in self._module.named_modules():
                 if hasattr(module, "track_running_stats"):
                     self.attach(stack, module, functools.partial(self._guard, name), None)
-            self.attach(stack, self._module, self._enter_root, self._leave_root, outer=True)
+            for name, module in self._module.named_modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # accepts no hooks, and has nothing trainable
+                    self.attach(stack, module, functools.partial(self._enter, name), self._leave, outer=True)
             for param in self.params:
                 if param._post_accumulate_grad_hooks is None:  # else an empty dictionary would stay behind
                     stack.callback(setattr, param, "_post_accumulate_grad_hooks", None)
@@ -312,22 +316,25 @@ class HookController:
     def _capturing(self) -> bool:
         return self.hooks_enabled and not self._running and torch.is_grad_enabled()
 
-    def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._running:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Follow which call is the outermost; its first input tells the number of samples."""
+        if self._running or torch._C._current_graph_task_id() != -1:
+            return
+        self._depth += 1
+        if self._depth > 1:
             return
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
-        self._rows.append(sized[0] if sized else None)
-        self._last_rows = self._rows[-1]
+        self._rows = sized[0] if sized else None
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer(name, module, args, kwargs)
 
-    def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._running and self._rows:
-            self._rows.pop()
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._running and torch._C._current_graph_task_id() == -1:
+            self._depth = max(0, self._depth - 1)
 
     def _current_rows(self) -> int | None:
-        if self._rows:
-            return self._rows[-1]
-        # A checkpointed part of the model that is run again inside a backward pass.
-        return self._last_rows if torch._C._current_graph_task_id() != -1 else None
+        # Inside a backward pass a checkpointed part of the model is run again: the rows are those of the forward pass.
+        return self._rows if self._depth or torch._C._current_graph_task_id() != -1 else None
 
     def _guard(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.hooks_enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
@@ -342,6 +349,12 @@ class HookController:
             site.slots.restore()
         if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
             return None
+        if foreign := site.slots.foreign():
+            raise UnsupportedModelError(
+                f"{site.name or 'the model'}: {', '.join(foreign)} is not the parameter that was there when the scope began "
+                "(torch.func.functional_call, load_state_dict(assign=True), a new nn.Parameter). Remedy: change values in "
+                "place (load_state_dict without assign), or enter a new scope."
+            )
         site.slots.detach()
         return expands_shared_ids(site.rule, args, kwargs, self._current_rows(), self.axis)
 
@@ -361,7 +374,9 @@ class HookController:
             return None
         names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
         skeleton, inputs = split((args, kwargs))
-        use = _Use(self, site, self._current_rows(), self.serial, skeleton, names, [t.detach() for t in inputs])
+        autocast = autocast_dtype(outputs[0].device.type)
+        held = [t.detach() for t in inputs]
+        use = _Use(self, site, self._current_rows(), self.serial, skeleton, names, held, autocast)
         tapped = iter(_Tap.apply(self.token, use, *outputs))
         if isinstance(output, Tensor):
             return next(tapped)
@@ -412,7 +427,7 @@ class HookController:
             rows,
             axis,
             use.names,
-            functools.partial(self._rerun, site),
+            functools.partial(self._rerun, site, use.autocast, first.device.type),
             site.memo,
         )
         check_samples(rule, call)
@@ -470,11 +485,19 @@ class HookController:
             grads = fresh.grads(param)
             _store(param, grads if earlier is None else earlier + grads)
 
-    def _rerun(self, site: _Site, tensors: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _rerun(
+        self,
+        site: _Site,
+        autocast: torch.dtype | None,
+        device: str,
+        tensors: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Call the module of ``site`` with other tensors as parameters, capturing nothing and leaving nothing."""
         self._running += 1
         try:
-            with attributes_kept(site.module):
+            with attributes_kept(site.module), autocast_as(device, autocast):
                 site.slots.fill(tensors)
                 try:
                     return site.module(*args, **kwargs)
@@ -507,7 +530,7 @@ class HookController:
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
-        names = ("_open", "_leaks", "_rows", "_pending", "_samples", "_serial", "_consumed")
+        names = ("_open", "_leaks", "_rows", "_depth", "_pending", "_samples", "_serial", "_consumed")
         kept = {name: getattr(self, name) for name in names}
         samples = {p: vars(p)["grad_sample"] for p in self.params if "grad_sample" in vars(p)}
         for p in samples:
@@ -553,7 +576,7 @@ class HookController:
                 site.slots.restore()
         self._open = {}
         self._leaks = []
-        self._rows = []
+        self._depth = 0
         self._pending = []
         self._samples = None
 

@@ -358,9 +358,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         noised: dict[nn.Parameter, Tensor] = {}
         for p in params:
             total = sums.pop(p, None)
-            noised[p] = self._noise.add_(torch.zeros_like(p) if total is None else total, std)
+            if total is None:
+                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            self._noise.add_(total, std)
             if self.loss_reduction == "mean":
-                noised[p].div_(self.expected_batch_size)
+                total.div_(self.expected_batch_size)
+            noised[p] = total.to(p.dtype)  # after the noise, rounding is post-processing
         self._meter.charge_step(self.noise_multiplier, foreign=foreign)
         for hook in self._step_hooks:
             hook(self)

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from ._validate import bad
 from .accounting import epsilon_of, make_accountant
+from .errors import ScopeError
 from .model_check import check_model, problems
 from .optimizer import PrivateOptimizer
 from .sampling import PrivateDataLoader
@@ -347,17 +348,24 @@ class PrivacyEngineHookBased:
         """Load a checkpoint written by this engine or by Opacus's, and return what else was in it.
 
         The ``_module.`` prefix of checkpoints written through Opacus's wrapper is taken off.
+        What this engine has spent stays spent: going back to an earlier checkpoint of the same run restores the model, not
+        the budget, since both releases have been seen.
+
         Loads with ``weights_only=True``: a checkpoint cannot run code. Pass
         ``torch_load_kwargs={"weights_only": False}`` for one of your own that holds other objects.
+
+        Raises:
+            ScopeError: this engine has spent budget that is neither part of the checkpoint nor its continuation.
         """
         checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
         spent = checkpoint["privacy_accountant_state_dict"]
         make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
+        history = _joined(self.accountant.history, spent["history"])
         weights = checkpoint["module_state_dict"]
         if weights and all(key.startswith(_WRAPPER) for key in weights):
             weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
         module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
-        self.accountant.load_state_dict(spent)
+        self.accountant.load_state_dict({**spent, "history": history})
         parts = (
             ("optimizer_state_dict", optimizer),
             ("noise_scheduler_state_dict", noise_scheduler),
@@ -375,3 +383,29 @@ class PrivacyEngineHookBased:
                     stacklevel=2,
                 )
         return checkpoint
+
+
+def _joined(spent: list[tuple[float, float, int]], loaded: list[tuple[float, float, int]]) -> list[Any]:
+    """Return the history to go on with: the longer of two where one continues the other."""
+    for shorter, longer in ((spent, loaded), (loaded, spent)):
+        if _continues(shorter, longer):
+            if longer is spent and len(spent) and shorter != longer:
+                warnings.warn(
+                    "the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3
+                )
+            return [tuple(entry) for entry in longer]
+    raise ScopeError(
+        f"this engine has already spent budget ({spent}) that the checkpoint ({loaded}) knows nothing of; loading would "
+        "forget it. Load into a new engine."
+    )
+
+
+def _continues(shorter: list[tuple[float, float, int]], longer: list[tuple[float, float, int]]) -> bool:
+    if not shorter:
+        return True
+    *head, (sigma, rate, steps) = [tuple(entry) for entry in shorter]
+    rest = [tuple(entry) for entry in longer]
+    if len(rest) < len(shorter) or rest[: len(head)] != head:
+        return False
+    at = rest[len(head)]
+    return at[:2] == (sigma, rate) and (at[2] >= steps)

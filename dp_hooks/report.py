@@ -7,6 +7,7 @@ from typing import Any
 NOT_COVERED = (
     "validation, early stopping and hyper-parameter choice on private data",
     "anything computed from private data outside the loss of the private steps (normalisation, vocabularies)",
+    "mixing examples before the train function sees them (mixup in collate_fn): one example is then in two rows",
     "the secrecy of the random numbers: ordinary pseudo-random generators, floating-point noise",
 )
 

@@ -218,6 +218,8 @@ class PrivateDataLoader(DataLoader[Any]):
         """Take everything but the sampling from ``loader``."""
         self.sample_rate = sample_rate
         self._consumer = consumer
+        self._poisson = isinstance(sampler.logical, PoissonSampler)
+        self._pass: deque[Part] | None = None
         super().__init__(
             loader.dataset,
             batch_sampler=sampler,
@@ -252,7 +254,12 @@ class PrivateDataLoader(DataLoader[Any]):
         for batch in batches:
             if not started:
                 self._consumer.start_pass()
-                started = True
+                started, self._pass = True, queue
+            if self._pass is not queue and not self._poisson:
+                raise ScopeError(
+                    "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
+                    "start, with the noise of that moment. Finish or leave one pass before beginning the next."
+                )
             self._consumer.start_part(queue.popleft())
             yield batch
 

@@ -186,6 +186,12 @@ class PrivateTraining:
         traceback: TracebackType | None,
     ) -> None:
         """Remove everything, whatever happened inside; exceptions pass through unchanged."""
+        part = self.current_part
+        if exc is not None and part is not None and part.size == 0 and hasattr(exc, "add_note"):
+            exc.add_note(
+                "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
+                "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
+            )
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.__exit__(exc_type, exc, traceback)

@@ -1,11 +1,10 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
+import math
 import random
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,35 +15,56 @@ from ._tree import tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
-from .slots import attributes_kept
+from .slots import attributes_kept, autocast_as, autocast_dtype
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 _ALONE = 4
 # How many outermost calls are remembered: those of one step, in practice one or two.
-_CALLS = 8
+_CALLS = 64
 # Largest disagreement relative to the gradient of a parameter, or to a hundredth of the sample's whole gradient where
 # the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 _COARSE = 1e-1
 
 
+_DROPOUT = ("dropout1d", "dropout2d", "dropout3d")
+_NOISE = ("rand", "rand_like", "randn", "randn_like")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 class _NoDropout(TorchFunctionMode):
-    """Replaces dropout by the identity. ``eval()`` would do that too, but would also hide BatchNorm's batch statistics."""
+    """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
+
+    ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left
+    alone: a model that shuffles samples mixes them.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name.rstrip("_").endswith("dropout") or name in ("dropout1d", "dropout2d", "dropout3d"):
+        if name.rstrip("_").endswith("dropout") or name in _DROPOUT:
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
-        if name == "bernoulli_":  # stochastic depth: keep probability p, divided by p afterwards
+        elif name == "multi_head_attention_forward":
+            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        elif name in _RECURRENT:  # of their arguments only dropout is a float
+            args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
+        elif name == "bernoulli_":  # stochastic depth: keep probability p, divided by p afterwards
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        if name == "bernoulli":
+        elif name == "bernoulli":
             return args[0].clone()
+        elif name in ("uniform_", "normal_"):
+            return args[0].fill_(0.75)
+        elif name in _NOISE:
+            out = func(*args, **kwargs)
+            with torch.no_grad():
+                return out.fill_(0.75)
         return func(*args, **kwargs)
 
 
@@ -54,6 +74,11 @@ class _Observed:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    autocast: tuple[str, torch.dtype | None]
+    # How each output enters the loss of the check: its sample axis, "scalar", or "left out". Found in the whole run.
+    plan: list[int | str] = field(default_factory=list)
+    # What the whole run returned, to compare with what samples return alone.
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 class SelfCheck:
@@ -77,61 +102,69 @@ class SelfCheck:
         self._controller = controller
         self._model = model
         self._params = params
-        self._checked: set[str] = set()
-        self._observed: deque[_Observed] = deque(maxlen=_CALLS)
-        self._depth = 0
-        self._hooks = ExitStack()
+        self._checked: set[tuple[Any, ...]] = set()
+        self._observed: list[_Observed] = []
+        self._overflow = False
         self._busy = False
+        self._coarse = False  # autocast or half precision is in use
         self._criterion_call: tuple[Any, Any] | None = None
+        self._state: dict[str, Tensor] = {}
         self.loss_verified = False
 
     # ---------------------------------------------------------------- watching
 
     def watch(self, stack: ExitStack) -> None:
-        """Observe outermost calls into the model until checked, or until ``stack`` unwinds."""
+        """Observe outermost calls into the model, and calls of the criterion, until ``stack`` unwinds."""
+        self._controller.observer = self._observe
         stack.callback(self._unwatch)
         if self._criterion is not None:
             handle = self._criterion.register_forward_hook(self._observe_criterion, with_kwargs=True)
-            self._hooks.callback(handle.remove)
-        for name, module in self._model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # accepts no hooks; has nothing trainable, or the model would have been refused
-            self._controller.attach(self._hooks, module, self._before(name), self._after, outer=True)
+            stack.callback(handle.remove)
 
     def _unwatch(self) -> None:
-        self._observed.clear()
-        self._hooks.__exit__(*sys.exc_info())  # keeps what is being handled in the context of what goes wrong here
+        self._controller.observer = None
+        self._observed = []
+        self._criterion_call = None
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._busy or torch._C._current_graph_task_id() != -1:
-                return
-            self._depth += 1
-            if self._depth == 1 and torch.is_grad_enabled():
-                copied = tree_map(_private_copy, (args, kwargs))
-                self._observed.append(_Observed(module, name, *copied))
+    def _observe(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or self._key(2) in self._checked:
+            return
+        if len(self._observed) == _CALLS:
+            self._overflow = True
+            return
+        if not self._observed:
+            self._state = self._written()
+        device = self._params[0].device.type
+        copied = private_copy((args, kwargs))
+        self._observed.append(_Observed(module, name, copied[0], copied[1], (device, autocast_dtype(device))))
 
-        return observe
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._busy and torch._C._current_graph_task_id() == -1:
-            self._depth = max(0, self._depth - 1)
+    def _key(self, samples: int) -> tuple[Any, ...]:
+        """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
+        modes = tuple(module.training for module in self._model.modules())
+        return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
 
     def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._busy and torch.is_grad_enabled():
-            self._criterion_call = tree_map(_private_copy, (args, kwargs))
+            self._criterion_call = private_copy((args, kwargs))
 
     def new_step(self) -> None:
         """Forget calls observed before a boundary."""
-        self._observed.clear()
+        self._observed = []
+        self._state = {}
+        self._overflow = False
         self._criterion_call = None
         self._depth = 0
 
     # ---------------------------------------------------------------- checking
 
+    @property
+    def armed(self) -> bool:
+        """Whether the next batch with several samples would be checked, as things stand."""
+        return self._key(2) not in self._checked
+
     def needed(self, samples: int) -> bool:
         """Whether a batch of this size may not be released before a check."""
-        return samples > 0 and not self._busy and ("one" if samples == 1 else "many") not in self._checked
+        return samples > 0 and not self._busy and self._key(samples) not in self._checked
 
     def check_calls(self, samples: int) -> None:
         """Check every outermost call observed since the last boundary, with random cotangents on its outputs.
@@ -140,13 +173,20 @@ class SelfCheck:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
         calls = [call for call in self._observed if self._has_rows(call, samples)]
+        if self._overflow:
+            raise SelfCheckError(
+                f"more than {_CALLS} separate calls into the model before one step: too many to compare. Call them from the "
+                "forward of one module, or train with a @dp_step function, which is checked whole."
+            )
         if not calls:
             raise SelfCheckError(
                 "the self-check saw no call into the model before this step, so nothing could be compared. Run the model "
                 "inside the scope, in one process, with gradients enabled."
             )
+        self._check_written()
         compared = 0
         for call in calls:
+            self._coarse = call.autocast[1] is not None
             compared += self._compare(
                 samples,
                 lambda call=call: self._loss_of_call(call, samples, None),  # type: ignore[misc]
@@ -161,7 +201,7 @@ class SelfCheck:
         if self._criterion is not None:
             self._check_criterion(samples)
         self._passed(samples)
-        self.loss_verified = self._criterion is not None and "many" in self._checked
+        self.loss_verified = self._criterion is not None and samples > 1
 
     def _has_rows(self, call: _Observed, samples: int) -> bool:
         axis = self._controller.axis
@@ -217,43 +257,66 @@ class SelfCheck:
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
+        self._check_written()
+        self._coarse = any(call.autocast[1] is not None for call in self._observed)
         self._compare(samples, whole, alone, "the train function")
         self._passed(samples)
-        self.loss_verified = "many" in self._checked
+        self.loss_verified = samples > 1 or self.loss_verified
 
     def _passed(self, samples: int) -> None:
-        self._checked.add("one" if samples == 1 else "many")
+        self._checked.add(self._key(samples))
         if samples > 1:
-            self._checked.add("one")
-            self._unwatch()
+            self._checked.add(self._key(1))
 
     def _loss_of_call(self, call: _Observed, samples: int, alone: int | None) -> Tensor:
         axis = self._controller.axis
         args, kwargs = (call.args, call.kwargs)
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
-        outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point() and t.requires_grad]
-        generator = torch.Generator().manual_seed(0)
-        total = torch.zeros(())
-        rows = samples if alone is None else 1
-        for out in outputs:
-            # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
-            along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == rows), None)
-            if along is not None and out.numel() > 0:
-                shape = [samples if d == along else size for d, size in enumerate(out.shape)]
-                weights = torch.randn(shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
-                weights = weights / max(1.0, (weights.numel() / samples) ** 0.5)
+        with autocast_as(*call.autocast):
+            outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point() and t.requires_grad]
+        if alone is None:
+            call.plan = [self._role(out, samples) for out in outputs]
+            call.outputs = [out.detach() for out in outputs]
+        total, rows = torch.zeros(()), samples if alone is None else 1
+        for out, role, whole in zip(outputs, call.plan, call.outputs, strict=True):
+            if role == "left out":
+                continue
+            term = out.sum()  # a loss that the model computes itself
+            if isinstance(role, int):
+                shape = [samples if d == role else size for d, size in enumerate(out.shape)]
+                weights = _cotangents(shape).to(out.device, out.dtype) / max(1.0, (out.numel() / rows) ** 0.5)
                 if alone is not None:
-                    weights = weights.narrow(along, alone, 1)
+                    weights = weights.narrow(role, alone, 1)
+                    self._same_output(call, whole.narrow(role, alone, 1), out.detach(), alone)
                 term = (out * weights).sum()
                 if self._controller.loss_reduction == "mean":
-                    term = term / rows
-            elif out.numel() == 1:
-                term = out.sum()  # a loss that the model computes itself
-            else:
-                continue
-            total = total.to(term.device, term.dtype) + term
+                    term = term / out.shape[role]
+            total = total.to(term.device, torch.promote_types(total.dtype, term.dtype)) + term
         return total
+
+    def _same_output(self, call: _Observed, batched: Tensor, single: Tensor, i: int) -> None:
+        # Needed besides the gradients: a module without a rule is run on single samples by the engine as well.
+        batched, single = batched.double().nan_to_num(), single.double().nan_to_num()
+        off = float((batched - single).norm() / single.norm().clamp(min=1e-12))
+        if off > self._tolerance(call.outputs[0].dtype):
+            raise SelfCheckError(
+                f"{call.name or 'the model'} ({type(call.module).__name__}): its output for sample {i} of the batch is off by "
+                f"{off:.1e} from its output for that sample alone; nothing was released. Samples mix inside it (batch "
+                "statistics, attention over the batch axis), or it draws random numbers other than dropout and noise. Remedy: "
+                "replace what mixes them, or freeze and .eval() it."
+            )
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return _COARSE if self._coarse else _TOLERANCE.get(dtype, _COARSE)
+
+    def _role(self, out: Tensor, samples: int) -> int | str:
+        # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
+        axis = self._controller.axis
+        along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == samples), None)
+        if along is not None and out.numel() > 0:
+            return along
+        return "scalar" if out.numel() == 1 else "left out"
 
     def _compare(self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor], what: str) -> bool:
         controller = self._controller
@@ -266,10 +329,7 @@ class SelfCheck:
             _backward(loss, [controller.token, *controller.params])
             found = controller.take()
             if found is None or found.samples != samples:
-                raise SelfCheckError(
-                    f"{what}: the repeated run captured {0 if found is None else found.samples} samples, the step had "
-                    f"{samples}. Remedy: feed the model one row per example."
-                )
+                return False  # a call on something else than the batch of this step
             controller.disable_hooks()
             try:
                 expected = [self._reference(alone, i, what) for i in picked]
@@ -277,6 +337,27 @@ class SelfCheck:
                 controller.enable_hooks()
             self._judge(found, picked, expected, what)
         return True
+
+    def _written(self) -> dict[str, Tensor]:
+        named = [
+            *self._model.named_buffers(),
+            *((n, p) for n, p in self._model.named_parameters() if not p.requires_grad),
+        ]
+        return {name: t.detach().clone() for name, t in named if t.is_floating_point()}
+
+    def _check_written(self) -> None:
+        """Refuse models that wrote what they saw of private samples to buffers or frozen parameters."""
+        after = {**dict(self._model.named_buffers()), **dict(self._model.named_parameters())}
+        changed = [
+            name
+            for name, value in self._state.items()
+            if name in after and not torch.equal(after[name].nan_to_num(), value.nan_to_num())
+        ]
+        if changed:
+            raise SelfCheckError(
+                f"{', '.join(changed)}: written during the forward pass, from private samples and without noise, and part of "
+                "the state dict. Remedy: call .eval() on the module that does it, or take it out of the model."
+            )
 
     def _reference(self, alone: Callable[[int], Tensor], i: int, what: str) -> dict[nn.Parameter, Tensor]:
         torch.manual_seed(0)
@@ -316,11 +397,22 @@ class SelfCheck:
             ]
         )
         norms = found.sq_norms(seen)
+        finite = torch.ones(found.samples, dtype=torch.bool, device=device)
+        for norm in norms.values():
+            finite &= torch.isfinite(norm).to(device)
+        # Samples without a finite gradient are left out of every step; here, too, as long as others remain.
+        usable = [k for k, i in enumerate(picked) if bool(finite[i]) and bool(torch.isfinite(total[k]))]
+        if not usable:
+            raise SelfCheckError(
+                f"{what}: no sample that the self-check looked at has a finite gradient (data, loss or weights with NaN or "
+                "infinite values); nothing was released."
+            )
+        picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
+        rows = rows[usable]
         dtype = torch.promote_types(reached[0].dtype, torch.float32)
         factors = torch.zeros(found.samples, device=device, dtype=dtype)
         factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
-        everywhere = torch.ones(found.samples, dtype=torch.bool, device=device)
-        sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, everywhere)
+        sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
         worst: list[tuple[float, str]] = []
         for p in reached:
             want = torch.stack([e[p] if p in e else torch.zeros_like(p) for e in expected]).double()
@@ -334,7 +426,7 @@ class SelfCheck:
             have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
             off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
             error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
-            if error > _TOLERANCE.get(p.dtype, _COARSE):
+            if error > self._tolerance(p.dtype):
                 worst.append((error, self._controller.name_of(p)))
         if worst:
             self._complain(sorted(worst, reverse=True), len(reached), found.samples, what)
@@ -376,17 +468,38 @@ class SelfCheck:
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Back-propagate to ``leaves`` only: other models in the same graph, private or not, must not notice."""
-    try:
-        loss.backward(inputs=[leaf for leaf in leaves if leaf.requires_grad])
-    except RuntimeError as error:
-        if "Checkpointing is not compatible" not in str(error):
-            raise
-        loss.backward()  # reentrant checkpointing allows nothing else
+    """Back-propagate to ``leaves`` only: other models in the same graph, private or not, must not notice.
+
+    ``Tensor.backward`` would switch function modes off, and dropout would be back in what checkpointing runs again.
+    Reentrant checkpointing allows only a backward pass to everything.
+    """
+    inputs = () if _has_reentrant_checkpoint(loss) else tuple(leaf for leaf in leaves if leaf.requires_grad)
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, inputs, allow_unreachable=True, accumulate_grad=True
+    )
 
 
-def _private_copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if "CheckpointFunction" in type(node).__name__:
+                return True
+            stack += [parent for parent, _ in node.next_functions]
+    return False
+
+
+def _cotangents(shape: Sequence[int]) -> Tensor:
+    """Return numbers in (-1, 1) without pattern, the same in every run; not drawn, since draws are replaced here."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return ((index * 12.9898 + 1.0).sin() * 43758.5453).frac().reshape(tuple(shape))
+
+
+def private_copy(tree: Any) -> Any:
+    """Return ``tree`` with containers and tensors of its own."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _some(samples: int) -> list[int]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
@@ -50,6 +51,10 @@ class ParameterSlots:
             if isinstance(owner, nn.RNNBase):
                 self._lists.append((owner, {key: vars(owner)[key] for key in _RNN_LISTS if key in vars(owner)}))
 
+    def foreign(self) -> list[str]:
+        """Names of the slots that hold something else than the parameter found when the slots were made."""
+        return [name for owner, key, name in self.places if owner._parameters.get(key) is not self.params[name]]
+
     def detach(self) -> None:
         """Store the parameters' detached selves, so that autograd computes no gradient for them."""
         self.fill({name: param.detach() for name, param in self.params.items()})
@@ -78,3 +83,13 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
             if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
                 now.clear()
                 now.update(attributes)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast is using on devices of this type, or None while it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast_as(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Return a context in which autocast is as :func:`autocast_dtype` found it, without a cache of its own."""
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

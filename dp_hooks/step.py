@@ -15,7 +15,7 @@ from ._tree import tensors_of
 from ._validate import one_of
 from .errors import InvalidArgumentError, ScopeError
 from .scope import PrivateTraining, active_scope
-from .self_check import one_sample
+from .self_check import one_sample, private_copy
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -87,11 +87,13 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..
         def run(part: Any) -> Tensor:
             return _checked(fn, fn(model, part, *args, **kwargs), reduction)
 
+        check = scope.self_check
+        spare = None if check is None or not check.armed else private_copy(batch)  # fn may consume its batch
         loss = run(batch)
         shape_seen[:] = [loss.dim() == 1]
         _private_backward(scope, loss, reduction)
         _check_length(fn, loss, scope)
-        _self_check(scope, run, batch, loss, reduction)
+        _self_check(scope, run, spare, loss, reduction)
         optimizer.step()
         return loss.detach()
 
@@ -165,8 +167,8 @@ def _self_check(
     with controller.reduced_by(how):
         check.check_loss(
             samples,
-            lambda: _reduced(run(batch), how),
-            lambda i: _reduced(run(one_sample(batch, i, samples, axis)), how),
+            lambda: _reduced(run(private_copy(batch)), how),
+            lambda i: _reduced(run(private_copy(one_sample(batch, i, samples, axis))), how),
         )
 
 

@@ -666,3 +666,13 @@ def test_a_budget_that_no_noise_can_meet_or_that_means_nothing_is_refused(target
     """Targets below an accountant's resolution, or absurdly large, are errors at once instead of an endless search."""
     with pytest.raises(InvalidArgumentError, match="target_epsilon="):
         _scope_over(Net(), accountant=accountant, target_epsilon=target, target_delta=DELTA, epochs=3)
+
+
+def test_interleaved_passes_in_the_loaders_own_order_are_refused() -> None:
+    """Without Poisson sampling an older pass cannot go on after a new one has begun, with noise of its own."""
+    with _scope_over(Net(), poisson_sampling=False) as (_, loader):
+        first = iter(loader)
+        next(first)
+        next(iter(loader))
+        with pytest.raises(ScopeError, match="interleaved"):
+            next(first)

@@ -11,6 +11,8 @@ from dp_hooks import HookController, errors
 from .reference import sample_grads
 from .test_rules import N, Wrap, assert_close, losses_of, randn
 
+T = 5
+
 
 def model_of(*layers):
     return nn.Sequential(*layers).double()
@@ -176,4 +178,45 @@ def test_a_weight_used_elsewhere_is_named():
     with pytest.raises(errors.UnsupportedModelError, match=r"^b\.weight: used where no hook saw it"):
         losses_of(model, randn(N, 4)).mean().backward()
     assert all(p.grad is None for p in model.parameters())
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("how", ["functional_call", "assign", "new parameter"])
+def test_parameters_exchanged_by_the_user_are_refused(how):
+    """A forward pass with other parameters than those of the start is an error, never a run with the old ones."""
+    model, x = model_of(nn.Linear(4, 3)), randn(N, 4)
+    controller = HookController(model)
+    with pytest.raises(errors.UnsupportedModelError, match="0: weight"):  # noqa: PT012
+        if how == "functional_call":
+            torch.func.functional_call(model, {"0.weight": torch.zeros(3, 4, dtype=torch.float64)}, (x,))
+        elif how == "assign":
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        else:
+            model[0].weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+        model(x)
+    controller.cleanup()
+
+
+def test_an_input_that_was_shared_once_stays_shared():
+    """A module without a rule keeps apart what samples share, also when a batch has just that many samples."""
+
+    class Bias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, x, positions):
+            return x + self.scale * positions
+
+    positions = randn(T, 4)
+    model = Wrap(lambda s, x: s.b(x, positions), b=Bias())
+    controller = HookController(model)
+    for rows in (T + 1, T, T - 1):
+        x = randn(rows, T, 4)
+        controller.disable_hooks()
+        expected = sample_grads(model, losses_of, x)
+        controller.enable_hooks()
+        losses_of(model, x).mean().backward()
+        found = controller.take()
+        assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
     controller.cleanup()

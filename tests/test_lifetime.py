@@ -203,7 +203,7 @@ def test_an_exception_while_entering_takes_everything_back(
         if point == "hooks":
             patch.setattr(nn.Module, "register_forward_hook", later(nn.Module.register_forward_hook, 2))
         elif point == "last hook":
-            patch.setattr(nn.Module, "register_forward_hook", later(nn.Module.register_forward_hook, 7))
+            patch.setattr(nn.Module, "register_forward_hook", later(nn.Module.register_forward_hook, 6))
         elif point == "watchers":
             watch = Tensor.register_post_accumulate_grad_hook
             patch.setattr(Tensor, "register_post_accumulate_grad_hook", later(watch, 2))

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import PrivateTraining
+from dp_hooks import HookController, PrivateTraining, private_training
+from dp_hooks.clipping import FlatClipping
 from dp_hooks.errors import DPHooksError, InvalidArgumentError, ScopeError, UnsupportedModelError
 
 from .models import (
@@ -832,3 +833,74 @@ def test_a_sample_that_is_not_finite_is_left_out() -> None:
     keep = [0, 2, 3, 5]
     rows = sample_gradients(build("mlp"), x[keep], y[keep])
     assert_same(moved(start, model), [g / 6 for g in clipped_sum(rows, BOUND)])
+
+
+# ---------------------------------------------------------------- G20: half precision
+
+
+def sum_of(rows: Tensor, kind: str) -> list[Tensor]:
+    """The clipped sum over ``rows``, before noise, read off the move of float32 parameters or off the release."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
+    if kind == "bfloat16":
+        model = model.bfloat16()
+        rows = rows.bfloat16()
+    controller = HookController(model, grad_sample_mode="ghost", loss_reduction="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        loss = model(rows).float().square().sum()
+    loss.backward()
+    found = controller.take()
+    assert found is not None
+    clipping = FlatClipping(1e-3)
+    sums = found.weighted_sums(
+        clipping.factors(found.sq_norms(found.params)), torch.ones(found.samples, dtype=torch.bool)
+    )
+    controller.cleanup()
+    return list(sums.values())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+def test_sums_are_not_rounded_before_the_noise(kind: str) -> None:
+    """Taking one of many similar samples away moves the sum by no more than C, in half precision, too."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(1, 64, generator=generator)
+    rows = base + 0.05 * torch.randn(1024, 64, generator=generator)
+    whole, without = sum_of(rows, kind), sum_of(rows[1:], kind)
+    assert all(total.dtype == torch.float32 for total in whole)
+    assert norm_of([a - b for a, b in zip(whole, without, strict=True)]) <= 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("kind", ["attention", "owned parameter"])
+def test_autocast_reaches_modules_that_are_run_again(kind: str) -> None:
+    """Modules without a rule are run again under the autocast that their forward pass had."""
+    layer: nn.Module = (
+        nn.MultiheadAttention(8, 2, batch_first=True) if kind == "attention" else nn.LSTM(8, 8, batch_first=True)
+    )
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.last = nn.Linear(8, 8), layer, nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h = self.layer(h, h, h)[0] if kind == "attention" else self.layer(h)[0]
+            return self.last(h.mean(1))
+
+    model = Net()
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 8)), 6)
+    scope = private_training(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=1.0,
+    )
+    with scope as (opt, private):
+        for (x,) in private:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(x).float().square().mean(1).mean()
+            loss.backward()
+            opt.step()
+    assert scope.steps == 1

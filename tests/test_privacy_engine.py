@@ -450,6 +450,7 @@ class _Payload:
     """An object that only a full unpickling would build."""
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint is older")
 def test_checkpoint_with_an_object_is_refused_by_default(tmp_path: Any) -> None:
     """Loading is ``weights_only=True``: an arbitrary object is refused, changing nothing, until it is allowed."""
     path, model, fresh = tmp_path / "checkpoint.pt", _Net(), _Net()
@@ -464,7 +465,7 @@ def test_checkpoint_with_an_object_is_refused_by_default(tmp_path: Any) -> None:
     rest = engine.load_checkpoint(path=path, module=fresh, torch_load_kwargs={"weights_only": False})
     assert isinstance(rest["mine"], _Payload)
     assert _same(dict(model.state_dict()), dict(fresh.state_dict()))
-    assert engine.accountant.history == []
+    assert engine.accountant.history == [(2.0, 0.1, 3)]  # spent stays spent
 
 
 def test_checkpoint_of_another_accountant_changes_nothing() -> None:
@@ -563,3 +564,34 @@ def test_clipped_update_equals_that_of_opacus(build: Any, mode: str, clipping: s
             torch.testing.assert_close(ga, gb, rtol=2e-5 if clipping == "per_layer" else 0, atol=1e-6)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- what is spent stays spent
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint is older")
+def test_going_back_to_a_checkpoint_does_not_refill_the_budget(tmp_path: Any) -> None:
+    """Loading an earlier checkpoint of the same run restores the model; the steps taken since stay charged."""
+    path, model = tmp_path / "checkpoint.pt", _Net()
+    with PrivacyEngineHookBased(accountant="rdp") as engine:
+        _, opt, loader = _make(engine, model)
+        engine.save_checkpoint(path=path, module=model, optimizer=opt)
+        _train(model, opt, loader)
+        spent, epsilon = list(engine.accountant.history), engine.get_epsilon(DELTA)
+        assert epsilon > 0
+        engine.load_checkpoint(path=path, module=model, optimizer=opt)
+        assert engine.accountant.history == spent
+        assert engine.get_epsilon(DELTA) == epsilon
+
+
+def test_a_checkpoint_that_knows_nothing_of_what_was_spent_is_refused(tmp_path: Any) -> None:
+    """An engine with charges of its own does not load a checkpoint with other ones, and stays as it is."""
+    path, model = tmp_path / "checkpoint.pt", _Net()
+    other = PrivacyEngineHookBased(accountant="rdp")
+    other.accountant.history = [(3.0, 0.5, 4)]
+    other.save_checkpoint(path=path, module=model)
+    engine = PrivacyEngineHookBased(accountant="rdp")
+    engine.accountant.history = [(1.0, 0.1, 2)]
+    with pytest.raises(ScopeError, match="knows nothing of"):
+        engine.load_checkpoint(path=path, module=model)
+    assert engine.accountant.history == [(1.0, 0.1, 2)]

@@ -7,8 +7,9 @@ from .rule import Call, Rule, squared_norms
 
 
 def _rows(call: Call) -> tuple[Tensor, Tensor]:
-    """Return ``ids [n, t]`` and ``g [n, t, d]``; positions of ``padding_idx`` have a zero gradient."""
+    """Return ``ids [n, t]`` and ``g [n, t, d]`` in at least float32, with zeros where the id is ``padding_idx``."""
     g = call.grad
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
     ids = call.input.reshape(g.shape[0], -1) if g.shape[0] else call.input.new_zeros((0, 1))
     g = g.reshape(g.shape[0], ids.shape[1], g.shape[-1])
     padding = getattr(call.module, "padding_idx", None)

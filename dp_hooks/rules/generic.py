@@ -30,8 +30,14 @@ def _differentiable(outputs: Any) -> list[Tensor]:
 
 
 def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
+    """Return the sample axis of every input, or None for inputs that all samples share.
+
+    An input that once had another size than the batch is shared for good, also when a later batch has just its size.
+    """
     axis, n = call.batch_dim, call.samples
-    return [axis if t.dim() > axis and t.shape[axis] == n else None for t in tensors]
+    shared: set[int] = call.memo.setdefault("shared", set())
+    shared |= {i for i, t in enumerate(tensors) if t.dim() <= axis or t.shape[axis] != n}
+    return [None if i in shared else axis for i in range(len(tensors))]
 
 
 def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor:

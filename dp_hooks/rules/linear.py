@@ -10,9 +10,9 @@ _CHUNK = 1 << 24
 
 
 def _inputs(call: Call) -> tuple[Tensor, Tensor]:
-    """Return ``x [n, t, i]`` and ``g [n, t, o]`` in one dtype."""
+    """Return ``x [n, t, i]`` and ``g [n, t, o]`` in one dtype of at least float32: sums are rounded after the noise."""
     x, g = call.input, call.grad
-    dtype = torch.promote_types(x.dtype, g.dtype)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
     tokens = g[0].numel() // g.shape[-1] if g.shape[0] and g.shape[-1] else 1
     return x.reshape(x.shape[0], tokens, x.shape[-1]).to(dtype), g.reshape(g.shape[0], tokens, g.shape[-1]).to(dtype)
 
@@ -47,13 +47,12 @@ def _weight_norms(x: Tensor, g: Tensor) -> Tensor:
     exceeds one part in a thousand is computed by instantiation instead.
     """
     tokens = x.shape[1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
     if tokens == 1:
         return squared_norms(x) * squared_norms(g)
-    if x.shape[0] == 0 or 2 * tokens * tokens >= x.shape[-1] * g.shape[-1] or dtype != x.dtype:
+    if x.shape[0] == 0 or 2 * tokens * tokens >= x.shape[-1] * g.shape[-1]:
         return _instantiated_norms(x, g)
     gram = (torch.bmm(x, x.mT) * torch.bmm(g, g.mT)).sum((1, 2))
-    slack = tokens * torch.finfo(dtype).eps * squared_norms(x) * squared_norms(g)
+    slack = tokens * torch.finfo(x.dtype).eps * squared_norms(x) * squared_norms(g)
     unsure = ~(slack <= 1e-3 * gram)  # also true for NaN and negative sums
     gram = gram + slack
     if bool(unsure.any()):

@@ -148,5 +148,6 @@ def squared_norms(grads: Tensor) -> Tensor:
 
 def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
     """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
-    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
+    dtype = torch.promote_types(grads.dtype, torch.float32)  # a sum rounded before the noise has no bounded sensitivity
+    total: Tensor = torch.tensordot(factors.to(dtype), grads.to(dtype), dims=1)
     return total
