@@ -274,7 +274,7 @@ class SelfCheck:
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
         with autocast_as(*call.autocast):
-            outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point() and t.requires_grad]
+            outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point()]
         if alone is None:
             call.plan = [self._role(out, samples) for out in outputs]
             call.outputs = [out.detach() for out in outputs]
