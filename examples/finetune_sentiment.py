@@ -336,6 +336,8 @@ def main() -> None:
     loader = DataLoader(training, batch_size=args.batch_size, shuffle=True, generator=sampling)
     trained = sum(p.numel() for p in top.parameters() if p.requires_grad)
     print(f"{len(training)} reviews to train on, {len(held_out)} held out; {trained:,} trainable parameters")
+    positive = float(labels[test].float().mean())
+    print(f"majority class: accuracy {max(positive, 1 - positive):.4f}")
     print(f"before training: accuracy {accuracy(top, held_out):.4f}, epsilon 0")
 
     scope = private_training(
