@@ -144,7 +144,7 @@ class SelfCheck:
         return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
 
     def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._busy and torch.is_grad_enabled():
+        if not self._busy and torch.is_grad_enabled() and self.armed:
             self._criterion_call = private_copy((args, kwargs))
 
     def new_step(self) -> None:
@@ -153,7 +153,6 @@ class SelfCheck:
         self._state = {}
         self._overflow = False
         self._criterion_call = None
-        self._depth = 0
 
     # ---------------------------------------------------------------- checking
 
@@ -259,7 +258,11 @@ class SelfCheck:
         """
         self._check_written()
         self._coarse = any(call.autocast[1] is not None for call in self._observed)
-        self._compare(samples, whole, alone, "the train function")
+        if not self._compare(samples, whole, alone, "the train function"):
+            raise SelfCheckError(
+                f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
+                "samples. Remedy: let it compute the same on every call, one row per example."
+            )
         self._passed(samples)
         self.loss_verified = samples > 1 or self.loss_verified
 

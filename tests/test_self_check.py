@@ -579,3 +579,20 @@ def test_a_loss_of_the_model_with_one_element_passes(loader_of):
     error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5), randn(N, 3)]), step)
     assert error is None
     assert moved
+
+
+def test_a_train_function_that_does_something_else_when_run_again_is_refused(loader_of):
+    """A check that could not be made is a refusal under dp_step, too: nothing moves and the loss is not verified."""
+    model, calls = mlp(), []
+
+    @dp_step
+    def train(model, batch):
+        calls.append(1)
+        return _plain(model, [batch[0] if len(calls) == 1 else batch[0][:2]])
+
+    scope = enter(model, loader_of, [randn(N, 5)])
+    error, moved, steps = released(model, scope, lambda opt, batch: train(model, batch))
+    assert "could not be compared" in str(error)
+    assert not moved
+    assert steps == 0
+    assert not scope.report().loss_verified
