@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ._tree import join, split
 from .errors import UnsupportedModelError
-from .rules import Call, Rule, squared_norms, weighted_sum
+from .rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum
 
-# How many numbers of per-sample gradients are held at once where they have to be written out.
-_CHUNK = 1 << 24
+Sums = dict[nn.Parameter, Tensor]
 
 
 class Source(Protocol):
@@ -26,19 +25,20 @@ class Source(Protocol):
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
 
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
+    def factored(self, param: nn.Parameter) -> Outer | None:
+        """The same gradients as a sum of outer products, if they are one."""
+
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms ``[n]`` by a faster way than writing the gradients out, or None."""
 
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
 
 
 def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
     """Return ``call`` restricted to the samples ``rows`` and the parameters ``names``."""
     if isinstance(rows, slice) and rows == slice(None):
-        return dataclasses.replace(call, names=names)
+        return call if names == call.names else dataclasses.replace(call, names=names)
     axis, n = call.batch_dim, call.samples
     index = (slice(None),) * axis + (rows,)
 
@@ -88,7 +88,10 @@ class Captured:
                     f"{call.name} ({type(call.module).__name__}): rule {self.rule.label!r} returned no gradient for "
                     f"{name}. Remedy: return one for every name in call.names."
                 )
-        return {name: grad * self.scale if self.scale != 1 else grad for name, grad in found.items()}
+        return found
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value * self.scale if self.scale != 1 else value
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
@@ -96,58 +99,97 @@ class Captured:
         if self.rule.keep:
             if self._kept is None:
                 self._kept = self._run(self.call)
-            return self._kept[name][rows]
-        return self._run(_narrow(self.call, rows, (name,)))[name]
+            return self._scaled(self._kept[name][rows])
+        return self._scaled(self._run(_narrow(self.call, rows, (name,)))[name])
 
     def all_grads(self) -> dict[nn.Parameter, Tensor]:
         """Per-sample gradients of all parameters and samples."""
         found = self._run(self.call)
-        return {param: found[name] for param, name in self.names.items()}
+        return {param: self._scaled(found[name]) for param, name in self.names.items()}
 
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
-        """Squared norms by the rule's own formula, if it has one."""
-        if self.rule.sq_norms is None:
+    def factored(self, param: nn.Parameter) -> Outer | None:
+        """The factors that the rule gives, if it does."""
+        if self.rule.factored is None:
             return None
-        call = _narrow(self.call, slice(None), tuple(self.names[p] for p in params))
-        found = self.rule.sq_norms(call)
-        return {p: found[self.names[p]] * self.scale**2 for p in params}
+        name = self.names[param]
+        found = self.rule.factored(_narrow(self.call, slice(None), (name,))).get(name)
+        if found is not None and self.scale != 1:
+            found = dataclasses.replace(found, scale=self.scale)
+        return found
 
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
-        """Weighted sums by the rule's own formula, if it has one."""
-        if self.rule.weighted_sums is None:
-            return None
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
+        """Squared norms by the rule's own formula, if it has one, or from its factors."""
+        if self.rule.sq_norms is not None:
+            call = _narrow(self.call, slice(None), tuple(self.names[p] for p in params))
+            found = self.rule.sq_norms(call)
+            return {p: found[self.names[p]] * self.scale**2 for p in params}
+        factors = {p: self.factored(p) for p in params}
+        return {p: outer.sq_norms([use]) for p, use in factors.items() if use is not None}
+
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
+        """Weighted sums by the rule's own formula, if it has one, or from its factors."""
         chosen = slice(None) if rows is None else rows
-        call = _narrow(self.call, chosen, tuple(self.names[p] for p in params))
-        found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
-        return {p: found[self.names[p]] for p in params}
+        if self.rule.weighted_sums is not None:
+            call = _narrow(self.call, chosen, tuple(self.names[p] for p in params))
+            found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
+            return {p: found[self.names[p]] for p in params}
+        uses = {p: self.factored(p) for p in params}
+        return {p: use.pick(chosen).weighted_sum(factors[chosen]) for p, use in uses.items() if use is not None}
+
+    # ---------------------------------------------------------------- what is worked out at once
+
+    def condensed(self) -> "tuple[Stored | None, Captured | None]":
+        """Write out at once what takes no more memory than what it was captured with; keep the rest as it is.
+
+        Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
+        numbers. Where ``numel <= held``, the written-out gradients let the captured tensors go, their norm costs
+        one reading, and their weighted sum another: no operation beyond those of an ordinary backward pass. For a
+        linear layer with ``t`` tokens that is ``o i <= t (o + i)``, which is also where Gram matrices would cost more than
+        instantiation (see :func:`dp_hooks.rules.outer.gram_cost`).
+        """
+        call, rule = self.call, self.rule
+        own_formulas = rule.dims is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
+        if call.samples == 0 or own_formulas:
+            return None, self
+        held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
+        small = tuple(name for name in call.names if call.parameter(name).numel() <= held)
+        if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
+            return None, self
+        tensors = self._run(_narrow(call, slice(None), small))
+        stored = Stored({call.parameter(name): tensors[name] for name in small}, self.scale)
+        rest = tuple(name for name in call.names if name not in small)
+        return stored, Captured(_narrow(call, slice(None), rest), rule, self.scale) if rest else None
 
 
 @dataclass(eq=False)
 class Stored:
-    """Per-sample gradients that are written out already (``p.grad_sample``)."""
+    """Per-sample gradients that are written out already; the true ones are ``scale`` times these."""
 
     tensors: dict[nn.Parameter, Tensor]
+    scale: float = 1.0
 
     @property
     def params(self) -> Sequence[nn.Parameter]:
-        """The parameters with a ``grad_sample``."""
+        """The parameters with written-out gradients."""
         return list(self.tensors)
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """The stored rows."""
-        return self.tensors[param][rows]
+        found = self.tensors[param][rows]
+        return found * self.scale if self.scale != 1 else found
 
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
-        """Nothing is faster than the stored rows themselves."""
+    def factored(self, param: nn.Parameter) -> Outer | None:
+        """None: the factors are gone."""
         return None
 
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
-        """Nothing is faster than the stored rows themselves."""
-        return None
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
+        """One reading of the stored rows."""
+        return {p: sum_of_squares(self.tensors[p]) * self.scale**2 for p in params}
+
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
+        """One reading of the stored rows."""
+        chosen = slice(None) if rows is None else rows
+        return {p: weighted_sum(self.tensors[p][chosen], factors[chosen] * self.scale) for p in params}
 
 
 class SampleGradients:
@@ -188,26 +230,35 @@ class SampleGradients:
                 groups.setdefault(id(source), (source, []))[1].append(param)
         return groups
 
-    def _step(self, param: nn.Parameter) -> int:
-        return max(1, _CHUNK // max(1, param.numel()))
+    def _chunks(self, param: nn.Parameter, rows: Tensor | None) -> list[slice] | list[Tensor]:
+        step = max(1, CHUNK // max(1, param.numel()))
+        if rows is not None:
+            return list(rows.split(step))
+        return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
 
-    def _chunks(self, param: nn.Parameter, size: int) -> list[slice]:
-        step = self._step(param)
-        return [slice(i, min(i + step, size)) for i in range(0, size, step)]
-
-    def sq_norms(self, wanted: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    @torch.no_grad()
+    def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
-        out: dict[nn.Parameter, Tensor] = {}
+        out: Sums = {}
         for source, params in self._single(wanted).values():
             out.update(source.sq_norms(params) or {})
         for param in wanted:
             if param not in out:
-                parts = [squared_norms(self.grads(param, rows)) for rows in self._chunks(param, self.samples)]
-                empty = param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))
-                out[param] = torch.cat([*parts, empty])
+                out[param] = self._shared_norms(param)
         return out
 
-    def weighted_sums(self, factors: dict[nn.Parameter, Tensor], finite: Tensor) -> dict[nn.Parameter, Tensor]:
+    def _shared_norms(self, param: nn.Parameter) -> Tensor:
+        """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
+        uses = [source.factored(param) for source in self._sources[param]]
+        factored = [use for use in uses if use is not None]
+        if len(factored) == len(uses):
+            return outer.sq_norms(factored)
+        parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
+        empty = param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))
+        return torch.cat([*parts, empty])
+
+    @torch.no_grad()
+    def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 
         Sums are in at least float32, whatever the parameters are in: rounding to less must come after the noise, since a
@@ -216,23 +267,25 @@ class SampleGradients:
         Args:
             factors: ``[samples]`` for every wanted parameter.
             finite: ``[samples]`` bool; the other samples are left out by selection, not by a factor of 0.
+            consume: let go of what a parameter's sum was made of as soon as it is there.
         """
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
-        out: dict[nn.Parameter, Tensor] = {}
-
-        def add(param: nn.Parameter, value: Tensor) -> None:
-            value = value.to(torch.promote_types(param.dtype, torch.float32))
-            out[param] = out[param] + value if param in out else value
-
+        out: Sums = {}
         for param, factor in factors.items():
             rows = None if chosen is None else chosen.to(factor.device)
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            total: Tensor | None = None
             for source in self._sources[param]:
-                fast = source.weighted_sums([param], factor, rows)
-                if fast is not None:
-                    add(param, fast[param])
-                    continue
-                for part in self._chunks(param, self.samples) if rows is None else rows.split(self._step(param)):
-                    add(param, weighted_sum(source.grads(param, part), factor[part]))
-            if param not in out:  # no sample at all
-                out[param] = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+                for value in self._summands(source, param, factor, rows):
+                    total = value.to(dtype) if total is None else total.add_(value)
+            out[param] = torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
+            if consume:
+                del self._sources[param]
         return out
+
+    def _summands(self, source: Source, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
+        fast = source.weighted_sums([param], factor, rows)
+        if fast is not None and param in fast:
+            return [fast[param]]
+        parts = self._chunks(param, rows)
+        return [weighted_sum(source.grads(param, part), factor[part]) for part in parts]

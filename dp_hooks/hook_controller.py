@@ -1,6 +1,5 @@
 """HookController: attaches to the submodules of a model, captures what per-sample gradients need, and leaves."""
 
-import dataclasses
 import functools
 import sys
 from collections import OrderedDict
@@ -65,7 +64,8 @@ class _Pass:
     """A backward pass that has not come to its end; ``serial`` tells the logical part its forward belonged to."""
 
     serial: int
-    found: list[Captured] = field(default_factory=list)
+    found: list[Captured | Stored] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class _Tap(torch.autograd.Function):
@@ -439,7 +439,11 @@ class HookController:
                 "Call opt.step() for every batch, or opt.zero_grad() to drop them. For large batches set a larger "
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
-        opened.found.append(captured if self.grad_sample_mode == "ghost" else _materialised(captured))
+        opened.sizes[site.name] = rows
+        if self.grad_sample_mode == "ghost":
+            opened.found.extend(part for part in captured.condensed() if part is not None)
+        else:
+            opened.found.append(Stored(captured.all_grads()))
 
     def _finish_pass(self, task: int) -> None:
         """Runs at the end of a backward pass; one that was broken off never gets here."""
@@ -456,11 +460,11 @@ class HookController:
                 "(F.linear(h, other.weight)), or when the model was compiled and run before the scope began. Remedy: use "
                 "the weight through its module, enter the scope before compiling, or freeze it."
             )
-        sizes = {c.call.samples for c in found}
+        sizes = set(finished.sizes.values())
         if self._samples is not None:
             sizes.add(self._samples)
         if len(sizes) > 1:
-            listing = ", ".join(sorted({f"{c.call.name or 'the model'}: {c.call.samples}" for c in found})[:8])
+            listing = ", ".join(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes.items())[:8])
             raise ScopeError(
                 f"different numbers of samples ({sorted(sizes)}) met in one step ({listing}). Backward passes between two "
                 "steps must be over the same samples, one row each. Call opt.step() or opt.zero_grad() in between."
@@ -473,13 +477,13 @@ class HookController:
         else:
             self._promote(found)
 
-    def _promote(self, found: list[Captured]) -> None:
+    def _promote(self, found: "list[Captured | Stored]") -> None:
         """Write the sum over all uses in this pass to ``p.grad_sample``, adding to what earlier passes left there."""
         if self._consumed:
             for param in self.params:
                 _clear(param)
             self._consumed = False
-        fresh = SampleGradients(found[0].call.samples, found)
+        fresh = SampleGradients(self.samples, found)
         for param in fresh.params:
             earlier = vars(param).get("grad_sample")
             grads = fresh.grads(param)
@@ -594,10 +598,3 @@ def _clear(param: nn.Parameter) -> None:
 
 def _state_without_gradients(param: nn.Parameter) -> dict[str, Any]:
     return {key: value for key, value in vars(param).items() if key not in ("grad_sample", "__getstate__")}
-
-
-def _materialised(captured: Captured) -> Captured:
-    """Work the per-sample gradients out now and let go of inputs and output gradients."""
-    grads = {captured.names[p]: g for p, g in captured.all_grads().items()}
-    light = dataclasses.replace(captured.call, args=(), kwargs={}, grads=[])
-    return Captured(light, dataclasses.replace(captured.rule, keep=True), captured.scale, grads)

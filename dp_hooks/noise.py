@@ -1,32 +1,69 @@
 """Gaussian noise on the clipped sum."""
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ._validate import bad
+from .errors import DPHooksError
+
+# Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
+_BLOCK = 1 << 14
+# Sums of fewer numbers than this are not worth starting a thread for.
+_WORTH_A_THREAD = 1 << 18
+# The state of PyTorch's CPU generator: where the 624 words of the Mersenne twister are, 8 bytes for each 4 used.
+_STATE_BYTES, _WORDS_AT, _WORDS = 5056, 24, 624
 
 
 def fresh_generator(device: torch.device) -> torch.Generator:
-    """Return a generator on ``device`` seeded from the operating system's entropy source."""
+    """Return a generator on ``device`` whose whole state comes from the operating system's entropy source.
+
+    On CPU ``manual_seed`` uses 32 bits of a seed only: all noise of a run could be found by trying every seed. The
+    2496 bytes of the generator's state are filled instead. Generators of other devices take seeds of 64 bits.
+
+    Raises:
+        DPHooksError: the state of this PyTorch's generator has another layout; nothing weaker is used silently.
+    """
     generator = torch.Generator(device=device)
     generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    if generator.device.type == "cpu":
+        state = generator.get_state()
+        if state.numel() != _STATE_BYTES:
+            raise DPHooksError(
+                f"PyTorch {torch.__version__} keeps its random state in {state.numel()} bytes, not {_STATE_BYTES}: it cannot be "
+                "filled with fresh entropy. Pass noise_generator= for experiments, or use another version of PyTorch."
+            )
+        words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(_WORDS, 8)
+        words[:, :4] = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.uint8).view(_WORDS, 4)
+        generator.set_state(state)
     return generator
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
+    strides = tensor.stride()
+    plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return plain.view(-1) if plain.is_contiguous() else None
 
 
 class GaussianNoise:
     """Adds ``N(0, std^2)`` to tensors in place.
 
-    By default each device gets a generator of its own, seeded from the operating system's entropy and never saved:
-    ``torch.manual_seed`` does not fix it, and nobody who knows the training script can replay it. A
+    By default each device gets generators of its own, seeded from the operating system's entropy and never saved:
+    ``torch.manual_seed`` does not fix them, and nobody who knows the training script can replay them. A
     ``generator`` makes runs repeatable, and lets everybody who knows its seed subtract the noise.
+
+    On CPU the fresh noise is drawn by as many threads as PyTorch uses, each from an independent generator: PyTorch draws
+    normal numbers on one core.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         """Draw from ``generator``, or from fresh generators per device."""
         self.generator = generator
-        self._fresh: dict[torch.device, torch.Generator] = {}
+        self._fresh: dict[torch.device, list[torch.Generator]] = {}
 
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
@@ -38,21 +75,69 @@ class GaussianNoise:
                 f"it lives on {self.generator.device}, the parameters on {names}; pass torch.Generator(device=...) there.",
             )
 
-    def _for(self, device: torch.device) -> torch.Generator:
+    def _generators(self, device: torch.device, count: int) -> list[torch.Generator]:
         if self.generator is not None:
-            return self.generator
-        if device not in self._fresh:
-            self._fresh[device] = fresh_generator(device)
-        return self._fresh[device]
+            return [self.generator]
+        fresh = self._fresh.setdefault(device, [])
+        while len(fresh) < count:
+            fresh.append(fresh_generator(device))
+        return fresh[:count]
 
-    def add_(self, total: Tensor, std: float) -> Tensor:
-        """Add noise of standard deviation ``std`` to ``total`` in place and return it.
+    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> None:
+        """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
 
-        The draw is made in at least float32, so that half precision does not coarsen its tails.
+        The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
+        size is needed on CPU; on other devices one as large as the largest tensor.
         """
-        if std > 0:
-            dtype = torch.promote_types(total.dtype, torch.float32)
-            draw = torch.empty_like(total, dtype=dtype, memory_format=torch.contiguous_format)
-            draw.normal_(0.0, std, generator=self._for(total.device))
-            total.add_(draw)
-        return total
+        if std == 0:
+            for total in totals:
+                total.mul_(scale)
+            return
+        blocks: list[Tensor] = []
+        for total in totals:
+            flat = _flat(total) if total.device.type == "cpu" else None
+            if flat is None:
+                (generator,) = self._generators(total.device, 1)
+                self._add(
+                    total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale
+                )
+            else:
+                blocks.extend(flat.split(_BLOCK))
+        self._add_blocks(blocks, std, scale)
+
+    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> None:
+        if not blocks:
+            return
+        numbers = sum(block.numel() for block in blocks)
+        wanted = max(1, min(torch.get_num_threads(), numbers // _WORTH_A_THREAD))
+        generators = self._generators(blocks[0].device, wanted)
+        workers = len(generators)  # a generator of the user's is one stream
+
+        def work(share: int) -> None:
+            buffers: dict[torch.dtype, Tensor] = {}
+            for block in blocks[share::workers]:
+                dtype = _wide(block)
+                if dtype not in buffers:
+                    buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
+                self._add(block, buffers[dtype][: block.numel()], generators[share], std, scale)
+
+        if workers == 1:
+            work(0)
+            return
+        with ThreadPoolExecutor(workers - 1) as pool:
+            started = [pool.submit(work, share) for share in range(1, workers)]
+            work(0)
+            for job in started:
+                job.result()
+
+    @staticmethod
+    def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> None:
+        draw.normal_(0.0, std * scale, generator=generator)
+        if total.dtype == draw.dtype:
+            torch.add(draw, total, alpha=scale, out=total)
+        else:
+            total.copy_(draw.add_(total, alpha=scale))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -347,23 +347,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
         factors = self._clipping.factors(norms)
         device = wanted[0].device
         finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
-        for p, total in gradients.weighted_sums(factors, finite).items():
-            self._sums[p] = self._sums[p] + total if p in self._sums else total
+        for p, total in gradients.weighted_sums(factors, finite, consume=True).items():
+            self._sums[p] = self._sums[p].add_(total) if p in self._sums else total
 
     def _release(self, foreign: bool) -> None:
         sums, self._sums = self._sums, {}
         params = [p for p in self.params if p.requires_grad]
         self._mention_unused([p for p in params if p not in sums])
-        std = self.noise_multiplier * self.sensitivity
-        noised: dict[nn.Parameter, Tensor] = {}
         for p in params:
-            total = sums.pop(p, None)
-            if total is None:
-                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            self._noise.add_(total, std)
-            if self.loss_reduction == "mean":
-                total.div_(self.expected_batch_size)
-            noised[p] = total.to(p.dtype)  # after the noise, rounding is post-processing
+            if p not in sums:
+                sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
+        self._noise.add_(list(sums.values()), self.noise_multiplier * self.sensitivity, scale)
+        noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(self.noise_multiplier, foreign=foreign)
         for hook in self._step_hooks:
             hook(self)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dp_hooks import noise as noise_module
 from dp_hooks import private_training
-from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.noise import GaussianNoise
+from dp_hooks.errors import DPHooksError, InvalidArgumentError, ScopeError
+from dp_hooks.noise import GaussianNoise, fresh_generator
 
 COUNT = 20_000
 NEVER = 1e-12  # a sample rate at which every batch is empty
@@ -299,8 +300,8 @@ def test_noise_is_added_to_half_precision_sums_before_rounding(dtype: torch.dtyp
     """A half-precision sum plus noise is rounded once; rounding the noise first would give other numbers."""
     total = torch.empty(COUNT).normal_(0.0, 1.0, generator=_drawn(1)).to(dtype)
     draw = torch.empty(COUNT).normal_(0.0, 3.0, generator=_drawn(9))
-    noised = GaussianNoise(_drawn(9)).add_(total.clone(), 3.0)
-    assert noised.dtype == dtype
+    noised = total.clone()
+    GaussianNoise(_drawn(9)).add_([noised], 3.0)
     assert torch.equal(noised, (total.float() + draw).to(dtype))
     assert not torch.equal(noised, (total.float() + draw.to(dtype).float()).to(dtype))
 
@@ -315,9 +316,51 @@ def test_float64_parameters_get_noise_drawn_in_float64() -> None:
 def test_noise_reaches_parameters_in_any_memory_layout() -> None:
     """A transposed (non-contiguous) tensor gets noise in all its places."""
     total = torch.zeros(100, 200).T
-    GaussianNoise(_drawn()).add_(total, 2.0)
+    GaussianNoise(_drawn()).add_([total], 2.0)
     assert not total.is_contiguous()
     _accepts_only(total, 2.0)
+
+
+def _flipped(*shape: int) -> Tensor:
+    return torch.ones(*shape).movedim(1, -1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_number_gets_noise_once_however_it_is_shared_out(
+    threads: int, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tensors of odd sizes, on any number of threads: sum and noise are scaled together, none twice, none left out."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    totals = [_flipped(3, 5, 7), torch.ones(40_001), torch.ones(0), torch.ones(1), _flipped(101, 71, 130)]
+    totals = [total.to(dtype) for total in totals]
+    noise = GaussianNoise()
+    noise.add_(totals, 2.0, scale)
+    assert len(noise._fresh[torch.device("cpu")]) == threads
+    for total in totals[1::3]:
+        _accepts_only((total / scale - 1).double(), 2.0)
+    values = torch.cat([total.flatten() for total in totals]).double()
+    assert (values != scale).double().mean() > (0.99 if dtype != torch.bfloat16 else 0.9)
+    block = totals[4].flatten()[: 1 << 16].double()
+    for lag in (1 << 13, 1 << 14, 1 << 15):  # streams that repeat each other would be in step at some block
+        assert _correlation(block[lag:] - scale, block[:-lag] - scale) < 5.5
+
+
+def test_fresh_generators_are_seeded_with_all_their_state() -> None:
+    """The state has the entropy of all its words: neither equal in part between two, nor that of any 32-bit seed."""
+    one, two = (fresh_generator(torch.device("cpu")).get_state()[24 : 24 + 8 * 624].view(torch.int64) for _ in range(2))
+    assert (one != two).all()
+    seeded = torch.Generator().manual_seed(int(one[0])).get_state()[24 : 24 + 8 * 624].view(torch.int64)
+    assert seeded[0] == one[0]
+    assert (seeded[1:] != one[1:]).all()
+
+
+def test_a_random_state_of_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the state cannot be filled with entropy, nothing weaker is used in its place."""
+    monkeypatch.setattr(noise_module, "_STATE_BYTES", 1234)
+    with pytest.raises(DPHooksError, match="not 1234"):
+        fresh_generator(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("devices", [{"cuda"}, {"cpu", "cuda"}, {"meta"}])

@@ -1,19 +1,25 @@
 """Layer rules: pure functions that turn captured inputs and output gradients into per-sample gradients."""
 
+from . import outer
 from .embedding import refusal as embedding_refusal
 from .generic import GENERIC
+from .outer import CHUNK, Outer, sum_of_squares
 from .registry import RuleTable, register_rule
-from .rule import Call, Rule, check_samples, expands_shared_ids, squared_norms, weighted_sum
+from .rule import Call, Dims, Rule, check_samples, expands_shared_ids, weighted_sum
 
 __all__ = [
+    "CHUNK",
     "GENERIC",
     "Call",
+    "Dims",
+    "Outer",
     "Rule",
     "RuleTable",
     "check_samples",
     "embedding_refusal",
     "expands_shared_ids",
+    "outer",
     "register_rule",
-    "squared_norms",
+    "sum_of_squares",
     "weighted_sum",
 ]

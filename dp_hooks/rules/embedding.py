@@ -1,54 +1,34 @@
 """Embedding tables: ``y[n, t, d] = W[ids[n, t], d]``. A per-sample gradient has one non-zero row per distinct id."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rule import Call, Rule, squared_norms
+from .linear import wide
+from .outer import Outer
+from .rule import Call, Dims, Rule
 
 
-def _rows(call: Call) -> tuple[Tensor, Tensor]:
-    """Return ``ids [n, t]`` and ``g [n, t, d]`` in at least float32, with zeros where the id is ``padding_idx``."""
-    g = call.grad
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    ids = call.input.reshape(g.shape[0], -1) if g.shape[0] else call.input.new_zeros((0, 1))
-    g = g.reshape(g.shape[0], ids.shape[1], g.shape[-1])
+def dims(call: Call) -> dict[str, Dims]:
+    """The table's: one token per id."""
+    return {"weight": Dims(call.grad.shape[1:-1].numel(), *call.parameter("weight").shape)}
+
+
+def factored(call: Call) -> dict[str, Outer]:
+    """``dW[n] = sum_t onehot(ids[n, t]) (x) g[n, t]``, with zeros where the id is ``padding_idx``."""
+    g = wide(call.grad)
+    tokens = g.shape[1:-1].numel()
+    ids = call.input.reshape(g.shape[0], tokens).long()
+    g = g.reshape(g.shape[0], tokens, g.shape[-1])
     padding = getattr(call.module, "padding_idx", None)
     if padding is not None:
         g = g.masked_fill((ids == padding)[..., None], 0)
-    return ids, g
-
-
-def _table(call: Call) -> tuple[int, int]:
-    rows, width = call.parameter("weight").shape
-    return rows, width
+    return {"weight": Outer(ids, g, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Scatter-add of the output gradients into ``[n, V, d]``."""
-    ids, g = _rows(call)
-    size, width = _table(call)
-    out = g.new_zeros((g.shape[0], size, width))
-    out.scatter_add_(1, ids[..., None].expand_as(g), g)
-    return {"weight": out}
-
-
-def sq_norms(call: Call) -> dict[str, Tensor]:
-    """Add up the rows that belong to the same (sample, id), then square: exact, with memory ``[n * t, d]``."""
-    ids, g = _rows(call)
-    size, _ = _table(call)
-    samples = torch.arange(g.shape[0], device=g.device)
-    keys, index = torch.unique((samples[:, None] * size + ids).flatten(), return_inverse=True)
-    rows = g.new_zeros((keys.shape[0], g.shape[-1])).index_add_(0, index, g.flatten(0, 1))
-    per_row = squared_norms(rows)
-    return {"weight": per_row.new_zeros(g.shape[0]).index_add_(0, keys // size, per_row)}
-
-
-def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
-    """One scatter-add of the scaled output gradients into the table."""
-    ids, g = _rows(call)
-    out = g.new_zeros(_table(call))
-    scaled = (g * factors.to(g.dtype)[:, None, None]).flatten(0, 1)
-    return {"weight": out.index_add_(0, ids.flatten(), scaled)}
+    return {name: use.grads() for name, use in factored(call).items()}
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -68,5 +48,77 @@ def refusal(module: nn.Module) -> str | None:
 
 
 EMBEDDING = Rule(
-    "Embedding", grad_samples, sq_norms, weighted_sums, frozenset({"weight"}), subclasses=True, expands=True
+    "Embedding",
+    grad_samples,
+    dims=dims,
+    factored=factored,
+    parameters=frozenset({"weight"}),
+    subclasses=True,
+    expands=True,
+)
+
+
+def _argument(call: Call, position: int, name: str) -> Tensor | None:
+    value = call.kwargs.get(name, call.args[position] if len(call.args) > position else None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _bags(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, weights and a mask of what counts, each ``[n, t]``; bags given by offsets are padded to one length."""
+    ids, weights = call.input.long(), _argument(call, 2, "per_sample_weights")
+    weights = torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if ids.dim() == 1:
+        offsets = _argument(call, 1, "offsets")
+        assert offsets is not None  # PyTorch insists on them for 1-D input
+        starts = offsets[: call.samples]
+        ends = torch.cat([offsets, offsets.new_tensor([len(ids)])])[1 : call.samples + 1]
+        longest = int((ends - starts).max()) if call.samples else 0
+        places = starts[:, None] + torch.arange(longest, device=ids.device)
+        counted = places < ends[:, None]
+        places = places.clamp(max=max(0, len(ids) - 1))
+        ids, weights = (ids[places], weights[places]) if len(ids) else (places, places.float())
+    padding = call.module.padding_idx
+    return ids, weights, counted if padding is None else counted & (ids != padding)
+
+
+def _bag_tokens(call: Call) -> tuple[Tensor, Tensor]:
+    """Return ids ``[n, t]`` and the gradient ``[n, t, d]`` that each of them got."""
+    g = wide(call.grad)
+    ids, weights, counted = _bags(call)
+    mode = call.module.mode
+    if mode == "max":  # each feature's gradient goes to the first id that has the maximum
+        rows = F.embedding(ids, call.parameter("weight").detach()).masked_fill(~counted[..., None], -torch.inf)
+        if ids.shape[1] == 0:
+            return ids, g[:, None, :].expand(-1, 0, -1)
+        first = F.one_hot(rows.argmax(1), ids.shape[1]).movedim(-1, 1)
+        return ids, g[:, None, :] * (first * counted[..., None]).to(g.dtype)
+    share = counted.to(g.dtype) * weights.to(g.dtype)
+    if mode == "mean":
+        share = share / counted.sum(1, keepdim=True).clamp(min=1)
+    return ids, g[:, None, :] * share[..., None]
+
+
+def bag_dims(call: Call) -> dict[str, Dims]:
+    """The table's: one token per id in an average bag."""
+    return {"weight": Dims(call.input.numel() // max(1, call.samples), *call.parameter("weight").shape)}
+
+
+def bag_factored(call: Call) -> dict[str, Outer]:
+    """As for an embedding, with the bag's gradient handed to each of its ids; see ``_bag_tokens``."""
+    return {"weight": Outer(*_bag_tokens(call), call.parameter("weight").shape)}
+
+
+def bag_grad_samples(call: Call) -> dict[str, Tensor]:
+    """Scatter-add into ``[n, V, d]``."""
+    return {name: use.grads() for name, use in bag_factored(call).items()}
+
+
+EMBEDDING_BAG = Rule(
+    "EmbeddingBag",
+    bag_grad_samples,
+    dims=bag_dims,
+    factored=bag_factored,
+    parameters=frozenset({"weight"}),
+    batch_dim=0,
 )

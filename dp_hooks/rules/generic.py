@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._tree import join, split, tensors_of
 from ..errors import UnsupportedModelError
+from .normalisation import feature_norm
 from .rule import Call, Rule
 
 # Classes that vmap has no batching rule for: not worth the attempt.
@@ -129,4 +130,9 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
         raise _refusal(call, f"that failed with {type(error).__name__}: {error}") from error
 
 
+def _feature_norm(call: Call) -> dict[str, Tensor]:
+    return feature_norm(call) or grad_samples(call)
+
+
+FEATURE_NORM = Rule("norm over features", _feature_norm, parameters=frozenset({"weight"}))
 GENERIC = Rule("generic", grad_samples, parameters=None, keep=True, whole_subtree=True)

@@ -1,87 +1,61 @@
-"""Linear layers with inputs of any rank: ``y[n, t, o] = sum_i x[n, t, i] W[o, i] + b[o]``."""
+"""Linear layers with inputs of any rank: ``y[n, t, o] = sum_i x[n, t, i] W[o, i] + b[o]``, also with ``W`` transposed."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .rule import Call, Rule, squared_norms
-
-# How many numbers of per-sample gradients are held at once while their norms are taken.
-_CHUNK = 1 << 24
+from .outer import Outer
+from .rule import Call, Dims, Rule
 
 
-def _inputs(call: Call) -> tuple[Tensor, Tensor]:
-    """Return ``x [n, t, i]`` and ``g [n, t, o]`` in one dtype of at least float32: sums are rounded after the noise."""
-    x, g = call.input, call.grad
-    dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
-    tokens = g[0].numel() // g.shape[-1] if g.shape[0] and g.shape[-1] else 1
-    return x.reshape(x.shape[0], tokens, x.shape[-1]).to(dtype), g.reshape(g.shape[0], tokens, g.shape[-1]).to(dtype)
+def wide(tensor: Tensor, *others: Tensor) -> Tensor:
+    """Return ``tensor`` in at least float32, and in no less than the dtypes of ``others``: sums are rounded after the noise."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    for other in others:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return tensor.to(dtype)
+
+
+def _as_tokens(tensor: Tensor, tokens: int) -> Tensor:
+    return tensor.reshape(tensor.shape[0], tokens, tensor.shape[-1])
+
+
+def _tokens(call: Call) -> int:
+    shape = call.grad.shape
+    return shape[1:-1].numel()
+
+
+def _factors(call: Call) -> tuple[Tensor, Tensor]:
+    """Return ``x [n, t, i]`` and ``g [n, t, o]`` in one dtype of at least float32."""
+    x, g, tokens = call.input, call.grad, _tokens(call)
+    return _as_tokens(wide(x, g), tokens), _as_tokens(wide(g, x), tokens)
+
+
+def _is_transposed(call: Call) -> bool:
+    return not isinstance(call.module, nn.Linear)
+
+
+def dims(call: Call) -> dict[str, Dims]:
+    """The weight's: as many tokens as there are vectors in a sample."""
+    return {"weight": Dims(_tokens(call), *call.parameter("weight").shape)} if "weight" in call.names else {}
+
+
+def factored(call: Call) -> dict[str, Outer]:
+    """``dW[n, o, i] = sum_t g[n, t, o] x[n, t, i]``; the other way round for the transposed weight of ``Conv1D``."""
+    if "weight" not in call.names:
+        return {}
+    x, g = _factors(call)
+    left, right = (x, g) if _is_transposed(call) else (g, x)
+    return {"weight": Outer(left, right, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
-    """Outer products summed over ``t``: ``dW[n, o, i] = sum_t g[n, t, o] x[n, t, i]``."""
-    x, g = _inputs(call)
-    out: dict[str, Tensor] = {}
-    if "weight" in call.names:
-        out["weight"] = torch.einsum("nto,nti->noi", g, x)
+    """Outer products summed over ``t``, and for the bias ``db[n, o] = sum_t g[n, t, o]``."""
+    out = {name: use.grads() for name, use in factored(call).items()}
     if "bias" in call.names:
-        out["bias"] = g.sum(1)
+        out["bias"] = _as_tokens(wide(call.grad), _tokens(call)).sum(1)
     return out
 
 
-def _instantiated_norms(x: Tensor, g: Tensor) -> Tensor:
-    rows = max(1, _CHUNK // max(1, x.shape[-1] * g.shape[-1]))
-    parts = [
-        squared_norms(torch.einsum("nto,nti->noi", gc, xc)) for xc, gc in zip(x.split(rows), g.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _weight_norms(x: Tensor, g: Tensor) -> Tensor:
-    """Return an upper bound of ``|dW[n]|^2``, tight to 1e-3, by the cheaper of two exact formulas.
-
-    ``|dW|^2 = sum_{t,s} (x_t . x_s)(g_t . g_s)`` needs two ``t x t`` Gram matrices, ``2 t^2 (i + o)`` operations
-    instead of ``t i o`` (Li et al., "Large language models can be strong differentially private learners", ICLR 2022,
-    section 4; Bu et al., "Scalable and efficient training of large convolutional neural networks with differential
-    privacy", NeurIPS 2022, for the choice ``2 t^2 < i o``). Where token gradients cancel, the Gram sum loses digits: its rounding
-    error is at most about ``t eps sum_t |x_t|^2 sum_t |g_t|^2``. That bound is added, and a sample for which it
-    exceeds one part in a thousand is computed by instantiation instead.
-    """
-    tokens = x.shape[1]
-    if tokens == 1:
-        return squared_norms(x) * squared_norms(g)
-    if x.shape[0] == 0 or 2 * tokens * tokens >= x.shape[-1] * g.shape[-1]:
-        return _instantiated_norms(x, g)
-    gram = (torch.bmm(x, x.mT) * torch.bmm(g, g.mT)).sum((1, 2))
-    slack = tokens * torch.finfo(x.dtype).eps * squared_norms(x) * squared_norms(g)
-    unsure = ~(slack <= 1e-3 * gram)  # also true for NaN and negative sums
-    gram = gram + slack
-    if bool(unsure.any()):
-        gram[unsure] = _instantiated_norms(x[unsure], g[unsure])
-    return gram
-
-
-def sq_norms(call: Call) -> dict[str, Tensor]:
-    """Squared norms without keeping any ``[n, o, i]`` tensor; see ``_weight_norms``."""
-    x, g = _inputs(call)
-    out: dict[str, Tensor] = {}
-    if "weight" in call.names:
-        out["weight"] = _weight_norms(x, g)
-    if "bias" in call.names:
-        out["bias"] = squared_norms(g.sum(1))
-    return out
-
-
-def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
-    """One matrix product, as in an ordinary backward pass: ``sum_{n,t} f[n] g[n, t, o] x[n, t, i]``."""
-    x, g = _inputs(call)
-    factors = factors.to(g.dtype)
-    scaled = g * factors[:, None, None]
-    out: dict[str, Tensor] = {}
-    if "weight" in call.names:
-        out["weight"] = scaled.flatten(0, 1).mT @ x.flatten(0, 1)
-    if "bias" in call.names:
-        out["bias"] = scaled.sum((0, 1))
-    return out
-
-
-LINEAR = Rule("Linear", grad_samples, sq_norms, weighted_sums, subclasses=True)
+LINEAR = Rule("Linear", grad_samples, dims=dims, factored=factored, subclasses=True)
+# transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
+CONV1D = Rule("Conv1D", grad_samples, dims=dims, factored=factored)

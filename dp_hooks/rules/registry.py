@@ -7,18 +7,32 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InvalidArgumentError
-from .embedding import EMBEDDING
-from .generic import GENERIC
-from .layer_norm import LAYER_NORM
-from .linear import LINEAR
+from .convolution import CONVOLUTION, CONVOLUTIONS
+from .elementwise import BILINEAR, PRELU
+from .embedding import EMBEDDING, EMBEDDING_BAG
+from .generic import FEATURE_NORM, GENERIC
+from .linear import CONV1D, LINEAR
+from .normalisation import GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, is_feature_norm
 from .opacus import opacus_rules
 from .rule import GradSamples, Rule, WeightedSums
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LINEAR,
     nn.Embedding: EMBEDDING,
+    nn.EmbeddingBag: EMBEDDING_BAG,
+    **dict.fromkeys(CONVOLUTIONS, CONVOLUTION),
     nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: RMS_NORM,
+    nn.GroupNorm: GROUP_NORM,
+    nn.InstanceNorm1d: INSTANCE_NORM,
+    nn.InstanceNorm2d: INSTANCE_NORM,
+    nn.InstanceNorm3d: INSTANCE_NORM,
+    nn.PReLU: PRELU,
+    nn.Bilinear: BILINEAR,
 }
+
+# Classes of packages that need not be installed, by where they are defined.
+_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": CONV1D}
 
 # Modules whose forward reads the weights of their children directly: the children's own hooks never fire.
 _READS_CHILDREN = (nn.MultiheadAttention, nn.RNNBase)
@@ -97,4 +111,5 @@ class RuleTable:
             inherits = rule.subclasses and _forward_of(type(module)) is _forward_of(cls)
             known = rule.parameters is None or names <= rule.parameters
             return rule if (exact or inherits) and known and rule.applies(module) else GENERIC
-        return GENERIC
+        named = _BY_NAME.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        return named or (FEATURE_NORM if is_feature_norm(module) else GENERIC)

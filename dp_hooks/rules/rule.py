@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._tree import join, split, tensors_of
 from ..errors import UnsupportedModelError
+from .outer import Outer
 
 RunModule = Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -47,17 +48,22 @@ class Call:
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """All input tensors as they were given, positional ones first."""
+        return tensors_of((self.args, self.kwargs))
+
+    @property
     def input(self) -> Tensor:
         """The first input tensor with the sample axis moved to the front: ``[n, ...]``."""
-        tensors = tensors_of((self.args, self.kwargs))
-        return tensors[0].movedim(self.batch_dim, 0)
+        first = self.args[0] if self.args and isinstance(self.args[0], Tensor) else self.inputs[0]
+        return first.movedim(self.batch_dim, 0) if self.batch_dim else first
 
     @property
     def grad(self) -> Tensor:
         """The gradient of the only output with the sample axis moved to the front: ``[n, ...]``."""
         (grad,) = self.grads
         assert grad is not None  # a call none of whose outputs got a gradient is never recorded
-        return grad.movedim(self.batch_dim, 0)
+        return grad.movedim(self.batch_dim, 0) if self.batch_dim else grad
 
     def parameter(self, name: str) -> nn.Parameter:
         """The module's parameter ``name``."""
@@ -68,6 +74,25 @@ GradSamples = Callable[[Call], dict[str, Tensor]]
 WeightedSums = Callable[[Call, Tensor], dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Dims:
+    """The size of a gradient that is a sum of outer products, known before its factors are made.
+
+    Attributes:
+        tokens: terms ``t`` in the sum of each sample.
+        rows: ``o``.
+        columns: ``i``.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+
+
+Factored = Callable[[Call], dict[str, Outer]]
+Sizes = Callable[[Call], dict[str, Dims]]
+
+
 def _always(module: nn.Module) -> bool:
     return True
 
@@ -76,13 +101,15 @@ def _always(module: nn.Module) -> bool:
 class Rule:
     """How per-sample gradients of one class of modules are computed.
 
-    Only ``grad_samples`` is required; the other two are derived from it unless a faster function is given.
+    Only ``grad_samples`` is required; everything else is derived from it unless a faster function is given.
 
     Attributes:
         label: name shown in messages and reports.
         grad_samples: ``call -> {name: [n, *param.shape]}``.
         sq_norms: ``call -> {name: [n]}``, the squared norms of the per-sample gradients, or an upper bound of them.
         weighted_sums: ``(call, factors [n]) -> {name: param.shape}``, the sum over samples of factor times gradient.
+        dims: ``call -> {name: Dims}`` for the parameters whose gradient is a sum of outer products.
+        factored: ``call -> {name: Outer}`` for the same parameters: norms, also of shared parameters, and weighted sums follow.
         parameters: the names of the parameters the rule knows; a module that owns others is not given to it.
             None: any.
         subclasses: whether subclasses that inherit ``forward`` unchanged and add no parameters are covered too; only
@@ -99,6 +126,8 @@ class Rule:
     grad_samples: GradSamples
     sq_norms: GradSamples | None = None
     weighted_sums: WeightedSums | None = None
+    dims: Sizes | None = None
+    factored: Factored | None = None
     parameters: frozenset[str] | None = frozenset({"weight", "bias"})
     subclasses: bool = False
     applies: Callable[[nn.Module], bool] = _always
@@ -140,14 +169,10 @@ def expands_shared_ids(
     return repeated
 
 
-def squared_norms(grads: Tensor) -> Tensor:
-    """Return ``[n]``, the squared norm of each row of ``grads`` ``[n, ...]``, added up in at least float32."""
-    dtype = torch.promote_types(grads.dtype, torch.float32)
-    return grads.flatten(1).to(dtype).square().sum(1) if grads.dim() > 1 else grads.to(dtype).square()
-
-
 def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
     """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
     dtype = torch.promote_types(grads.dtype, torch.float32)  # a sum rounded before the noise has no bounded sensitivity
-    total: Tensor = torch.tensordot(factors.to(dtype), grads.to(dtype), dims=1)
-    return total
+    total: Tensor = (
+        factors.to(dtype) @ grads.to(dtype).flatten(1) if grads.dim() > 1 else factors.to(dtype) @ grads.to(dtype)
+    )
+    return total.view(grads.shape[1:])
