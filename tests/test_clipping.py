@@ -704,6 +704,17 @@ def test_a_release_that_fails_is_not_counted_twice() -> None:
     assert opt.max_grad_norm == pytest.approx(trajectory([NORMS[4:]], 1.0, 0.2, 0.5, 4)[0], rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come")
+def test_batches_from_elsewhere_are_counted_once_each() -> None:
+    """Without the private loader every step is a logical batch of its own, and its count ends with it."""
+    model, x = Rows(), rows_with(NORMS)
+    with adaptive(model, NORMS, 8) as (opt, _):
+        for rows in (x[:3], x[3:]):
+            model(rows).sum().backward()
+            opt.step()
+    assert opt.max_grad_norm == pytest.approx(trajectory([NORMS[:3], NORMS[3:]], 1.0, 0.2, 0.5, 8)[1], rel=1e-9)
+
+
 def test_two_backward_passes_count_a_sample_once() -> None:
     """The norm that is compared with C is that of the gradients added up."""
     model = Rows()
