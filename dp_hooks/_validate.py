@@ -70,11 +70,12 @@ def boolean(name: str, value: object) -> bool:
 
 
 def clipping_bounds(name: str, value: object, clipping: str, tensors: int) -> tuple[float, ...]:
-    """Return the clipping bounds as positive floats: one for "flat", ``tensors`` of them for "per_layer"."""
-    if clipping == "flat":
+    """Return the clipping bounds as positive floats: ``tensors`` of them for "per_layer", else one."""
+    if clipping != "per_layer":
         return (positive(name, value, "the clipping bound C must be greater than 0 (a typical value is 1.0)."),)
     remedy = (
-        f"with clipping={clipping!r} pass a list with one positive bound for each of the {tensors} trainable tensors."
+        f"with clipping={clipping!r} pass a list with one positive bound for each of the {tensors} trainable tensors, or a "
+        'mapping from name patterns to bounds, such as {"encoder.*": 0.5, "*": 1.0}.'
     )
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != tensors:
         raise bad(name, value, remedy)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._validate import bad, non_negative
 from .accounting import PrivacyMeter
-from .clipping import ClippingFunction, FlatClipping, make_clipping
+from .clipping import ClippingFunction
 from .errors import ScopeError, UnsupportedModelError
 from .gradients import SampleGradients
 from .hook_controller import HookController
@@ -72,8 +72,9 @@ def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
 class PrivateOptimizer(torch.optim.Optimizer):
     """A drop-in ``torch.optim.Optimizer`` around the user's own.
 
-    ``step()`` clips the captured per-sample gradients, adds ``N(0, (noise_multiplier * sensitivity)^2)`` to their sum,
-    charges the accountant, writes the noised gradient to ``p.grad`` and calls the wrapped optimizer. Inside the
+    ``step()`` clips the captured per-sample gradients, adds ``N(0, (noise_multiplier * sensitivity)^2)`` to their sum
+    (somewhat more with adaptive clipping, which also releases a count), charges the accountant, writes the noised gradient
+    to ``p.grad`` and calls the wrapped optimizer. Inside the
     scope ``p.grad`` is None until then. Parameter groups and state are the wrapped optimizer's own, so learning-rate schedulers
     and checkpoints work as usual; a copy or pickle of it is a copy of the wrapped optimizer.
 
@@ -87,7 +88,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         *,
         controller: HookController,
         clipping: ClippingFunction,
-        clipping_name: str,
+        make_clipping: Callable[[Any], ClippingFunction],
         noise: GaussianNoise,
         noise_multiplier: float,
         meter: PrivacyMeter,
@@ -105,7 +106,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._controller = controller
         self._clipping = clipping
-        self._clipping_name = clipping_name
+        self._make_clipping = make_clipping
         self._noise = noise
         self._noise_multiplier = noise_multiplier
         self._meter = meter
@@ -116,13 +117,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._part: Part | None = None
         self._part_done = False
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._statistic: Tensor | None = None
         self._said: set[str] = set()
 
     # ---------------------------------------------------------------- privacy parameters
 
     @property
     def noise_multiplier(self) -> float:
-        """sigma: standard deviation of the noise in units of the sensitivity. Schedulers may set it."""
+        """sigma: what is charged, the standard deviation of the noise in units of the sensitivity. Schedulers may set it.
+
+        With adaptive clipping it pays for the count of unclipped samples as well, and the gradients get more noise.
+        """
         return self._noise_multiplier
 
     @noise_multiplier.setter
@@ -133,12 +138,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
                 "scope with noise_multiplier=... to schedule it."
             )
+        self._clipping.check_noise(value)
         self._noise_multiplier = value
 
     @property
     def max_grad_norm(self) -> Any:
-        """The clipping bound C, or the list of bounds with clipping "per_layer". Schedulers may set it."""
-        return self._max_grad_norm()
+        """The clipping bound C; a list, or a dictionary by name pattern, where there are several. Schedulers may set it.
+
+        With adaptive clipping it is the bound of the next step, and setting it starts afresh from there.
+        """
+        return self._clipping.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
@@ -147,16 +156,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"max_grad_norm={value!r}: cannot change in the middle of a logical batch, parts of which were clipped to "
                 f"{self.max_grad_norm!r} already. Change it between steps."
             )
-        self._clipping = make_clipping(self._clipping_name, value, self.params)
+        self._clipping = self._make_clipping(value)
 
-    def _max_grad_norm(self) -> Any:
-        if isinstance(self._clipping, FlatClipping):
-            return self._clipping.max_grad_norm
-        return [self._clipping.bounds[p] for p in self.params]  # type: ignore[attr-defined]
+    @property
+    def clipping_details(self) -> dict[str, float]:
+        """Further settings of the clipping function; with adaptive clipping also how the noise is split."""
+        return self._clipping.details(self.noise_multiplier)
 
     @property
     def sensitivity(self) -> float:
-        """S: what one example can change in the clipped sum; the noise has standard deviation ``sigma * S``."""
+        """S: what one example can change in the clipped sum; the noise is in units of it."""
         return self._clipping.sensitivity
 
     def attach_step_hook(self, fn: StepHook) -> None:
@@ -317,7 +326,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             if not self._part_done:
                 self._add_part(self._controller.take())
         else:
-            self._sums = {}
+            self._sums, self._statistic = {}, None
         self._part = part
         self._part_done = False
         self._controller.serial += 1
@@ -349,18 +358,24 @@ class PrivateOptimizer(torch.optim.Optimizer):
         finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
         for p, total in gradients.weighted_sums(factors, finite, consume=True).items():
             self._sums[p] = self._sums[p].add_(total) if p in self._sums else total
+        statistic = self._clipping.statistic(norms)
+        if statistic is not None:
+            self._statistic = statistic if self._statistic is None else self._statistic + statistic
 
     def _release(self, foreign: bool) -> None:
         sums, self._sums = self._sums, {}
+        statistic, self._statistic = self._statistic, None
+        clipping, sigma = self._clipping, self.noise_multiplier  # a step hook may set others for the next step
         params = [p for p in self.params if p.requires_grad]
         self._mention_unused([p for p in params if p not in sums])
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        std = clipping.gradient_noise_multiplier(sigma) * clipping.sensitivity
         scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
-        self._noise.add_(list(sums.values()), self.noise_multiplier * self.sensitivity, scale)
+        self._noise.add_([sums[p] for p in params], std, scale)
         noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
-        self._meter.charge_step(self.noise_multiplier, foreign=foreign)
+        self._meter.charge_step(sigma, foreign=foreign)
         for hook in self._step_hooks:
             hook(self)
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
@@ -371,6 +386,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self.original_optimizer.step()
         finally:
             self._stepping = False
+        clipping.update(statistic, self._noise, sigma)
 
     def _mention_unused(self, unused: list[nn.Parameter]) -> None:
         names = [self._controller.name_of(p) for p in unused]
@@ -398,7 +414,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _close(self) -> None:
         self._closed = True
-        self._sums = {}
+        self._sums, self._statistic = {}, None
         self._part = None
 
 

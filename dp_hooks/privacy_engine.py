@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any, BinaryIO
 
@@ -15,6 +16,7 @@ from typing_extensions import Self
 
 from ._validate import bad
 from .accounting import epsilon_of, make_accountant
+from .clipping import ADAPTIVE_OPTIONS
 from .errors import ScopeError
 from .model_check import check_model, problems
 from .optimizer import PrivateOptimizer
@@ -95,7 +97,7 @@ class PrivacyEngineHookBased:
         criterion: Any = None,
         data_loader: DataLoader[Any],
         noise_multiplier: float,
-        max_grad_norm: float | list[float],
+        max_grad_norm: float | list[float] | Mapping[str, float],
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
@@ -118,16 +120,18 @@ class PrivacyEngineHookBased:
                 ordinary losses work. Unused in other modes.
             data_loader: the loader of the training data.
             noise_multiplier: sigma.
-            max_grad_norm: C, or a list with ``clipping="per_layer"``.
+            max_grad_norm: C, or a list or a mapping from name patterns with ``clipping="per_layer"``.
             batch_first: the sample axis is 0, else 1.
             loss_reduction: "mean" or "sum".
             poisson_sampling: draw batches by Poisson sampling.
-            clipping: "flat" or "per_layer".
+            clipping: "flat", "per_layer", "per_group", "automatic" or "adaptive".
             noise_generator: generator of the noise, for repeatable experiments.
             grad_sample_mode: "hooks", "functorch" or "ghost".
             wrap_model: accepted for compatibility; True raises, since this engine never wraps.
             rand_on_empty: accepted for compatibility; True raises, since empty batches have no row here.
-            **kwargs: ``max_physical_batch_size``, ``sample_rate``, ``self_check`` as in ``private_training``.
+            **kwargs: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``, ``self_check`` as in
+                ``private_training``. The options of adaptive clipping may also be given one by one, as Opacus has them
+                (``target_unclipped_quantile=0.5, ...``).
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -164,7 +168,7 @@ class PrivacyEngineHookBased:
         target_epsilon: float,
         target_delta: float,
         epochs: float,
-        max_grad_norm: float | list[float],
+        max_grad_norm: float | list[float] | Mapping[str, float],
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
@@ -243,6 +247,15 @@ class PrivacyEngineHookBased:
                 "an empty batch has zero rows here, and gets noise all the same; a made-up row would count as a person. "
                 "Use @dp_step if the model cannot run on zero rows.",
             )
+        options = {name: kwargs.pop(name) for name in ADAPTIVE_OPTIONS if name in kwargs}
+        if options:
+            if kwargs.get("clipping_options") is not None:
+                raise bad(
+                    "clipping_options",
+                    kwargs["clipping_options"],
+                    f"{', '.join(options)} given outside of it as well; put all options into clipping_options.",
+                )
+            kwargs["clipping_options"] = options
         scope = private_training(
             module,
             optimizer,

@@ -1,7 +1,7 @@
 """What a private run can promise, in words and numbers."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NOT_COVERED = (
@@ -33,6 +33,7 @@ class PrivacyReport:
     loss_verified: bool
     grad_sample_mode: str
     not_covered: tuple[str, ...] = NOT_COVERED
+    clipping_details: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as a plain dictionary."""
@@ -55,6 +56,9 @@ class PrivacyReport:
             ("gradients", f'mode "{self.grad_sample_mode}"'),
             ("loss", "verified" if self.loss_verified else "not verified"),
         ]
+        if self.clipping_details:
+            details = ", ".join(f"{name} {value:.6g}" for name, value in self.clipping_details.items())
+            rows.insert([name for name, _ in rows].index("clipping") + 1, ("", details))
         if self.foreign_steps:
             rows.append(("outside the loader", f"{self.foreign_steps} steps, charged without amplification"))
         rows += [("not covered" if i == 0 else "", what) for i, what in enumerate(self.not_covered)]

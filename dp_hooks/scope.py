@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +61,7 @@ class PrivateTraining:
         batch_first: bool,
         poisson_sampling: bool,
         clipping: str,
+        clipping_options: Mapping[str, float] | None,
         grad_sample_mode: str,
         accountant: str | IAccountant,
         max_physical_batch_size: int | None,
@@ -75,8 +78,6 @@ class PrivateTraining:
         self._original_optimizer = optimizer
         self._original_loader = loader
         sigma, epsilon, self.target_delta, passes = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
-        self._clipping = make_clipping(clipping, max_grad_norm, self._params)
-        self._clipping_name = clipping
         self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
         self.batch_first = boolean("batch_first", batch_first)
         self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
@@ -108,6 +109,16 @@ class PrivateTraining:
         self.plan = plan_sampling(
             loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
         )
+        self._make_clipping = partial(
+            make_clipping,
+            clipping,
+            params=self._params,
+            names=_names(model),
+            expected_batch_size=self.plan.expected_batch_size,
+            options=clipping_options,
+        )
+        self._clipping = self._make_clipping(max_grad_norm)
+        self._clipping_name = clipping
         check_model(model)
         self.accountant = make_accountant(accountant)
         budget = None
@@ -116,6 +127,7 @@ class PrivateTraining:
             sigma = calibrate(self.accountant, epsilon, self.target_delta, self.plan.charged_rate, releases)
             budget = Budget(epsilon, self.target_delta, releases)
         assert sigma is not None  # check_budget: one of the two was given
+        self._clipping.check_noise(sigma)
         self.noise_multiplier = sigma
         self._meter = PrivacyMeter(
             self.accountant, sigma=sigma, charged_rate=self.plan.charged_rate, poisson=self.plan.poisson, budget=budget
@@ -162,7 +174,7 @@ class PrivateTraining:
                 self._original_optimizer,
                 controller=controller,
                 clipping=self._clipping,
-                clipping_name=self._clipping_name,
+                make_clipping=self._make_clipping,
                 noise=self._noise,
                 noise_multiplier=self.noise_multiplier,
                 meter=self._meter,
@@ -284,9 +296,12 @@ class PrivateTraining:
             sampling=sampling,
             sample_rate=plan.charged_rate,
             noise_multiplier=self.noise_multiplier if optimizer is None else optimizer.noise_multiplier,
-            max_grad_norm=None if optimizer is None else optimizer.max_grad_norm,
-            sensitivity=self._clipping.sensitivity if optimizer is None else optimizer.sensitivity,
+            max_grad_norm=(self._clipping if optimizer is None else optimizer).max_grad_norm,
+            sensitivity=(self._clipping if optimizer is None else optimizer).sensitivity,
             clipping=self._clipping_name,
+            clipping_details=(
+                self._clipping.details(self.noise_multiplier) if optimizer is None else optimizer.clipping_details
+            ),
             steps=self.steps,
             expected_batch_size=plan.expected_batch_size,
             dataset_size=plan.examples,
@@ -294,6 +309,14 @@ class PrivateTraining:
             loss_verified=self.self_check is not None and self.self_check.loss_verified,
             grad_sample_mode=self.grad_sample_mode,
         )
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return the qualified names of every parameter, several if it is shared."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return names
 
 
 def _processes() -> int:
@@ -321,6 +344,7 @@ def private_training(
     batch_first: bool = True,
     poisson_sampling: bool = True,
     clipping: str = "flat",
+    clipping_options: Mapping[str, float] | None = None,
     grad_sample_mode: str = "ghost",
     accountant: str | IAccountant = "prv",
     max_physical_batch_size: int | None = None,
@@ -352,18 +376,33 @@ def private_training(
         model: a bare ``nn.Module``. Modules that mix samples (BatchNorm in training mode) are refused.
         optimizer: a torch optimizer over parameters of ``model``; it is stepped with the noised gradients.
         loader: a map-style ``DataLoader`` with a ``batch_size``; that is the expected size of a logical batch.
-        noise_multiplier: sigma. The noise on the clipped sum has standard deviation ``sigma * sensitivity``.
+        noise_multiplier: sigma, what is charged. The noise on the clipped sum has standard deviation
+            ``sigma * sensitivity`` (more with ``clipping="adaptive"``, whose count of unclipped samples has to be paid for).
         target_epsilon: instead of ``noise_multiplier``: the budget. sigma is calculated such that exactly ``epochs``
             passes fit, and the loader ends when they are over.
         target_delta: delta of that budget; also the default of :meth:`PrivateTraining.report`.
         epochs: passes over the data to calculate sigma for; only with ``target_epsilon``.
-        max_grad_norm: the clipping bound C; with ``clipping="per_layer"`` a list with one bound per parameter tensor.
+        max_grad_norm: the clipping bound C. With ``clipping="per_layer"`` a list with one bound per trainable parameter
+            tensor, in the optimizer's order, or a mapping from patterns of parameter names to bounds, such as
+            ``{"encoder.*": 0.5, "*": 1.0}``: all parameters for which a pattern is the first that matches are clipped
+            together (``fnmatch`` patterns on qualified names).
         loss_reduction: "mean" or "sum": how the loss you back-propagate is reduced over the samples of a batch. With "mean"
             the update is divided by the expected batch size, never by the drawn one.
         batch_first: samples are counted by axis 0 of all inputs and outputs; else by axis 1.
         poisson_sampling: draw every batch by Poisson sampling, with rate ``batch_size / len(dataset)``. False keeps the
             loader's own order; every pass is then charged as one release without amplification.
-        clipping: "flat" or "per_layer".
+        clipping: what bounds a sample's gradient g, and the sensitivity S that the noise is scaled by.
+
+            - "flat": ``min(1, C / |g|)``; S = C.
+            - "per_layer": the same for every tensor or group k on its own; ``S = sqrt(sum_k C_k^2)``. "per_group" is another
+              name for it that takes the mapping only.
+            - "automatic": ``C / (|g| + gamma)`` (AUTO-S: Bu et al., NeurIPS 2023); S = C.
+            - "adaptive": "flat" with a bound that starts at C and follows a quantile of the norms (Andrew et al.,
+              NeurIPS 2021); S is the present bound. Needs ``noise_multiplier < 2 * unclipped_num_std``.
+        clipping_options: settings of "automatic" (``gamma``, default 0.01) or of "adaptive" (in Opacus's words):
+            ``target_unclipped_quantile`` (0.5), ``clipbound_learning_rate`` (0.2), ``unclipped_num_std`` (the noise on
+            the count of unclipped samples; default: expected batch size / 20), ``min_clipbound`` (1e-6),
+            ``max_clipbound`` (1e6).
         grad_sample_mode: "ghost" (no per-sample gradient is kept where norms can be had without), "hooks" or "functorch"
             (``p.grad_sample`` is ``[n, *p.shape]`` after backward).
         accountant: "prv", "rdp", "gdp", or an Opacus accountant to go on with.
@@ -402,6 +441,7 @@ def private_training(
         batch_first=batch_first,
         poisson_sampling=poisson_sampling,
         clipping=clipping,
+        clipping_options=clipping_options,
         grad_sample_mode=grad_sample_mode,
         accountant=accountant,
         max_physical_batch_size=max_physical_batch_size,

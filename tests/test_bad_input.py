@@ -86,7 +86,10 @@ PLAIN: list[tuple[str, dict[str, Any], list[str]]] = [
         (f"reduction {v!r}", {"loss_reduction": v}, [f"loss_reduction={v!r}", "'mean', 'sum'"])
         for v in ("none", "MEAN", None, True)
     ],
-    *[(f"clipping {v!r}", {"clipping": v}, [f"clipping={v!r}", "'flat', 'per_layer'"]) for v in ("ghost", None, 1)],
+    *[
+        (f"clipping {v!r}", {"clipping": v}, [f"clipping={v!r}", "'adaptive', 'automatic', 'flat'", "'per_layer'"])
+        for v in ("ghost", None, 1)
+    ],
     *[
         (
             f"per layer {v!r}",
@@ -103,6 +106,128 @@ PLAIN: list[tuple[str, dict[str, Any], list[str]]] = [
         )
         for v in (0.0, -1.0, math.nan, "1")
     ],
+    *[
+        (
+            f"per group {v!r}",
+            {"clipping": "per_group", "max_grad_norm": v},
+            ["max_grad_norm=", repr(v), "mapping from name patterns"],
+        )
+        for v in (1.0, [1.0, 1.0], "*", None, {0: 1.0}, {None: 1.0})
+    ],
+    *[
+        (
+            f"{clipping} {v!r}",
+            {"clipping": clipping, "max_grad_norm": v},
+            [f"max_grad_norm={v!r}", *parts],
+        )
+        for clipping in ("per_layer", "per_group")
+        for v, parts in (
+            ({}, ["no pattern matches the trainable parameters a.weight, b.weight", '"*" at the end']),
+            ({"a.*": 1.0}, ["no pattern matches the trainable parameters b.weight", '"*" at the end']),
+            ({"A.*": 1.0, "b.*": 1.0}, ["no pattern matches the trainable parameters a.weight"]),
+            ({"*": 1.0, "c.*": 1.0}, ["'c.*' matches no trainable parameter", "there are a.weight, b.weight"]),
+            ({"*": 1.0, "a.*": 1.0}, ["'a.*' comes too late", "Move it up"]),
+        )
+    ],
+    *[
+        (
+            f"per group bound {v!r}",
+            {"clipping": "per_group", "max_grad_norm": {"a.*": 1.0, "*": v}},
+            [f"max_grad_norm['*']={v!r}", "greater than 0"],
+        )
+        for v in (0.0, -1.0, math.nan, math.inf, "1", None, True)
+    ],
+    *[
+        (
+            f"{clipping} C {v!r}",
+            {"clipping": clipping, "max_grad_norm": v},
+            [f"max_grad_norm={v!r}", "greater than 0"],
+        )
+        for clipping in ("automatic", "adaptive")
+        for v in (0.0, math.nan, None, [1.0, 1.0], {"*": 1.0})
+    ],
+    ("mapping for flat", {"max_grad_norm": {"*": 1.0}}, ["max_grad_norm={'*': 1.0}", "greater than 0"]),
+    *[
+        (
+            f"options {v!r}",
+            {"clipping": "automatic", "clipping_options": v},
+            [f"clipping_options={v!r}", "a dictionary"],
+        )
+        for v in (0.01, "gamma", ["gamma"])
+    ],
+    *[
+        (
+            f"options of {clipping}",
+            {"clipping": clipping, "max_grad_norm": c, "clipping_options": {"gamma": 0.01}},
+            ["clipping_options={'gamma': 0.01}", f"clipping='{clipping}' has no options", "leave it out"],
+        )
+        for clipping, c in (("flat", 1.0), ("per_layer", [1.0, 1.0]), ("per_group", {"*": 1.0}))
+    ],
+    (
+        "option of another",
+        {"clipping": "automatic", "clipping_options": {"min_clipbound": 1.0}},
+        ["no 'min_clipbound'", "clipping='automatic' are 'gamma'"],
+    ),
+    (
+        "unknown option",
+        {"clipping": "adaptive", "clipping_options": {"gamma": 0.5}},
+        ["no 'gamma'", "'target_unclipped_quantile', 'clipbound_learning_rate', 'unclipped_num_std'"],
+    ),
+    *[
+        (
+            f"gamma {v!r}",
+            {"clipping": "automatic", "clipping_options": {"gamma": v}},
+            [f"clipping_options['gamma']={v!r}", "greater than 0"],
+        )
+        for v in (0.0, -0.01, math.nan, math.inf, "1", None, True)
+    ],
+    *[
+        (
+            f"{name} {v!r}",
+            {"clipping": "adaptive", "clipping_options": {"unclipped_num_std": 9.0, name: v}},
+            [f"clipping_options['{name}']={v!r}", *parts],
+        )
+        for name, values, parts in (
+            ("target_unclipped_quantile", (0.0, 1.0, 1, -0.5, math.nan, "0.5", None), ["between 0 and 1"]),
+            ("clipbound_learning_rate", (0.0, -0.2, math.inf, "0.2", None), ["greater than 0"]),
+            ("unclipped_num_std", (0.0, -1.0, math.nan, "20"), ["greater than 0"]),
+            ("min_clipbound", (0.0, -1.0, math.nan, None), ["greater than 0"]),
+            ("max_clipbound", (0.0, -1.0, math.inf, None), ["greater than 0"]),
+        )
+        for v in values
+    ],
+    (
+        "limits crossed",
+        {"clipping": "adaptive", "clipping_options": {"min_clipbound": 2.0, "max_clipbound": 2.0}},
+        ["clipping_options['min_clipbound']=2.0", "smaller than max_clipbound=2"],
+    ),
+    *[
+        (
+            f"start outside {options}",
+            {"clipping": "adaptive", "clipping_options": options},
+            ["max_grad_norm=1.0", "outside [min_clipbound, max_clipbound]", "Start within"],
+        )
+        for options in ({"min_clipbound": 1.5}, {"max_clipbound": 0.5})
+    ],
+    *[
+        (
+            f"count too cheap {sigma} {options}",
+            {"clipping": "adaptive", "noise_multiplier": sigma, "clipping_options": options},
+            [f"noise_multiplier={sigma!r}", most, std, "Pass clipping_options"],
+        )
+        # 2 sigma_b = z is refused as well: nothing would be left for the gradients. A batch of 4 gives sigma_b = 0.2.
+        for sigma, options, most, std in (
+            (1.0, None, "2 * unclipped_num_std = 0.4", "unclipped_num_std=0.2"),
+            (1.0, {"unclipped_num_std": None}, "2 * unclipped_num_std = 0.4", "unclipped_num_std=0.2"),
+            (1.0, {"unclipped_num_std": 0.5}, "2 * unclipped_num_std = 1 ", "unclipped_num_std=0.5"),
+            (3.0, {"unclipped_num_std": 1.25}, "2 * unclipped_num_std = 2.5", "unclipped_num_std=1.25"),
+        )
+    ],
+    (
+        "count too cheap for epsilon",
+        {**EPSILON, "clipping": "adaptive"},
+        ["noise_multiplier=", "2 * unclipped_num_std = 0.4", "Pass clipping_options"],
+    ),
     *[
         (f"physical {v!r}", {"max_physical_batch_size": v}, [f"max_physical_batch_size={v!r}", "1 or more"])
         for v in (0, -1, 2.0, "4", True)

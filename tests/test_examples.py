@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
+import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,36 @@ def test_a_bad_csv_file_is_explained(content, message, tmp_path):
     path.write_text(content)
     with pytest.raises(SystemExit, match=message):
         load("finetune_sentiment").load_csv(path)
+
+
+@pytest.mark.parametrize("name", load("benchmark").WORKLOADS)
+def test_the_benchmarks_workloads_can_be_trained(name):
+    """Every workload of the benchmark, made very small, is trained with the library; its self-check passes."""
+    if name == "lora":
+        pytest.importorskip("peft")
+    benchmark = load("benchmark")
+    workload = benchmark.WORKLOADS[name](True)
+    before = [p.detach().clone() for p in workload.trainable()]
+    with ExitStack() as stack:
+        benchmark.begin(workload, "dp_hooks", stack)
+    assert all((p != old).any() for p, old in zip(workload.trainable(), before, strict=True))
+
+
+def test_benchmark_compares_processes(tmp_path, monkeypatch, capsys):
+    """A small run prints a table with a ratio per engine, names what fails and why, and writes the raw numbers."""
+    raw, picture = tmp_path / "raw.json", tmp_path / "picture.png"
+    how = ["--workload", "resnet18", "--engine", "dp_hooks,opacus-ghost", "--tiny", "--rounds", "2", "--steps", "1"]
+    draw = ["--output", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *how, "--json", str(raw), *draw])
+    load("benchmark").main()
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("| resnet18 (2) |"))
+    assert "resnet18, opacus-ghost fails: " in out
+    results = json.loads(raw.read_text())["workloads"]["resnet18"]
+    plain, private = ([turn[0] for turn in results[engine]["turns"]] for engine in ("ordinary", "dp_hooks"))
+    assert (len(plain), len(private)) == (3, 2)
+    ratios = [private[i] / (plain[i] + plain[i + 1]) * 2 for i in range(2)]
+    assert f"| {sum(ratios) / 2:.2f} (" in line
+    assert picture.exists() == bool(draw)
+    if sys.platform == "linux":
+        assert results["dp_hooks"]["peak"] > results["dp_hooks"]["facts"]["before"] > 0

@@ -102,7 +102,8 @@ def scatter_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
 def sum_of_squares(rows: Tensor) -> Tensor:
     """Return ``[n]``, the squared norm of each row of ``[n, ...]``, added up in at least float32."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype).square()
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype)
+    return norms.square()
 
 
 def gram_cost(tokens: int, rows: int, columns: int) -> float:
