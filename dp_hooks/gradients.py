@@ -14,6 +14,9 @@ from .rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum
 
 Sums = dict[nn.Parameter, Tensor]
 
+# See Captured.condensed.
+_GENEROSITY = 1.5
+
 
 class Source(Protocol):
     """Something that contributed to the gradients of some parameters."""
@@ -113,8 +116,8 @@ class Captured:
             return None
         name = self.names[param]
         found = self.rule.factored(_narrow(self.call, slice(None), (name,))).get(name)
-        if found is not None and self.scale != 1:
-            found = dataclasses.replace(found, scale=self.scale)
+        if found is not None:
+            found.scale = self.scale
         return found
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
@@ -139,20 +142,21 @@ class Captured:
     # ---------------------------------------------------------------- what is worked out at once
 
     def condensed(self) -> "tuple[Stored | None, Captured | None]":
-        """Write out at once what takes no more memory than what it was captured with; keep the rest as it is.
+        """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
 
         Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
-        numbers. Where ``numel <= held``, the written-out gradients let the captured tensors go, their norm costs
-        one reading, and their weighted sum another: no operation beyond those of an ordinary backward pass. For a
-        linear layer with ``t`` tokens that is ``o i <= t (o + i)``, which is also where Gram matrices would cost more than
-        instantiation (see :func:`dp_hooks.rules.outer.gram_cost`).
+        numbers. Once written out, the gradients let the captured tensors go, their norm costs one reading, and
+        their weighted sum another: no multiplication beyond those of an ordinary backward pass. For a linear layer with
+        ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o + i)`` is also where Gram matrices would cost more than the
+        gradients (see :func:`dp_hooks.rules.outer.sq_norms`). Up to ``_GENEROSITY`` times as much is allowed: by then the
+        backward pass has let other activations go.
         """
         call, rule = self.call, self.rule
         own_formulas = rule.dims is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
         if call.samples == 0 or own_formulas:
             return None, self
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
-        small = tuple(name for name in call.names if call.parameter(name).numel() <= held)
+        small = tuple(name for name in call.names if call.parameter(name).numel() <= _GENEROSITY * held)
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return None, self
         tensors = self._run(_narrow(call, slice(None), small))
@@ -221,14 +225,13 @@ class SampleGradients:
             total = total + source.grads(param, rows)
         return total
 
-    def _single(self, wanted: Sequence[nn.Parameter]) -> dict[int, tuple[Source, list[nn.Parameter]]]:
-        """Group by source the parameters that have one source only."""
-        groups: dict[int, tuple[Source, list[nn.Parameter]]] = {}
+    def _groups(self, wanted: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Put together the parameters that have one source only, and the same one."""
+        groups: dict[int, list[nn.Parameter]] = {}
         for param in wanted:
-            if len(self._sources[param]) == 1:
-                source = self._sources[param][0]
-                groups.setdefault(id(source), (source, []))[1].append(param)
-        return groups
+            first, *more = self._sources[param]
+            groups.setdefault(id(param) if more else id(first), []).append(param)
+        return list(groups.values())
 
     def _chunks(self, param: nn.Parameter, rows: Tensor | None) -> list[slice] | list[Tensor]:
         step = max(1, CHUNK // max(1, param.numel()))
@@ -240,12 +243,14 @@ class SampleGradients:
     def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
         out: Sums = {}
-        for source, params in self._single(wanted).values():
-            out.update(source.sq_norms(params) or {})
-        for param in wanted:
-            if param not in out:
-                out[param] = self._shared_norms(param)
+        for group in self._groups(wanted):
+            out.update(self._norms_of(group))
         return out
+
+    def _norms_of(self, group: list[nn.Parameter]) -> Sums:
+        first, *more = self._sources[group[0]]
+        out = {} if more else first.sq_norms(group) or {}
+        return {p: out[p] if p in out else self._shared_norms(p) for p in group}
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
@@ -270,18 +275,22 @@ class SampleGradients:
             consume: let go of what a parameter's sum was made of as soon as it is there.
         """
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
+
         out: Sums = {}
         for param, factor in factors.items():
             rows = None if chosen is None else chosen.to(factor.device)
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            total: Tensor | None = None
-            for source in self._sources[param]:
-                for value in self._summands(source, param, factor, rows):
-                    total = value.to(dtype) if total is None else total.add_(value)
-            out[param] = torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
+            out[param] = self._weighted_sum(param, factor, rows)
             if consume:
                 del self._sources[param]
         return out
+
+    def _weighted_sum(self, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        total: Tensor | None = None
+        for source in self._sources[param]:
+            for value in self._summands(source, param, factor, rows):
+                total = value.to(dtype) if total is None else total.add_(value)
+        return torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
 
     def _summands(self, source: Source, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
         fast = source.weighted_sums([param], factor, rows)

@@ -440,10 +440,11 @@ class HookController:
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
         opened.sizes[site.name] = rows
-        if self.grad_sample_mode == "ghost":
-            opened.found.extend(part for part in captured.condensed() if part is not None)
-        else:
-            opened.found.append(Stored(captured.all_grads()))
+        with autocast_as(first.device.type, None):  # backward() may be called inside the user's autocast
+            if self.grad_sample_mode == "ghost":
+                opened.found.extend(part for part in captured.condensed() if part is not None)
+            else:
+                opened.found.append(Stored(captured.all_grads()))
 
     def _finish_pass(self, task: int) -> None:
         """Runs at the end of a backward pass; one that was broken off never gets here."""

@@ -1,8 +1,11 @@
 """Gaussian noise on the clipped sum."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -11,9 +14,13 @@ from ._validate import bad
 from .errors import DPHooksError
 
 # Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 15
 # Sums of fewer numbers than this are not worth starting a thread for.
 _WORTH_A_THREAD = 1 << 18
+# Elementwise operators use several threads from this size on.
+_PARALLEL_FROM = 1 << 15
+# On machines with more cores the noise is drawn so fast that preparing for it does not pay.
+_MOST_THREADS = 16
 # The state of PyTorch's CPU generator: where the 624 words of the Mersenne twister are, 8 bytes for each 4 used.
 _STATE_BYTES, _WORDS_AT, _WORDS = 5056, 24, 624
 
@@ -47,6 +54,35 @@ def _flat(tensor: Tensor) -> Tensor | None:
     strides = tensor.stride()
     plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
     return plain.view(-1) if plain.is_contiguous() else None
+
+
+@contextmanager
+def _idle_cores() -> Iterator[None]:
+    """Let PyTorch's own threads sleep in this context.
+
+    After a parallel operator the OpenMP runtime of PyTorch's Linux builds (libgomp) keeps the other cores spinning for some
+    milliseconds, in expectation of the next; threads that draw noise would have to share the cores with that. It spins only
+    briefly while there are more threads than cores, which another thread with a team of its own sees to, and a
+    parallel operator makes the spinning ones notice. With other runtimes this is without effect.
+    """
+    if torch.get_num_threads() > _MOST_THREADS:
+        yield
+        return
+    ready, over = Event(), Event()
+
+    def occupy() -> None:
+        torch.zeros(2 * _PARALLEL_FROM)
+        ready.set()
+        over.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(occupy)
+        ready.wait()
+        torch.zeros(2 * _PARALLEL_FROM)
+        try:
+            yield
+        finally:
+            over.set()
 
 
 class GaussianNoise:
@@ -108,26 +144,29 @@ class GaussianNoise:
     def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> None:
         if not blocks:
             return
-        numbers = sum(block.numel() for block in blocks)
-        wanted = max(1, min(torch.get_num_threads(), numbers // _WORTH_A_THREAD))
-        generators = self._generators(blocks[0].device, wanted)
-        workers = len(generators)  # a generator of the user's is one stream
+        wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
+        generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
+        queue: SimpleQueue[Tensor] = SimpleQueue()
+        for block in blocks:
+            queue.put(block)
 
-        def work(share: int) -> None:
+        def work(generator: torch.Generator) -> None:
             buffers: dict[torch.dtype, Tensor] = {}
-            for block in blocks[share::workers]:
-                dtype = _wide(block)
-                if dtype not in buffers:
-                    buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
-                self._add(block, buffers[dtype][: block.numel()], generators[share], std, scale)
+            with suppress(Empty):
+                while True:
+                    block = queue.get_nowait()
+                    dtype = _wide(block)
+                    if dtype not in buffers:
+                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
+                    self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
 
-        if workers == 1:
-            work(0)
+        if len(generators) == 1:
+            work(generators[0])
             return
-        with ThreadPoolExecutor(workers - 1) as pool:
-            started = [pool.submit(work, share) for share in range(1, workers)]
-            work(0)
-            for job in started:
+        # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
+        # for one that shares the core of a busy thread.
+        with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
+            for job in [pool.submit(work, generator) for generator in generators]:
                 job.result()
 
     @staticmethod

@@ -18,6 +18,7 @@ from .hook_controller import HookController
 from .noise import GaussianNoise
 from .sampling import Part
 from .self_check import SelfCheck
+from .slots import autocast_as
 
 _HOOKS = tuple(
     f"_optimizer_{method}_{when}_hooks"
@@ -269,10 +270,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_step()
-        self._add_part(self._controller.take())
-        self._part_done = True
-        if finishes:
-            self._release(foreign)
+        with autocast_as(self.params[0].device.type, None):  # step() may be called inside the user's autocast
+            self._add_part(self._controller.take())
+            self._part_done = True
+            if finishes:
+                self._release(foreign)
         return loss
 
     # ---------------------------------------------------------------- inside

@@ -6,6 +6,7 @@ roles: patches of the output gradient meet the input. Weighted sums are the ordi
 gradients, by PyTorch's own kernels.
 """
 
+from itertools import product
 from typing import cast
 
 import torch
@@ -16,6 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from .linear import wide
 from .outer import Outer
 from .rule import Call, Dims, Rule
+
+# Multiplications that take as long as copying a number of a patch from a scattered place.
+_COPY = 32
 
 
 def _layer(call: Call) -> _ConvNd:
@@ -38,17 +42,6 @@ def _padded(layer: _ConvNd, x: Tensor) -> Tensor:
     return F.pad(x, pad, mode=mode)
 
 
-def patches(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], out: torch.Size
-) -> Tensor:
-    """Return ``[n, (c k), p]``: what each output position sees of ``x [n, c, ...]``; a copy laid out for products over ``p``."""
-    strides = x.stride()
-    step = [s * d for s, d in zip(strides[2:], dilation, strict=True)]
-    jump = [s * d for s, d in zip(strides[2:], stride, strict=True)]
-    view = x.as_strided((*x.shape[:2], *kernel, *out), (*strides[:2], *step, *jump))
-    return view.reshape(x.shape[0], x.shape[1] * torch.Size(kernel).numel(), out.numel())
-
-
 def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
     """Return the tensor that patches are cut from, padded, and the one that meets them, each ``[n, c, ...]``."""
     layer, x, g = _layer(call), call.input, call.grad
@@ -66,14 +59,99 @@ def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
     return F.pad(g, pad), x
 
 
-def _products(call: Call) -> tuple[Tensor, Tensor]:
-    """Return ``left [n * groups, p, o]`` and ``right [n * groups, p, (c k)]``, transposed views."""
-    layer = _layer(call)
-    seen, seeing = _seen_and_seeing(call)
-    cut = patches(seen, layer.kernel_size, layer.stride, layer.dilation, seeing.shape[2:])
-    split = call.samples * layer.groups
-    left = seeing.reshape(split, seeing.shape[1] // layer.groups, seeing.shape[2:].numel())
-    return left.mT, cut.reshape(split, cut.shape[1] // layer.groups, cut.shape[2]).mT
+class Patches(Outer):
+    """A use whose ``right`` factors are patches, which are only written out where they have to be.
+
+    Inner products of patches are sums of inner products of pixels, since all patches are cut in the same way:
+    ``patch_p . patch_q = sum_k pixel_{p+k} . pixel_{q+k}``. With fewer pixels than entries of a patch that is less work, and it
+    copies nothing.
+    """
+
+    def __init__(self, seen: Tensor, seeing: Tensor, layer: _ConvNd, shape: torch.Size, scale: float = 1.0) -> None:
+        """Patches of ``seen`` ``[n, c, ...]``, padded already, meet the positions of ``seeing`` ``[n, o, ...]``."""
+        self._seen, self._seeing, self._layer = seen, seeing, layer
+        self.left = seeing.flatten(2).mT
+        self.shape, self.scale = shape, scale
+        self._norms = None
+
+    @property
+    def right(self) -> Tensor:  # type: ignore[override]
+        """The patches ``[n, p, (c k)]``, a transposed view."""
+        return _cut(self._seen, self._layer, self._seeing.shape[2:]).mT
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.left.shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Positions."""
+        return int(self.left.shape[1])
+
+    @property
+    def columns(self) -> int:
+        """Numbers in a patch."""
+        return self._seen.shape[1] * torch.Size(self._layer.kernel_size).numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the gradients."""
+        return self.left.dtype
+
+    def right_products(self, other: Outer) -> Tensor:
+        """Of patches with themselves from pixels where that is cheaper, else of the patches written out."""
+        if other is self and self._cost_of_pixels() <= self._cost_of_patches():
+            return self._products_of_pixels()
+        right = self.right
+        return torch.bmm(right, (right if other is self else other.right).mT)
+
+    def blocks(self) -> list[tuple[Outer, Outer, float]]:
+        """One block: the work is in the pixels."""
+        return [(self, self, self.scale**2)]
+
+    def pick(self, samples: slice | Tensor) -> "Patches":
+        """Return the factors of some samples."""
+        return Patches(self._seen[samples], self._seeing[samples], self._layer, self.shape, self.scale)
+
+    def _cost_of_pixels(self) -> float:
+        kernel = torch.Size(self._layer.kernel_size).numel()
+        return self._seen.shape[2:].numel() ** 2 * self._seen.shape[1] + self.tokens**2 * kernel
+
+    def _cost_of_patches(self) -> float:
+        return self.tokens * self.columns * (self.tokens + _COPY)
+
+    def gram_cost(self, others: int) -> float:
+        """As for other uses, with the cheaper way to the products of patches."""
+        products = min(self._cost_of_pixels(), self._cost_of_patches()) * others / self.tokens
+        return self.tokens * others * (self.rows + 1.0) + products
+
+    def instantiation_cost(self) -> float:
+        """As for other uses, and the patches have to be written out."""
+        return super().instantiation_cost() + _COPY * self.tokens * self.columns
+
+    def _products_of_pixels(self) -> Tensor:
+        n, c, *size = self._seen.shape
+        pixels = self._seen.reshape(n, c, -1)
+        grams = torch.bmm(pixels.mT, pixels)
+        across = list(torch.empty(size, device="meta").stride())
+        rows, columns = [grams.shape[2] * a for a in across], across
+        stride, dilation, out = self._layer.stride, self._layer.dilation, self._seeing.shape[2:]
+        total = torch.zeros((n, *out, *out), dtype=grams.dtype, device=grams.device)
+        steps = [s * a for part in (rows, columns) for s, a in zip(stride, part, strict=True)]
+        for k in product(*(range(size) for size in self._layer.kernel_size)):
+            at = sum(i * d * (r + a) for i, d, r, a in zip(k, dilation, rows, columns, strict=True))
+            total += grams.as_strided(total.shape, (grams.stride(0), *steps), at)
+        return total.view(n, self.tokens, self.tokens)
+
+
+def _cut(seen: Tensor, layer: _ConvNd, out: torch.Size) -> Tensor:
+    """Return the patches ``[n, (c k), p]`` of ``seen`` for ``out`` positions; a copy laid out for products over ``p``."""
+    strides = seen.stride()
+    step = [s * d for s, d in zip(strides[2:], layer.dilation, strict=True)]
+    jump = [s * d for s, d in zip(strides[2:], layer.stride, strict=True)]
+    view = seen.as_strided((*seen.shape[:2], *layer.kernel_size, *out), (*strides[:2], *step, *jump))
+    return view.reshape(seen.shape[0], seen.shape[1] * torch.Size(layer.kernel_size).numel(), out.numel())
 
 
 def dims(call: Call) -> dict[str, Dims]:
@@ -88,15 +166,21 @@ def dims(call: Call) -> dict[str, Dims]:
 
 def factored(call: Call) -> dict[str, Outer]:
     """Positions as tokens."""
-    return {"weight": Outer(*_products(call), call.parameter("weight").shape)} if dims(call) else {}
+    if not dims(call):
+        return {}
+    return {"weight": Patches(*_seen_and_seeing(call), _layer(call), call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Output gradients times patches, per sample and group; for the bias the sum over positions."""
     out: dict[str, Tensor] = {}
     if "weight" in call.names:
-        left, right = _products(call)
-        out["weight"] = torch.bmm(left.mT, right).view(call.samples, *call.parameter("weight").shape)
+        layer, (seen, seeing) = _layer(call), _seen_and_seeing(call)
+        cut = _cut(seen, layer, seeing.shape[2:])
+        split = call.samples * layer.groups
+        left = seeing.reshape(split, seeing.shape[1] // layer.groups, cut.shape[2])
+        right = cut.view(split, cut.shape[1] // layer.groups, cut.shape[2])
+        out["weight"] = torch.bmm(left, right.mT).view(call.samples, *call.parameter("weight").shape)
     if "bias" in call.names:
         out["bias"] = wide(call.grad).flatten(2).sum(2)
     return out

@@ -8,8 +8,8 @@ several kinds of layers, follow from the inner products of all pairs of its uses
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 CHUNK = 1 << 24
 # Gram norms may be too high by this part of their value; samples for which it could be more are instantiated.
 _SLACK = 1e-3
-# Sequences at least twice as long are cut in two, to use that Gram matrices are symmetric.
+# Sequences of at least twice as many tokens are cut in two, to use that Gram matrices are symmetric.
 _HALF = 32
 
 
@@ -37,6 +37,7 @@ class Outer:
     right: Tensor
     shape: torch.Size
     scale: float = 1.0
+    _norms: "tuple[Tensor, Tensor] | None" = field(default=None, init=False, repr=False)
 
     @property
     def is_lookup(self) -> bool:
@@ -63,6 +64,58 @@ class Outer:
         """i: columns of the weight as a matrix."""
         return int(self.right.shape[-1])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the gradients."""
+        return self.right.dtype
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """``|left_t|`` and ``|right_t|``, both ``[n, t]``: known from the products of the tokens with themselves."""
+        if self._norms is None:
+            left = torch.ones_like(self.left, dtype=self.dtype) if self.is_lookup else _row_norms(self.left)
+            self._norms = left, _row_norms(self.right)
+        return self._norms
+
+    def keep_norms(self, left: Tensor, right: Tensor) -> None:
+        """Take the norms from the diagonals of the Gram matrices ``[n, t, t]``."""
+        self._norms = _diagonal_norms(left), _diagonal_norms(right)
+
+    def left_products(self, other: "Outer") -> Tensor:
+        """``left_t . left_s`` ``[n, t, s]``, ``t`` of this use and ``s`` of another, of any kinds."""
+        if self.is_lookup and other.is_lookup:
+            return (self.left[:, :, None] == other.left[:, None, :]).to(self.dtype)
+        if self.is_lookup:
+            return _looked_up(self.left, other.left)
+        if other.is_lookup:
+            return _looked_up(other.left, self.left).mT
+        return torch.bmm(self.left, other.left.mT)
+
+    def right_products(self, other: "Outer") -> Tensor:
+        """``right_t . right_s`` ``[n, t, s]``; a tensor of its own."""
+        return torch.bmm(self.right, other.right.mT)
+
+    def gram_cost(self, others: int) -> float:
+        """Multiplications per sample of the products of these tokens with ``others``, and of reading the results.
+
+        Half of the products of one use with itself are spared, see :meth:`blocks`; that is not counted.
+        """
+        return self.tokens * others * ((0 if self.is_lookup else self.rows) + self.columns + 1.0)
+
+    def instantiation_cost(self) -> float:
+        """Multiplications per sample of the gradient itself, and of its square."""
+        return self.rows * self.columns * ((0 if self.is_lookup else self.tokens) + 1.0)
+
+    def blocks(self) -> "list[tuple[Outer, Outer, float]]":
+        """Cut the pairs of tokens into blocks ``(a, b, weight)`` that need no work twice: Gram matrices are symmetric."""
+        half, weight = self.tokens // 2, self.scale**2
+        if half < _HALF:
+            return [(self, self, weight)]
+        one, two = (
+            Outer(self.left[:, part], self.right[:, part], self.shape)
+            for part in (slice(half), slice(half, self.tokens))
+        )
+        return [(one, one, weight), (two, two, weight), (one, two, 2 * weight)]
+
     def pick(self, samples: slice | Tensor) -> "Outer":
         """Return the factors of some samples."""
         if isinstance(samples, slice) and samples == slice(None):
@@ -80,7 +133,7 @@ class Outer:
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """``sum_n factors[n] dW[n]`` in one matrix product over samples and tokens; the narrower factor is scaled."""
-        left, right, f = self.left, self.right, (factors * self.scale).to(self.right.dtype)[:, None, None]
+        left, right, f = self.left, self.right, (factors * self.scale).to(self.dtype)[:, None, None]
         if self.is_lookup:
             total = scatter_rows(left.flatten(), (right * f).flatten(0, 1), self.rows)
         else:
@@ -106,27 +159,14 @@ def sum_of_squares(rows: Tensor) -> Tensor:
     return norms.square()
 
 
-def gram_cost(tokens: int, rows: int, columns: int) -> float:
-    """Multiplications per sample of a norm from two Gram matrices: ``t^2 (o + i)``, and ``t^2`` for their product.
-
-    Li, Tramer, Liang, Hashimoto, "Large language models can be strong differentially private learners", ICLR 2022, section 4.
-    """
-    return float(tokens * tokens * (rows + columns + 1))
-
-
-def instantiation_cost(tokens: int, rows: int, columns: int) -> float:
-    """Multiplications per sample of a norm from the gradient itself: ``t o i``, and ``o i`` for its square.
-
-    Whether this or :func:`gram_cost` is less decides how a norm is taken, layer by layer (Bu, Mao, Xu, "Scalable and
-    efficient training of large convolutional neural networks with differential privacy", NeurIPS 2022, section 4.1).
-    """
-    return float((tokens + 1) * rows * columns)
-
-
 def sq_norms(uses: Sequence[Outer]) -> Tensor:
     """Return ``[n]``: squared norms of the sum of all ``uses`` of one parameter, or upper bounds tight to 1e-3.
 
-    A lone lookup and a lone token are exact; else the cheaper of two formulas by :func:`gram_cost` of all tokens together.
+    A lone lookup and a lone token are exact; else the cheaper of two formulas is taken, from the number of multiplications
+    per sample that each needs. Gram matrices of all tokens together need ``t^2 (o + i)`` (Li, Tramer, Liang, Hashimoto,
+    "Large language models can be strong differentially private learners", ICLR 2022, section 4; see
+    :meth:`Outer.gram_cost`), the gradient itself ``t o i``. Choosing layer by layer is from Bu, Mao, Xu, "Scalable
+    and efficient training of large convolutional neural networks with differential privacy", NeurIPS 2022, section 4.1.
     """
     first = uses[0]
     if len(uses) == 1 and first.is_lookup:
@@ -134,12 +174,12 @@ def sq_norms(uses: Sequence[Outer]) -> Tensor:
     if len(uses) == 1 and first.tokens == 1:
         return sum_of_squares(first.left) * sum_of_squares(first.right) * first.scale**2
     tokens = sum(use.tokens for use in uses)
-    rows = 0 if any(use.is_lookup for use in uses) else first.rows
-    if gram_cost(tokens, rows, first.columns) >= instantiation_cost(tokens, first.rows, first.columns):
+    grams = sum(use.gram_cost(tokens) for use in uses)
+    if grams >= sum(use.instantiation_cost() for use in uses):
         return instantiated_norms(uses)
     step = max(1, CHUNK // (3 * tokens * tokens + 1))
     parts = [_gram_norms([use.pick(slice(i, i + step)) for use in uses]) for i in range(0, first.samples, step)]
-    return torch.cat(parts) if parts else first.right.new_zeros(0)
+    return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 
 
 def instantiated_norms(uses: Sequence[Outer]) -> Tensor:
@@ -152,7 +192,7 @@ def instantiated_norms(uses: Sequence[Outer]) -> Tensor:
         for other in more:
             grads = grads + other
         parts.append(sum_of_squares(grads))
-    return torch.cat(parts) if parts else first.right.new_zeros(0)
+    return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 
 
 def _lookup_norms(use: Outer) -> Tensor:
@@ -167,28 +207,20 @@ def _lookup_norms(use: Outer) -> Tensor:
 def _gram_norms(uses: Sequence[Outer]) -> Tensor:
     """``|dW|^2 = sum_{t,s} (left_t . left_s)(right_t . right_s)`` over the tokens of all uses, plus a rounding bound.
 
-    Where tokens cancel, the sum loses digits. Each inner product of length ``d`` is off by at most about ``sqrt(d)``
-    units of rounding times both norms (the probabilistic bound of Higham and Mary, SIAM J. Sci. Comput. 41, 2019), so the sum
-    is off by at most ``eps (sqrt(o) + sqrt(i) + log2(t^2)) (sum_t |left_t| |right_t|)^2``. That bound is added, so that no
-    sample is clipped less than its norm demands; a sample for which it exceeds one part in a thousand, or whose sum is
-    negative or not finite, is computed by instantiation.
+    Where tokens cancel, the sum loses digits, and a norm that is too small clips too little. An inner product of length
+    ``d`` is off by at most about ``sqrt(d)`` units of rounding times both norms (the probabilistic bound of Higham and
+    Mary, SIAM J. Sci. Comput. 41, 2019; two units are allowed for each), so each pair of tokens is off by at most ``eps
+    (sqrt(o) |left_t| |left_s| |right_t . right_s| + sqrt(i) |right_t| |right_s| |left_t . left_s|)``. The sum of these is
+    added. A sample for which it exceeds one part in a thousand, or whose sum is negative or not finite, is
+    computed by instantiation.
     """
     first = uses[0]
-    total: Tensor | None = None
-    sizes: Tensor | None = None
-    for a, b in combinations_with_replacement(range(len(uses)), 2):
-        if a == b:
-            value, size = _self_product(uses[a])
-            value, size = value * uses[a].scale ** 2, size * uses[a].scale
-            sizes = size if sizes is None else sizes + size
-        else:
-            value = _cross_product(uses[a], uses[b]) * (2 * uses[a].scale * uses[b].scale)
-        total = value if total is None else total + value
-    assert total is not None
-    assert sizes is not None
-    tokens = sum(use.tokens for use in uses)
-    rounding = math.sqrt(first.rows) + math.sqrt(first.columns) + 2 * math.log2(tokens)
-    slack = (torch.finfo(first.right.dtype).eps * rounding) * sizes.square()
+    blocks = [block for use in uses for block in use.blocks()]
+    blocks += [(a, b, 2 * a.scale * b.scale) for a, b in combinations(uses, 2)]
+    eps = torch.finfo(first.dtype).eps
+    rounding = eps * math.sqrt(first.rows), eps * math.sqrt(first.columns)
+    sums = [_block_sum(*block, rounding) for block in blocks]
+    total, slack = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
     unsure = ~(slack <= _SLACK * total)  # also true for NaN and negative sums
     total = total + slack
     if bool(unsure.any()):
@@ -196,38 +228,31 @@ def _gram_norms(uses: Sequence[Outer]) -> Tensor:
     return total
 
 
-def _self_product(use: Outer) -> tuple[Tensor, Tensor]:
-    """Return ``|dW|^2 [n]`` of one use, and ``sum_t |left_t| |right_t| [n]``."""
-    if use.is_lookup:
-        gram = torch.bmm(use.right, use.right.mT)
-        sizes = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
-        return gram.masked_fill_(use.left[:, :, None] != use.left[:, None, :], 0).sum((1, 2)), sizes
-    t = use.tokens
-    if t >= 2 * _HALF and t % 2 == 0:
-        # The diagonal blocks are products of half the length; the two blocks beside them are equal.
-        halves = [part.reshape(2 * use.samples, t // 2, part.shape[-1]) for part in (use.left, use.right)]
-        value, sizes = _gram_product(*halves)
-        beside = torch.bmm(use.left[:, : t // 2], use.left[:, t // 2 :].mT)
-        beside.mul_(torch.bmm(use.right[:, : t // 2], use.right[:, t // 2 :].mT))
-        return value.view(-1, 2).sum(1) + 2 * beside.sum((1, 2)), sizes.view(-1, 2).sum(1)
-    return _gram_product(use.left, use.right)
+def _block_sum(a: Outer, b: Outer, weight: float, rounding: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Return ``[n]``: the weighted sum over the pairs of tokens of ``a`` and ``b``, and how far off it may be."""
+    left, right = a.left_products(b), a.right_products(b)
+    if a is b:
+        a.keep_norms(left, right)
+    value = (left * right).sum((1, 2)) * weight
+    (left_a, right_a), (left_b, right_b) = a.norms(), b.norms()
+    off = _pairs(left_a, right.abs_(), left_b) * rounding[0] + _pairs(right_a, left.abs_(), right_b) * rounding[1]
+    return value, off * abs(weight)
 
 
-def _gram_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    gram = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
-    return gram.sum((1, 2)), gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1)
+def _diagonal_norms(grams: Tensor) -> Tensor:
+    return grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
 
 
-def _cross_product(a: Outer, b: Outer) -> Tensor:
-    """Return ``<dW_a, dW_b>`` ``[n]`` for two uses of the same parameter, of any kinds."""
-    right = torch.bmm(a.right, b.right.mT)
-    if a.is_lookup and b.is_lookup:
-        return right.masked_fill_(a.left[:, :, None] != b.left[:, None, :], 0).sum((1, 2))
-    if b.is_lookup:
-        return _cross_product(b, a)
-    return right.mul_(_looked_up(a.left, b.left) if a.is_lookup else torch.bmm(a.left, b.left.mT)).sum((1, 2))
+def _pairs(a: Tensor, products: Tensor, b: Tensor) -> Tensor:
+    """Return ``sum_{t,s} a[n, t] products[n, t, s] b[n, s]``."""
+    return (torch.bmm(products, b[..., None])[..., 0] * a).sum(1)
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+    return norms
 
 
 def _looked_up(ids: Tensor, rows: Tensor) -> Tensor:
     """Return ``[n, t, s]``: one-hot ids ``[n, t]`` times rows ``[n, s, o]``, the entries that the ids name."""
-    return rows.gather(2, ids[:, None, :].expand(-1, rows.shape[1], -1)).mT
+    return rows.gather(2, ids[:, None, :].expand(-1, rows.shape[1], -1)).mT.contiguous()
