@@ -70,6 +70,16 @@ class Captured:
         self.names = {self.call.parameter(name): name for name in self.call.names}
 
     @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.call.samples
+
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.call.name
+
+    @property
     def params(self) -> Sequence[nn.Parameter]:
         """The parameters of the module that the call used."""
         return list(self.names)

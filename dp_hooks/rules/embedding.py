@@ -68,5 +68,12 @@ def refusal(module: nn.Module) -> str | None:
 
 
 EMBEDDING = Rule(
-    "Embedding", grad_samples, sq_norms, weighted_sums, frozenset({"weight"}), subclasses=True, expands=True
+    "Embedding",
+    grad_samples,
+    sq_norms,
+    weighted_sums,
+    frozenset({"weight"}),
+    subclasses=True,
+    expands=True,
+    any_rank=True,
 )

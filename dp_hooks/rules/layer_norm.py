@@ -24,4 +24,4 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     return out
 
 
-LAYER_NORM = Rule("LayerNorm", grad_samples, subclasses=True)
+LAYER_NORM = Rule("LayerNorm", grad_samples, subclasses=True, any_rank=True)

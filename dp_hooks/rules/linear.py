@@ -84,4 +84,4 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, sq_norms, weighted_sums, subclasses=True)
+LINEAR = Rule("Linear", grad_samples, sq_norms, weighted_sums, subclasses=True, any_rank=True)

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InvalidArgumentError
 from .embedding import EMBEDDING
-from .generic import GENERIC
+from .generic import GENERIC, needs_loop
 from .layer_norm import LAYER_NORM
 from .linear import LINEAR
 from .opacus import opacus_rules
@@ -79,6 +79,10 @@ class RuleTable:
     def owns_subtree(self, module: nn.Module) -> bool:
         """Whether ``module`` must be differentiated as a whole, children included."""
         return isinstance(module, _READS_CHILDREN) or is_parametrized(module)
+
+    def lifts(self, module: nn.Module) -> bool:
+        """Whether the parameters of ``module`` are followed one operation at a time, for want of a rule."""
+        return self._special(module) is GENERIC and not needs_loop(module)
 
     def find(self, module: nn.Module) -> Rule:
         """Return the rule for ``module``; the generic one unless another is certainly right for it."""

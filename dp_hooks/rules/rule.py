@@ -33,6 +33,8 @@ class Call:
         names: names (relative to ``module``) of the parameters whose gradients are wanted.
         run: calls the module with other tensors in its parameters' places; nothing is captured or left behind.
         memo: scratch space of the rule for this module, kept for the lifetime of the scope.
+        cut: positions of the input tensors that are cut into samples: each, like each gradient, is ``[n, *input for one
+            sample alone]``. None: the sample axis of inputs and gradients is ``batch_dim``.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class Call:
     names: tuple[str, ...]
     run: RunModule
     memo: dict[str, Any] = field(default_factory=dict)
+    cut: frozenset[int] | None = None
 
     @property
     def input(self) -> Tensor:
@@ -91,6 +94,7 @@ class Rule:
         batch_dim: the sample axis, where the layer fixes it; None: as declared by the user.
         keep: per-sample gradients are too dear to compute twice; hold them between norm and sum.
         whole_subtree: the rule differentiates the module together with everything below it.
+        any_rank: the rule allows any number of dimensions between samples and features.
         expands: an input with one row that all samples share (position ids ``[1, t]``) may be repeated for each
             sample without changing what the model computes.
     """
@@ -106,6 +110,7 @@ class Rule:
     keep: bool = False
     whole_subtree: bool = False
     expands: bool = False
+    any_rank: bool = False
 
 
 def check_samples(rule: Rule, call: Call) -> None:

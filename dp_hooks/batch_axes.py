@@ -1,0 +1,271 @@
+"""Where the batch is in every tensor that parameters meet: seen by running the model on another number of rows."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ._tree import tensors_of
+from .rules.layout import Layout
+
+# Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
+_PRIMES = (11, 13, 17, 19, 23)
+# How many rows of a large axis are compared to find out in which order it holds the samples.
+_COMPARED = 1 << 16
+
+MIXED = "it met a tensor two axes of which count samples (samples mix)"
+ROUTED = "it met rows that were picked or sorted by their values"
+UNCLEAR = "it met a tensor whose rows follow no fixed order of the samples"
+UNSTEADY = "it met tensors whose layout changes from run to run"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one use of shared tensors looked like.
+
+    ``inputs`` and ``outputs`` hold the layout of each tensor that is not lifted, or None where it has no sample
+    axis; ``shared`` tells that nothing in it has one. ``reason``: why samples cannot be told apart. ``frames``: the calls of
+    modules that it was made in, as numbers of the trial.
+    """
+
+    inputs: tuple[Layout | None, ...] = ()
+    outputs: tuple[Layout | None, ...] | None = ()
+    shared: bool = False
+    reason: str | None = None
+    frames: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether running the module around it on each sample alone would tell the samples apart."""
+        return self.reason in (ROUTED, UNCLEAR, UNSTEADY)
+
+
+@dataclass(eq=False)
+class _Frame:
+    """One call of a module during a trial."""
+
+    module: nn.Module
+    name: str
+    clean: bool
+    batched: bool
+
+
+_DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
+_SORTS = frozenset("sort argsort topk msort".split())
+_KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
+_RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
+
+
+class _Watch(TorchFunctionMode):
+    """Marks tensors whose rows were picked or sorted by values, and what is computed from them."""
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        self._trial = trial
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return out
+        trial = self._trial
+        tensors = tensors_of((args, kwargs))
+        if trial.picks(name.strip("_"), args, kwargs):
+            trial.mark(out)
+        elif any(trial.is_marked(t) for t in tensors):
+            first = tensors[0] if tensors else None
+            target = first is not None and not trial.is_marked(first)
+            kept = target and (out is first or name.startswith(_KEEPS_TARGET) or name == "__setitem__")
+            fixed = name in _RESHAPES and isinstance(out, Tensor) and trial.rows in out.shape
+            if not kept and not fixed:
+                trial.mark(out)
+        return out
+
+
+@dataclass(eq=False)
+class Trial:
+    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows."""
+
+    rows: int
+    telling: bool
+    entries: dict[Any, list[Entry]] = field(default_factory=dict)
+    frames: list[_Frame] = field(default_factory=list)
+    _open: list[int] = field(default_factory=list)
+    _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    # ---------------------------------------------------------------- what is seen
+
+    def counts_rows(self, tensor: Tensor) -> bool:
+        """Whether an axis of ``tensor`` grows with the number of rows."""
+        return any(size and size % self.rows == 0 for size in tensor.shape)
+
+    def layout(self, tensor: Tensor) -> tuple[Layout | None, str | None]:
+        """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
+        if self.is_marked(tensor):
+            return None, ROUTED
+        found = [axis for axis, size in enumerate(tensor.shape) if size and size % self.rows == 0]
+        if not found:
+            return None, None
+        if len(found) > 1:
+            return None, MIXED
+        (axis,) = found
+        ratio = tensor.shape[axis] // self.rows
+        if ratio == 1:
+            return Layout(axis), None
+        for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
+            if self._in_order(tensor, axis, outer, ratio // outer):
+                if outer == 1:
+                    return Layout(axis, 1, None), None
+                return (Layout(axis, None, 1) if outer == ratio else Layout(axis, outer, ratio // outer)), None
+        return None, UNCLEAR
+
+    def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
+        """Whether the rows after the first, which all hold the same sample, hold the same numbers."""
+        if not self.telling:
+            return outer == 1
+        with torch._C.DisableTorchFunctionSubclass():
+            flat = tensor.detach().movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+            flat = flat[:, : max(1, _COMPARED // max(1, flat.shape[0]))]
+            rows = flat.reshape(outer, self.rows, inner, -1)[:, 1:]
+            rows = (rows.to(torch.float64) if not rows.is_complex() else torch.view_as_real(rows)).nan_to_num()
+            size = float(rows.abs().max()) if rows.numel() else 0.0
+            rough = tensor.dtype in (torch.float16, torch.bfloat16)
+            return float((rows - rows[:, :1]).abs().max()) <= (3e-2 if rough else 1e-4) * size
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Entry:
+        """The entry for a use of these tensors, as far as it is known before it."""
+        found = [self.layout(t) for t in tensors]
+        reason = next((why for _, why in found if why is not None), None)
+        layouts = tuple(at for at, _ in found)
+        return Entry(layouts, (), reason is None and not any(layouts), reason, tuple(self._open))
+
+    def results(self, entry: Entry, tensors: Sequence[Tensor]) -> Entry:
+        """The entry, completed by the results of the use."""
+        found = [self.layout(t) for t in tensors]
+        reason = entry.reason or next((why for _, why in found if why is not None), None)
+        return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False)
+
+    def note(self, key: Any, entry: Entry) -> None:
+        """Keep ``entry``."""
+        self.entries.setdefault(key, []).append(entry)
+
+    # ---------------------------------------------------------------- rows picked by value
+
+    def mark(self, tree: Any) -> None:
+        """Mark all tensors in ``tree`` as picked by value."""
+        for tensor in tensors_of(tree):
+            self._marked[tensor] = True
+
+    def is_marked(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was picked by value, or computed from such."""
+        return tensor in self._marked
+
+    def picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the operation ``name`` picks or sorts rows by their values."""
+        if name in _DATA_SHAPED:
+            return True
+        if name == "where":
+            return len(args) + len(kwargs) == 1
+        if name == "getitem":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+        if name in _SORTS and args and isinstance(args[0], Tensor) and args[0].dim():
+            position = 2 if name == "topk" else 1
+            dim = kwargs.get("dim", args[position] if len(args) > position else (0 if name == "msort" else -1))
+            size = args[0].shape[dim] if isinstance(dim, int) and not isinstance(dim, bool) else 0
+            return bool(size) and size % self.rows == 0
+        return False
+
+    # ---------------------------------------------------------------- calls of modules
+
+    def enter(self, name: str, module: nn.Module, tree: Any) -> None:
+        """A module is called."""
+        found = [self.layout(t) for t in tensors_of(tree)]
+        self.frames.append(
+            _Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
+        )
+        self._open.append(len(self.frames) - 1)
+
+    def leave(self, tree: Any) -> None:
+        """The call of a module ends."""
+        if not self._open:
+            return
+        frame = self.frames[self._open.pop()]
+        outputs = [self.layout(t) for t in tensors_of(tree) if t.is_floating_point()]
+        frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch operations inside the block."""
+        with _Watch(self):
+            yield
+
+    def repeated_module(self, entry: Entry) -> tuple[str, nn.Module] | None:
+        """The innermost call around ``entry`` that samples go into and come out of in a known order."""
+        for index in reversed(entry.frames):
+            frame = self.frames[index]
+            if frame.clean and frame.batched:
+                return frame.name, frame.module
+        return None
+
+
+@dataclass(eq=False)
+class BatchAxes:
+    """What trials have shown, kept for the lifetime of the controller."""
+
+    axis: int
+    known: dict[Any, list[Entry]] = field(default_factory=dict)
+    tried: set[Any] = field(default_factory=set)
+
+    def find(self, key: Any, count: int) -> Entry | None:
+        """The entry for use number ``count`` of ``key`` in a forward pass; None if it was never tried."""
+        entries = self.known.get(key)
+        if not entries:
+            return None
+        if all(entry == entries[0] for entry in entries):
+            return entries[0]
+        return entries[count] if count < len(entries) else None
+
+    def learn(self, trials: Sequence[Trial]) -> None:
+        """Take over what two trials agree on."""
+        keys = {key for trial in trials for key in trial.entries}
+        for key in keys:
+            seen = [trial.entries[key] for trial in trials if key in trial.entries]
+            agreed = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if a == b), None)
+            if agreed is None:
+                agreed = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in max(seen, key=len)]
+            self.known[key] = agreed
+
+    @staticmethod
+    def agree(trials: Sequence[Trial]) -> bool:
+        """Whether the trials saw the same."""
+        return all(trial.entries == trials[0].entries for trial in trials)
+
+
+def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
+    """Choose numbers of rows that no size in the model or its inputs is a multiple of, where there are such."""
+    sizes = {size for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) for size in t.shape if size}
+    good = [p for p in _PRIMES if all(size % p for size in sizes)]
+    return (good + [p for p in (29, 31, 37) if p not in good])[:3]
+
+
+def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:
+    """Return the first row once and the second ``count - 1`` times, of a tensor that has ``rows`` rows along ``axis``."""
+    if tree_tensors.dim() <= axis or tree_tensors.shape[axis] != rows:
+        return tree_tensors
+    index = torch.full((count,), min(1, rows - 1), device=tree_tensors.device)
+    index[0] = 0
+    return tree_tensors.detach().index_select(axis, index)
+
+
+def guessed(tensor: Tensor, axis: int, rows: int) -> Layout | None:
+    """For what was never tried: the declared axis, if it has as many rows as there are samples."""
+    return Layout(axis) if tensor.dim() > axis and tensor.shape[axis] == rows else None
