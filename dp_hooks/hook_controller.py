@@ -326,14 +326,13 @@ class HookController:
         seen.add(id(module))
         owns = any(p is not None and p.requires_grad for p in module._parameters.values())
         lifts = self._rules.lifts(module)
-        whole = isinstance(module, nn.MultiheadAttention) if lifts else self._rules.owns_subtree(module)
-        if whole:
+        rule = self._rules.find(module)
+        # Modules that read the weights of their children: the children's own hooks never fire.
+        whole = isinstance(module, nn.MultiheadAttention) if lifts else rule.whole_subtree
+        if self._rules.owns_subtree(module) and whole:
             owns = any(p.requires_grad for p in module.parameters())
         if owns:
-            rule = self._rules.find(module)
-            yield _Site(
-                name, module, rule, ParameterSlots(module, recurse=whole or not lifts and rule is GENERIC), lifts
-            )
+            yield _Site(name, module, rule, ParameterSlots(module, recurse=whole), lifts)
             if whole:
                 return
         for key, child in module.named_children():
@@ -574,7 +573,7 @@ class HookController:
                 trial.watching(),
             ):
                 for site in self._sites:
-                    if not site.lifts and not site.rule.whole_subtree:
+                    if id(site.module) not in self._repeated:
                         site.outside = tuple(site.slots.params)
                         self._lift_outside(site)
                 module(*few[0], **few[1])
@@ -648,7 +647,7 @@ class HookController:
         autocast: torch.dtype | None,
         saved: list[Tensor],
         grads: list[Tensor | None],
-    ) -> list[Captured]:
+    ) -> list[_Contribution]:
         """Make the source for one call of a module whose rule works on the whole call."""
         rule = site.rule
         axis = self.axis if rule.batch_dim is None else rule.batch_dim
@@ -656,6 +655,9 @@ class HookController:
         if rows is None:
             rows = first.shape[axis] if first.dim() > axis else 0
         args, kwargs = join(skeleton, saved)
+        if rows == 0:
+            params = [site.slots.params[name] for name in names]
+            return [Written({p: p.new_zeros((0, *p.shape)) for p in params}, 0, site.name)]
         run = functools.partial(self._rerun, site, autocast, first.device.type)
         call = Call(site.module, site.name, args, kwargs, grads, rows, axis, names, run, site.memo)
         if entry is not None:

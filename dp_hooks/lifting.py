@@ -25,6 +25,7 @@ _BROADCAST = frozenset(
     "fmin masked_fill hypot atan2 logaddexp logaddexp2 xlogy copysign clamp clip iadd isub imul idiv itruediv radd rsub rmul "
     "rtruediv rdiv truediv".split()
 )
+_EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
 _DRAWS = ("dropout_p", "dropout")
 _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
@@ -348,7 +349,7 @@ class Lifter:
         roots = [root for t in lifted.values() for root in t.shared.roots]
         layout = entry.inputs[0] if entry.inputs else None
         n = self.rows
-        if not isinstance(value, Lifted) or len(lifted) != 1 or isinstance(target, Lifted) or not layout or not n:
+        if not isinstance(value, Lifted) or len(lifted) != 1 or isinstance(target, Lifted) or not layout or n is None:
             return self._refuse_in_place(roots)
         sizes = layout.factors(target.shape[layout.axis], n)
         if sizes is None:
@@ -365,7 +366,8 @@ class Lifter:
             (grad,) = grads
             assert grad is not None
             own = tuple(shared.value.shape)
-            rows = [sum_to(grad.masked_fill(owner != i, 0)[None], own) for i in range(n)]
+            rows = [grad.new_zeros((0, *own))]
+            rows += [sum_to(grad.masked_fill(owner != i, 0)[None], own) for i in range(n)]
             return [SharedGradients(shared, torch.cat(rows), self.recorder.scale(n), name)]
 
         target[index] = self.recorder.tap([wide], [], name, make)[0]
@@ -419,13 +421,10 @@ class Lifter:
         with torch._C.DisableTorchFunctionSubclass():
             autocast = autocast_dtype(floats[0].device.type)
         meeting = Meeting(func, skeleton, shared, layouts, list(outputs), _names(roots), autocast)  # type: ignore[arg-type]
-        if not positions:  # nothing but an expansion: its adjoint is a sum
-            (layout,) = outputs
-            own = {i: tuple(s.value.shape) for i, s in shared.items()}
-            if name in ("expand", "broadcast_to", "repeat", "tile") and len(own) == 1 and layout is not None:
-                if layout.outer == 1 or layout.is_plain:
-                    (s,) = shared.values()
-                    return self._one_row_per_sample(out, s, layout, n)
+        first = outputs[0]
+        expands = not positions and len(shared) == len(outputs) == 1 and name in _EXPANSIONS
+        if expands and first is not None and first.outer == 1:  # the adjoint of an expansion is a sum
+            return self._one_row_per_sample(out, next(iter(shared.values())), first, n)
         how = self.way.setdefault(key, {})
 
         def make(saved: list[Tensor], grads: Grads) -> list[Any]:

@@ -26,8 +26,6 @@ def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
         raise _refusal(
             call, "it was called with other inputs or gave other outputs than in the runs that showed its layout"
         )
-    if not n:
-        return rule, call
     for layout, tensor in [*zip(ins, inputs, strict=True), *zip(outs, call.grads, strict=True)]:
         if layout is not None and tensor is not None and not layout.fits(tensor, n):
             raise _refusal(call, f"{n} samples do not fit into a tensor of shape {tuple(tensor.shape)} as they should")
@@ -37,10 +35,10 @@ def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
     if rule.whole_subtree or rule.any_rank:
         return rule, _cut(call, skeleton, inputs, ins, outs)
     here = Layout(call.batch_dim)
-    if all(at == here for at, g in zip(outs, call.grads, strict=True) if g is not None):
-        if all(at in (here, None) for at in ins):
-            return rule, call
-    moving = {at for at in (*ins, *(at for at, g in zip(outs, call.grads, strict=True) if g is not None)) if at}
+    used = [at for at, g in zip(outs, call.grads, strict=True) if g is not None]
+    if all(at == here for at in used) and all(at in (here, None) for at in ins):
+        return rule, call
+    moving = {at for at in (*ins, *used) if at is not None}
     if len(moving) == 1 and all(at is not None for at in ins):
         (layout,) = moving
         if layout.axis == 0 and not layout.is_plain:

@@ -47,4 +47,5 @@ class Layout:
         assert found is not None, f"{n} samples do not fit into axis {self.axis} of {tuple(tensor.shape)}"
         axis = self.axis
         split = tensor.unflatten(axis, (found[0], n, found[1]))
-        return split.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
+        rows: Tensor = split.movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
+        return rows
