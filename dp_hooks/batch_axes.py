@@ -236,13 +236,19 @@ class BatchAxes:
 
     def learn(self, trials: Sequence[Trial]) -> None:
         """Take over what two trials agree on."""
-        keys = {key for trial in trials for key in trial.entries}
-        for key in keys:
+        for key, agreed in self.merged(trials).items():
+            longest = max((trial.entries.get(key, []) for trial in trials), key=len)
+            unsteady = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in longest]
+            self.known[key] = unsteady if agreed is None else agreed
+
+    @staticmethod
+    def merged(trials: Sequence[Trial]) -> dict[Any, list[Entry] | None]:
+        """For every use, what two trials saw of it; None where no two agree."""
+        out: dict[Any, list[Entry] | None] = {}
+        for key in {key for trial in trials for key in trial.entries}:
             seen = [trial.entries[key] for trial in trials if key in trial.entries]
-            agreed = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if a == b), None)
-            if agreed is None:
-                agreed = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in max(seen, key=len)]
-            self.known[key] = agreed
+            out[key] = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if a == b), None)
+        return out
 
     @staticmethod
     def agree(trials: Sequence[Trial]) -> bool:

@@ -65,6 +65,7 @@ class _Site:
     entry: Entry | None = None
     captures: bool = False
     outside: tuple[str, ...] = ()
+    inner: tuple["_Site", ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -436,8 +437,9 @@ class HookController:
     def _before(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running or self._repeating:
             return
-        if site.slots.filled:  # in use outside, or an interrupted forward could not put them back
-            site.slots.restore()
+        for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
+            if filled.slots.filled:
+                filled.slots.restore()
         if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
             return
         if foreign := site.slots.foreign():
@@ -472,7 +474,8 @@ class HookController:
             return None
         site.slots.restore()
         if (self._depth or self._lifter.trial is not None) and torch._C._current_graph_task_id() == -1:
-            self._lift_outside(site)
+            for emptied in (site, *site.inner):
+                self._lift_outside(emptied)
         if not self._capturing() or not site.captures:
             return None
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
@@ -536,19 +539,23 @@ class HookController:
     def _repeat_where_needed(self, trials: list[Trial]) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
         new = False
-        for entry in (e for trial in trials for entries in trial.entries.values() for e in entries):
-            if not entry.is_routed:
-                continue
-            for trial in trials:
-                found = trial.repeated_module(entry) if any(entry in es for es in trial.entries.values()) else None
-                if found is None or id(found[1]) in self._repeated:
-                    continue
-                slots = ParameterSlots(found[1], recurse=True)
-                site = _Site(found[0], found[1], GENERIC, slots)
-                self._repeated[id(found[1])] = site
-                self._sites.append(site)
-                new = True
+        unsteady = {key for key, entries in BatchAxes.merged(trials).items() if entries is None}
+        for trial in trials:
+            for key, entries in trial.entries.items():
+                for entry in entries:
+                    found = trial.repeated_module(entry) if entry.is_routed or key in unsteady else None
+                    if found is not None and id(found[1]) not in self._repeated:
+                        self._repeat(*found)
+                        new = True
         return new
+
+    def _repeat(self, name: str, module: nn.Module) -> None:
+        """From now on, repeat ``module`` on each sample, whatever is inside."""
+        below = {id(m) for m in module.modules()}
+        inner = tuple(site for site in self._sites if id(site.module) in below)
+        site = _Site(name, module, GENERIC, ParameterSlots(module, recurse=True), inner=inner)
+        self._repeated[id(module)] = site
+        self._sites.append(site)
 
     def _try(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, count: int
@@ -568,7 +575,7 @@ class HookController:
             with (
                 attributes_kept(module),
                 torch.random.fork_rng(devices=devices),
-                torch.no_grad(),
+                torch.enable_grad(),
                 NoDropout(),
                 trial.watching(),
             ):

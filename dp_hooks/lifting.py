@@ -26,6 +26,7 @@ _BROADCAST = frozenset(
     "rtruediv rdiv truediv".split()
 )
 _EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
+_LOOKS_ONLY = ("type_as", "to", "expand_as", "view_as", "reshape_as")
 _DRAWS = ("dropout_p", "dropout")
 _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
@@ -137,7 +138,8 @@ class Lifter:
         if name in ("__set__", "requires_grad", "register_hook", "retain_grad", "deepcopy", "reduce_ex", "repr"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if name == "detach" or (self.trial is None and not torch.is_grad_enabled()):
+        constant = name == "detach" or name.startswith("new_") or name.endswith("_like") or not torch.is_grad_enabled()
+        if constant or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
             return self._on_values(func, skeleton, tensors)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)

@@ -381,9 +381,9 @@ class SelfCheck:
             have = found.grads(p, rows.to(p.device)).double() if p in sums else torch.zeros_like(want)
             have_sum = sums[p].double() if p in sums else torch.zeros_like(want[0])
             want_sum = torch.tensordot(factors[rows].to(want), want, dims=1)
-            own = want.flatten(1).square().sum(1)
+            own = want.reshape(len(want), -1).square().sum(1)
             scale = torch.maximum(own, 1e-4 * total.to(own)).sqrt().clamp(min=1e-30)
-            off = (have - want).flatten(1).square().sum(1).sqrt() / scale
+            off = (have - want).reshape(len(want), -1).square().sum(1).sqrt() / scale
             off_sum = (have_sum - want_sum).square().sum().sqrt() / scale.sum()
             have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
             off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
