@@ -14,7 +14,7 @@ from ._tree import tensors_of
 from .rules.layout import Layout
 
 # Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
-_PRIMES = (11, 13, 17, 19, 23)
+_PRIMES = (5, 7, 11, 13, 17, 19, 23)
 # How many rows of a large axis are compared to find out in which order it holds the samples.
 _COMPARED = 1 << 16
 
@@ -38,6 +38,11 @@ class Entry:
     shared: bool = False
     reason: str | None = None
     frames: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Rows per sample in every tensor that counts samples."""
+        return tuple(at.ratio for at in (*self.inputs, *(self.outputs or ())) if at is not None)
 
     @property
     def is_routed(self) -> bool:
@@ -123,8 +128,10 @@ class Trial:
         for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
             if self._in_order(tensor, axis, outer, ratio // outer):
                 if outer == 1:
-                    return Layout(axis, 1, None), None
-                return (Layout(axis, None, 1) if outer == ratio else Layout(axis, outer, ratio // outer)), None
+                    return Layout(axis, 1, None, ratio), None
+                if outer == ratio:
+                    return Layout(axis, None, 1, ratio), None
+                return Layout(axis, outer, ratio // outer, ratio), None
         return None, UNCLEAR
 
     def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
@@ -247,13 +254,18 @@ class BatchAxes:
         out: dict[Any, list[Entry] | None] = {}
         for key in {key for trial in trials for key in trial.entries}:
             seen = [trial.entries[key] for trial in trials if key in trial.entries]
-            out[key] = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if a == b), None)
+            out[key] = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if _same(a, b)), None)
         return out
 
     @staticmethod
     def agree(trials: Sequence[Trial]) -> bool:
         """Whether the trials saw the same."""
-        return all(trial.entries == trials[0].entries for trial in trials)
+        return None not in BatchAxes.merged(trials).values()
+
+
+def _same(one: Sequence[Entry], other: Sequence[Entry]) -> bool:
+    """Whether two trials saw the same layouts, with as many rows per sample: a size that stays the same is no batch."""
+    return list(one) == list(other) and all(a.ratios == b.ratios for a, b in zip(one, other, strict=True))
 
 
 def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:

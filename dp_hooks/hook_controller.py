@@ -520,26 +520,23 @@ class HookController:
             return
         axes.tried |= {key} if rows == 1 else {key, telling}
         trials: list[Trial] = []
-        for _ in range(8):
-            trials = []
-            for count in numbers_of_rows(self._module, (args, kwargs)):
-                if len(trials) == 2 and BatchAxes.agree(trials):
-                    break
-                trial = self._try(module, args, kwargs, rows, count)
-                if trial is None:
-                    return
-                trials.append(trial)
-            if not self._repeat_where_needed(trials):
-                break
+        counts = numbers_of_rows(self._module, (args, kwargs))
+        while len(trials) < len(counts) and not (len(trials) == 2 and BatchAxes.agree(trials)):
+            trial = self._try(module, args, kwargs, rows, counts[len(trials)])
+            if trial is None:
+                return
+            trials.append(trial)
+            if self._repeat_where_needed(trials, done=len(trials) == len(counts)):
+                trials = []  # what is repeated as a whole is tried anew
         axes.learn(trials)
         for site in self._sites:
             prefix = f"{site.name}." if site.name else ""
             site.outside = tuple(n for n in site.slots.params if self._lifter.is_touched(prefix + n))
 
-    def _repeat_where_needed(self, trials: list[Trial]) -> bool:
+    def _repeat_where_needed(self, trials: list[Trial], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
         new = False
-        unsteady = {key for key, entries in BatchAxes.merged(trials).items() if entries is None}
+        unsteady = {key for key, entries in BatchAxes.merged(trials).items() if entries is None and done}
         for trial in trials:
             for key, entries in trial.entries.items():
                 for entry in entries:

@@ -409,10 +409,15 @@ def test_one_private_step_moves_by_the_clipped_sum(case, loader_of):
         torch.testing.assert_close(moved, want, rtol=1e-6, atol=1e-9)
 
 
+def encoder_layer():
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_dropout_in_the_owner_of_parameters(mode):
-    """With dropout next to a class token, gradients belong to the masks that the forward pass drew."""
-    model = cls_token(0.5).double()
+@pytest.mark.parametrize("make", [lambda: cls_token(0.5), encoder_layer], ids=["cls-token", "encoder-layer"])
+def test_dropout_in_the_owner_of_parameters(make, mode):
+    """With dropout inside the owner of parameters, gradients belong to the masks that the forward pass drew."""
+    model = make().double()
     x = randn(N, 5, 4)
     torch.manual_seed(3)
     losses = losses_of(model, x)
@@ -426,6 +431,7 @@ def test_dropout_in_the_owner_of_parameters(mode):
     controller.cleanup()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("mode", ["ghost", "hooks"])
 def test_checkpointed_owner(mode, use_reentrant):

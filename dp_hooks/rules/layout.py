@@ -1,6 +1,6 @@
 """Where the samples are in a tensor: which axis counts them, and in which order when the axis counts more than them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -10,12 +10,13 @@ class Layout:
     """Samples are counted along ``axis``, which has ``outer * n * inner`` rows for ``n`` samples, in this order.
 
     ``None`` stands for whatever is left: tokens flattened into the batch, sample by sample, are ``(axis, 1, None)``, whatever
-    their number; time-first ones are ``(axis, None, 1)``.
+    their number; time-first ones are ``(axis, None, 1)``. ``ratio`` is the number of rows per sample when it was seen.
     """
 
     axis: int
     outer: int | None = 1
     inner: int | None = 1
+    ratio: int = field(default=1, compare=False)
 
     @property
     def is_plain(self) -> bool:
