@@ -442,12 +442,7 @@ class HookController:
                 filled.slots.restore()
         if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
             return
-        if foreign := site.slots.foreign():
-            raise UnsupportedModelError(
-                f"{site.name or 'the model'}: {', '.join(foreign)} is not the parameter that was there when the scope began "
-                "(torch.func.functional_call, load_state_dict(assign=True), a new nn.Parameter). Remedy: change values in "
-                "place (load_state_dict without assign), or enter a new scope."
-            )
+        self._check_own(site)
         inputs = tensors_of((args, kwargs))
         site.captures, site.entry = not site.lifts, None
         if site.captures:
@@ -462,9 +457,19 @@ class HookController:
             prefix = f"{site.name}." if site.name else ""
             site.slots.fill({n: self._lifter.lift(p, prefix + n) for n, p in site.slots.params.items()})
 
+    def _check_own(self, site: _Site) -> None:
+        """Refuse to run with other parameters than those that are trained."""
+        if foreign := site.slots.foreign():
+            raise UnsupportedModelError(
+                f"{site.name or 'the model'}: {', '.join(foreign)} is not the parameter that was there when the scope began "
+                "(torch.func.functional_call, load_state_dict(assign=True), a new nn.Parameter). Remedy: change values in "
+                "place (load_state_dict without assign), or enter a new scope."
+            )
+
     def _lift_outside(self, site: _Site) -> None:
         """Lift the parameters that are used outside their own module, for as long as the outermost call runs."""
-        if site.outside:
+        if site.outside and not site.slots.filled:
+            self._check_own(site)
             prefix = f"{site.name}." if site.name else ""
             lifted = {n: self._lifter.lift(p, prefix + n, n in site.outside) for n, p in site.slots.params.items()}
             site.slots.fill({n: t if n in site.outside else site.slots.params[n] for n, t in lifted.items()})
@@ -518,6 +523,11 @@ class HookController:
         key, telling = (name, module.training), (name, module.training, "several")
         if not rows or telling in axes.tried or (rows == 1 and key in axes.tried):
             return
+        for site in self._sites:
+            if site.slots.filled:  # an interrupted forward could not put them back
+                site.slots.restore()
+            if site.slots.foreign():
+                return  # a trial would put them back
         axes.tried |= {key} if rows == 1 else {key, telling}
         trials: list[Trial] = []
         counts = numbers_of_rows(self._module, (args, kwargs))
