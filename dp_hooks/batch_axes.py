@@ -58,6 +58,8 @@ class _Frame:
     name: str
     clean: bool
     batched: bool
+    routed: bool = False
+    repeat: bool = False
 
 
 _DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
@@ -112,9 +114,9 @@ class Trial:
         """Whether an axis of ``tensor`` grows with the number of rows."""
         return any(size and size % self.rows == 0 for size in tensor.shape)
 
-    def layout(self, tensor: Tensor) -> tuple[Layout | None, str | None]:
+    def layout(self, tensor: Tensor, marks: bool = True) -> tuple[Layout | None, str | None]:
         """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
-        if self.is_marked(tensor):
+        if marks and self.is_marked(tensor):
             return None, ROUTED
         found = [axis for axis, size in enumerate(tensor.shape) if size and size % self.rows == 0]
         if not found:
@@ -163,6 +165,8 @@ class Trial:
     def note(self, key: Any, entry: Entry) -> None:
         """Keep ``entry``."""
         self.entries.setdefault(key, []).append(entry)
+        if entry.is_routed and self._open:
+            self.frames[self._open[-1]].routed = True
 
     # ---------------------------------------------------------------- rows picked by value
 
@@ -170,6 +174,11 @@ class Trial:
         """Mark all tensors in ``tree`` as picked by value."""
         for tensor in tensors_of(tree):
             self._marked[tensor] = True
+
+    def unmark(self, tensors: Sequence[Tensor]) -> None:
+        """Take ``tensors`` as in the order of the samples again."""
+        for tensor in tensors:
+            self._marked.pop(tensor, None)
 
     def is_marked(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was picked by value, or computed from such."""
@@ -206,8 +215,16 @@ class Trial:
         if not self._open:
             return
         frame = self.frames[self._open.pop()]
-        outputs = [self.layout(t) for t in tensors_of(tree) if t.is_floating_point()]
+        tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
+        outputs = [self.layout(t, marks=False) for t in tensors]
         frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
+        if not frame.routed:
+            return
+        if frame.clean and frame.batched:
+            frame.repeat = True
+            self.unmark(tensors)
+        elif self._open:
+            self.frames[self._open[-1]].routed = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -265,6 +282,8 @@ class BatchAxes:
 
 def _same(one: Sequence[Entry], other: Sequence[Entry]) -> bool:
     """Whether two trials saw the same layouts, with as many rows per sample: a size that stays the same is no batch."""
+    if all(entry == one[0] for entry in one) and all(entry == other[0] for entry in other):
+        one, other = one[:1], other[:1]  # however often, as in a loop over samples
     return list(one) == list(other) and all(a.ratios == b.ratios for a, b in zip(one, other, strict=True))
 
 

@@ -492,6 +492,8 @@ class HookController:
         if not outputs:
             return None
         if self._lifter.trial is not None:
+            if id(site.module) in self._repeated:  # on each sample alone, it gives back what belongs to that sample
+                self._lifter.trial.unmark(outputs)
             self._lifter.note_call(site.name, site.entry, outputs)
             return None
         names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
@@ -545,15 +547,17 @@ class HookController:
 
     def _repeat_where_needed(self, trials: list[Trial], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
-        new = False
-        unsteady = {key for key, entries in BatchAxes.merged(trials).items() if entries is None and done}
+        merged = BatchAxes.merged(trials).items() if done else ()
+        unsteady = {key for key, entries in merged if entries is None}
+        wanted = [(frame.name, frame.module) for trial in trials for frame in trial.frames if frame.repeat]
         for trial in trials:
-            for key, entries in trial.entries.items():
-                for entry in entries:
-                    found = trial.repeated_module(entry) if entry.is_routed or key in unsteady else None
-                    if found is not None and id(found[1]) not in self._repeated:
-                        self._repeat(*found)
-                        new = True
+            entries = [entry for key in unsteady for entry in trial.entries.get(key, [])]
+            wanted += [found for entry in entries if (found := trial.repeated_module(entry)) is not None]
+        new = False
+        for name, module in wanted:
+            if id(module) not in self._repeated:
+                self._repeat(name, module)
+                new = True
         return new
 
     def _repeat(self, name: str, module: nn.Module) -> None:

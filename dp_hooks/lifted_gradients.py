@@ -147,6 +147,8 @@ class Meeting:
 
 
 def _contraction(outputs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
+    if any(grad is not None and grad.shape != out.shape for out, grad in zip(outputs, grads, strict=True)):
+        raise RuntimeError("the repeated operation gave tensors of other shapes than the first one")
     terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     return torch.stack(terms).sum()
 

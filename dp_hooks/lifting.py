@@ -27,6 +27,7 @@ _BROADCAST = frozenset(
 )
 _EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
 _LOOKS_ONLY = ("type_as", "to", "expand_as", "view_as", "reshape_as")
+_LISTS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 _DRAWS = ("dropout_p", "dropout")
 _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
@@ -113,6 +114,12 @@ class Lifter:
         lifted.lifter, lifted.shared, lifted.label = self, Shared(value, roots), label
         return lifted
 
+    def _adopt(self, tensor: Tensor, roots: tuple[Root, ...], label: int) -> None:
+        """Follow an ordinary tensor from now on: a shared one has been written into it."""
+        shared = Shared(tensor.as_subclass(torch.Tensor), roots)
+        tensor.__class__ = Lifted
+        vars(tensor).update(lifter=self, shared=shared, label=label)
+
     def lower(self, tree: Any) -> Any:
         """Return ``tree`` with ordinary tensors in the place of lifted ones; their gradients count as leaked."""
         if not any(isinstance(t, Lifted) for t in tensors_of(tree)):
@@ -144,7 +151,8 @@ class Lifter:
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
         others = [t for t in tensors if not isinstance(t, Lifted)]
-        key = (name, tuple(t.label for t in lifted), len(others))
+        labels = tuple(t.label for t in lifted)
+        key = (name, tuple(sorted(set(labels))) if name in _LISTS else labels, len(others))
         count = self.counts.get(key, 0)
         if self.trial is not None:
             entry = self.trial.arguments(others)
@@ -153,7 +161,7 @@ class Lifter:
                 result = self._shared_result(func, args, kwargs, lifted, name)
                 made = [t for t in tensors_of(result) if isinstance(t, Tensor) and _is_float(t)]
                 if not any(self.trial.counts_rows(t) for t in made):
-                    if made:
+                    if made or name == "setitem":
                         self.counts[key] = count + 1
                         self.trial.note(key, entry)
                         self.touched.update(key[1])
@@ -177,7 +185,7 @@ class Lifter:
                 probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
             else:
                 result = self._shared_result(func, args, kwargs, lifted, name)
-                if any(isinstance(t, Lifted) for t in tensors_of(result)):
+                if name == "setitem" or any(isinstance(t, Lifted) for t in tensors_of(result)):
                     self.counts[key] = count + 1
                 return result
         self.counts[key] = count + 1
@@ -226,6 +234,11 @@ class Lifter:
             out = func(*args, **kwargs)
         roots = tuple({id(root.param): root for t in lifted for root in t.shared.roots}.values())
         label = (name, *(t.label for t in lifted))
+        target: Any = args[0] if args else None
+        plain = isinstance(target, Tensor) and not isinstance(target, Lifted) and _is_float(target)
+        if plain and (out is target or name == "setitem") and (self.trial is not None or target.requires_grad):
+            self._adopt(target, roots, hash(label))
+            return out
         position = iter(range(1 << 30))
 
         def wrap(leaf: Any) -> Any:

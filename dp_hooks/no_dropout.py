@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 _DROPOUT = ("dropout1d", "dropout2d", "dropout3d")
 _NOISE = ("rand", "rand_like", "randn", "randn_like")
+_DRAWN_IN_PLACE = ("uniform_", "normal_", "exponential_", "log_normal_", "cauchy_")
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -37,7 +38,7 @@ class NoDropout(TorchFunctionMode):
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         elif name == "bernoulli":
             return args[0].clone()
-        elif name in ("uniform_", "normal_"):
+        elif name in _DRAWN_IN_PLACE:
             return args[0].fill_(0.75)
         elif name in _NOISE:
             out = func(*args, **kwargs)

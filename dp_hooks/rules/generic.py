@@ -48,6 +48,8 @@ def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor
     found = _differentiable(outputs)
     if len(found) != len(grads):
         raise RuntimeError(f"the repeated call returned {len(found)} tensors, the first one {len(grads)}")
+    if any(grad is not None and grad.shape != out.shape for out, grad in zip(found, grads, strict=True)):
+        raise RuntimeError("the repeated call returned tensors of other shapes than the first one")
     terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
     return torch.stack(terms).sum()
 
