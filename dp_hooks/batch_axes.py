@@ -1,5 +1,6 @@
 """Where the batch is in every tensor that parameters meet: seen by running the model on another number of rows."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ._tree import tensors_of
@@ -21,6 +23,7 @@ _COMPARED = 1 << 16
 MIXED = "it met a tensor two axes of which count samples (samples mix)"
 ROUTED = "it met rows that were picked or sorted by their values"
 UNCLEAR = "it met a tensor whose rows follow no fixed order of the samples"
+UNTRIED = "it is used in a way that no run so far has shown (a branch of the model that was taken for the first time)"
 UNSTEADY = "it met tensors whose layout changes from run to run"
 
 
@@ -60,9 +63,12 @@ class _Frame:
     batched: bool
     routed: bool = False
     repeat: bool = False
+    ragged: bool = False
 
 
 _DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
+_TO_PYTHON = frozenset("tolist item numpy __int__ __index__".split())
+_TAKES_ONE = frozenset("getitem select unbind iter split chunk".split())
 _SORTS = frozenset("sort argsort topk msort".split())
 _KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
 _RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
@@ -85,6 +91,10 @@ class _Watch(TorchFunctionMode):
             return out
         trial = self._trial
         tensors = tensors_of((args, kwargs))
+        if name in _TO_PYTHON:
+            trial.note_number(tensors[0])
+        elif name.strip("_") in _TAKES_ONE:
+            trial.note_one(tensors[0], out)
         if trial.picks(name.strip("_"), args, kwargs):
             trial.mark(out)
         elif any(trial.is_marked(t) for t in tensors):
@@ -107,6 +117,7 @@ class Trial:
     frames: list[_Frame] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _ones: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     # ---------------------------------------------------------------- what is seen
 
@@ -127,6 +138,8 @@ class Trial:
         ratio = tensor.shape[axis] // self.rows
         if ratio == 1:
             return Layout(axis), None
+        if any(self.frames[i].ragged for i in self._open):
+            return None, ROUTED  # as many rows as a number says that was read from the batch
         for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
             if self._in_order(tensor, axis, outer, ratio // outer):
                 if outer == 1:
@@ -179,6 +192,19 @@ class Trial:
         """Take ``tensors`` as in the order of the samples again."""
         for tensor in tensors:
             self._marked.pop(tensor, None)
+
+    def note_one(self, source: Tensor, out: Any) -> None:
+        """Take note of the parts of an integer tensor that belong to one sample."""
+        if source.is_floating_point() or not (source in self._ones or self.counts_rows(source)):
+            return
+        for tensor in tensors_of(out):
+            if not self.counts_rows(tensor):
+                self._ones[tensor] = True
+
+    def note_number(self, tensor: Tensor) -> None:
+        """Numbers of samples are read from ``tensor``: sizes may depend on them from here on."""
+        if self._open and not tensor.is_floating_point() and (tensor in self._ones or self.counts_rows(tensor)):
+            self.frames[self._open[-1]].ragged = True
 
     def is_marked(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was picked by value, or computed from such."""
@@ -248,6 +274,7 @@ class BatchAxes:
     axis: int
     known: dict[Any, list[Entry]] = field(default_factory=dict)
     tried: set[Any] = field(default_factory=set)
+    shown: set[Any] = field(default_factory=set)
 
     def find(self, key: Any, count: int) -> Entry | None:
         """The entry for use number ``count`` of ``key`` in a forward pass; None if it was never tried."""
@@ -301,6 +328,18 @@ def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Te
     index = torch.full((count,), min(1, rows - 1), device=tree_tensors.device)
     index[0] = 0
     return tree_tensors.detach().index_select(axis, index)
+
+
+def gradients_wanted(trial: Trial | None) -> bool:
+    """Whether gradients may flow through what is being done; in a trial also where checkpointing will repeat it."""
+    if torch.is_grad_enabled():
+        return True
+    frame = sys._getframe() if trial is not None else None
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def guessed(tensor: Tensor, axis: int, rows: int) -> Layout | None:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._tree import join, split, tensors_of, tree_map
 from ._validate import boolean, one_of
-from .batch_axes import BatchAxes, Entry, Trial, numbers_of_rows, rows_for_trial
+from .batch_axes import BatchAxes, Entry, Trial, gradients_wanted, numbers_of_rows, rows_for_trial
 from .errors import DPHooksError, ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .lifted_gradients import Written
@@ -181,6 +181,7 @@ class HookController:
         self._lifter = Lifter(self, BatchAxes(self.axis))
         self._repeated: dict[int, _Site] = {}
         self._repeating = 0
+        self._outermost: tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._buffers: dict[str, tuple[Tensor, int]] = {}
         self._hook_ids: dict[int, set[int]] = {}
         self._rows: int | None = None
@@ -351,8 +352,7 @@ class HookController:
     # ---------------------------------------------------------------- forward
 
     def _capturing(self) -> bool:
-        wanted = torch.is_grad_enabled() or self._lifter.trial is not None
-        return self.hooks_enabled and not self._running and wanted
+        return self.hooks_enabled and not self._running and gradients_wanted(self._lifter.trial)
 
     def _enter(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -377,13 +377,14 @@ class HookController:
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
         self._rows = sized[0] if sized else None
         self._repeating = 0
-        self._lifter.rows, self._lifter.counts = self._rows, {}
+        self._lifter.rows, self._lifter.counts, self._lifter.strict = self._rows, {}, False
         if not torch.is_grad_enabled():
             return
         if self.observer is not None:
             self.observer(name, module, args, kwargs)
         if self._capturing():
-            self._learn(name, module, args, kwargs)
+            self._outermost = (name, module, args, kwargs)
+            self._learn()
             self._buffers = self._written()
             for site in self._sites:
                 self._lift_outside(site)
@@ -404,6 +405,7 @@ class HookController:
                 for site in self._sites:
                     if site.outside:
                         site.slots.restore()
+                self._outermost = None
                 self._check_buffers()
                 lowered = self._lifter.lower(output)
                 return replaced if lowered is output else lowered
@@ -519,11 +521,30 @@ class HookController:
 
     # ---------------------------------------------------------------- trials
 
-    def _learn(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def try_again(self) -> None:
+        """Learn anew in the middle of a forward pass, from the call that is running."""
+        if self._outermost is None or torch._C._current_graph_task_id() != -1:
+            return
+        held = [
+            (site, {name: owner._parameters[key] for owner, key, name in site.slots.places}, site.captures, site.entry)
+            for site in self._sites
+            if site.slots.filled
+        ]
+        self._learn(again=True)
+        for site, tensors, captures, entry in held:
+            site.slots.fill(tensors)  # type: ignore[arg-type]
+            site.captures, site.entry = captures, entry
+        for site in self._sites:
+            self._lift_outside(site)
+
+    def _learn(self, again: bool = False) -> None:
         """Find out, once per outermost module and mode, which axes count samples, by runs on other numbers of rows."""
+        assert self._outermost is not None
+        name, module, args, kwargs = self._outermost
         axes, rows = self._lifter.axes, self._rows
         key, telling = (name, module.training), (name, module.training, "several")
-        if not rows or telling in axes.tried or (rows == 1 and key in axes.tried):
+        self._lifter.strict = key in axes.shown
+        if not rows or (not again and (telling in axes.tried or (rows == 1 and key in axes.tried))):
             return
         for site in self._sites:
             if site.slots.filled:  # an interrupted forward could not put them back
@@ -541,6 +562,8 @@ class HookController:
             if self._repeat_where_needed(trials, done=len(trials) == len(counts)):
                 trials = []  # what is repeated as a whole is tried anew
         axes.learn(trials)
+        axes.shown.add(key)
+        self._lifter.strict = True
         for site in self._sites:
             prefix = f"{site.name}." if site.name else ""
             site.outside = tuple(n for n in site.slots.params if self._lifter.is_touched(prefix + n))
@@ -813,6 +836,7 @@ class HookController:
         return self._samples or 0
 
     def _reset(self) -> None:
+        self._outermost = None
         for site in self._sites:
             if site.slots.filled:  # an interrupted forward could not put the parameters back
                 site.slots.restore()

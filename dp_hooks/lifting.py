@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._tree import join, split, tensors_of, tree_map
-from .batch_axes import BatchAxes, Entry, Trial, guessed
+from .batch_axes import UNTRIED, BatchAxes, Entry, Trial, gradients_wanted, guessed
 from .lifted_gradients import Meeting, MeetingGradients, Root, Shared, SharedGradients, refused, sum_to
 from .rules.layout import Layout
 from .slots import autocast_dtype
@@ -40,6 +40,9 @@ class Recorder(Protocol):
 
     def scale(self, samples: int) -> float:
         """The factor that undoes the mean over the batch."""
+
+    def try_again(self) -> None:
+        """Run the trials anew, in the middle of a forward pass."""
 
     def leaked(self, param: nn.Parameter) -> None:
         """Take note that autograd delivered a gradient to ``param``."""
@@ -88,6 +91,7 @@ class Lifter:
     recorder: Recorder
     axes: BatchAxes
     rows: int | None = None
+    strict: bool = False
     trial: Trial | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
@@ -145,8 +149,8 @@ class Lifter:
         if name in ("__set__", "requires_grad", "register_hook", "retain_grad", "deepcopy", "reduce_ex", "repr"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        constant = name == "detach" or name.startswith("new_") or name.endswith("_like") or not torch.is_grad_enabled()
-        if constant or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
+        constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
+        if constant or not gradients_wanted(self.trial) or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
             return self._on_values(func, skeleton, tensors)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
@@ -177,9 +181,7 @@ class Lifter:
                 self.trial.note(key, self.trial.results(entry, made))
                 self.touched.update(key[1])
             return result
-        probe = self.axes.find(key, count)
-        if probe is None:
-            probe = self._guess(others)
+        probe = self._find(key, count) or self._guess(others)
         if probe.shared:
             if any(t.requires_grad for t in others):
                 probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
@@ -204,11 +206,23 @@ class Lifter:
             return self.trial.arguments([t for t in inputs if not isinstance(t, Lifted)])
         count = self.counts.get(key, 0)
         self.counts[key] = count + 1
-        entry = self.axes.find(key, count)
+        entry = self._find(key, count)
         if entry is not None or self.rows is None:
             return entry
         lifted = [guessed(t, self.axes.axis, self.rows) for t in inputs]
         return None if any(lifted) else Entry(shared=True)
+
+    def _find(self, key: Any, count: int) -> Entry | None:
+        """What trials have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
+        entry = self.axes.find(key, count)
+        if entry is not None or not self.strict:
+            return entry
+        self.recorder.try_again()
+        entry = self.axes.find(key, count)
+        if entry is None:
+            entry = Entry(reason=UNTRIED)
+            self.axes.known[key] = [*self.axes.known.get(key, []), entry]
+        return entry
 
     def note_call(self, name: str, entry: Entry | None, outputs: list[Tensor]) -> None:
         """Keep what a trial saw of a call of the module ``name``."""
