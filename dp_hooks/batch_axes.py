@@ -41,11 +41,12 @@ class Entry:
     shared: bool = False
     reason: str | None = None
     frames: tuple[int, ...] = field(default=(), compare=False)
+    sizes: tuple[float, ...] = field(default=(), compare=False)
 
     @property
-    def ratios(self) -> tuple[int, ...]:
+    def ratios(self) -> tuple[float, ...]:
         """Rows per sample in every tensor that counts samples."""
-        return tuple(at.ratio for at in (*self.inputs, *(self.outputs or ())) if at is not None)
+        return (*(at.ratio for at in (*self.inputs, *(self.outputs or ())) if at is not None), *self.sizes)
 
     @property
     def is_routed(self) -> bool:
@@ -67,8 +68,9 @@ class _Frame:
 
 
 _DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
-_TO_PYTHON = frozenset("tolist item numpy __int__ __index__".split())
-_TAKES_ONE = frozenset("getitem select unbind iter split chunk".split())
+_TO_PYTHON = frozenset("tolist item numpy __int__ __index__ __array__".split())
+# The largest value over the batch is what samples are padded to: as many rows for each of them.
+_PADDED_TO = frozenset("max amax min amin __get__".split())
 _SORTS = frozenset("sort argsort topk msort".split())
 _KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
 _RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
@@ -91,10 +93,18 @@ class _Watch(TorchFunctionMode):
             return out
         trial = self._trial
         tensors = tensors_of((args, kwargs))
+        if name == "__iter__":
+            parts = list(out)
+            trial.note_numbers(tensors, parts)
+            return iter(parts)
         if name in _TO_PYTHON:
-            trial.note_number(tensors[0])
-        elif name.strip("_") in _TAKES_ONE:
-            trial.note_one(tensors[0], out)
+            trial.note_read(tensors)
+        elif name not in _PADDED_TO:
+            trial.note_numbers(tensors, out)
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop)]
+            trial.note_read([end for end in ends if isinstance(end, Tensor)])
         if trial.picks(name.strip("_"), args, kwargs):
             trial.mark(out)
         elif any(trial.is_marked(t) for t in tensors):
@@ -117,7 +127,7 @@ class Trial:
     frames: list[_Frame] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    _ones: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     # ---------------------------------------------------------------- what is seen
 
@@ -167,18 +177,23 @@ class Trial:
         found = [self.layout(t) for t in tensors]
         reason = next((why for _, why in found if why is not None), None)
         layouts = tuple(at for at, _ in found)
-        return Entry(layouts, (), reason is None and not any(layouts), reason, tuple(self._open))
+        shared = reason is None and not any(layouts)
+        return Entry(layouts, (), shared, reason, tuple(self._open), self._sizes(reason, tensors))
+
+    def _sizes(self, reason: str | None, tensors: Sequence[Tensor]) -> tuple[float, ...]:
+        return tuple(size / self.rows for t in tensors for size in t.shape) if reason in (MIXED, UNCLEAR) else ()
 
     def results(self, entry: Entry, tensors: Sequence[Tensor]) -> Entry:
         """The entry, completed by the results of the use."""
         found = [self.layout(t) for t in tensors]
         reason = entry.reason or next((why for _, why in found if why is not None), None)
-        return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False)
+        sizes = entry.sizes or self._sizes(reason, tensors)
+        return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
 
     def note(self, key: Any, entry: Entry) -> None:
         """Keep ``entry``."""
         self.entries.setdefault(key, []).append(entry)
-        if entry.is_routed and self._open:
+        if entry.reason == ROUTED and self._open:
             self.frames[self._open[-1]].routed = True
 
     # ---------------------------------------------------------------- rows picked by value
@@ -193,17 +208,19 @@ class Trial:
         for tensor in tensors:
             self._marked.pop(tensor, None)
 
-    def note_one(self, source: Tensor, out: Any) -> None:
-        """Take note of the parts of an integer tensor that belong to one sample."""
-        if source.is_floating_point() or not (source in self._ones or self.counts_rows(source)):
-            return
-        for tensor in tensors_of(out):
-            if not self.counts_rows(tensor):
-                self._ones[tensor] = True
+    def _tells_of_samples(self, tensor: Tensor) -> bool:
+        return not tensor.is_floating_point() and (tensor in self._numbers or self.counts_rows(tensor))
 
-    def note_number(self, tensor: Tensor) -> None:
-        """Numbers of samples are read from ``tensor``: sizes may depend on them from here on."""
-        if self._open and not tensor.is_floating_point() and (tensor in self._ones or self.counts_rows(tensor)):
+    def note_numbers(self, sources: Sequence[Tensor], out: Any) -> None:
+        """Take note of integers that were worked out from the batch: sizes that depend on them are no fixed layout."""
+        if any(self._tells_of_samples(t) for t in sources):
+            for tensor in tensors_of(out):
+                if not (tensor.is_floating_point() or tensor.dtype == torch.bool or self.counts_rows(tensor)):
+                    self._numbers[tensor] = True
+
+    def note_read(self, tensors: Sequence[Tensor]) -> None:
+        """``tensors`` are read into Python: sizes may depend on their values from here on."""
+        if self._open and any(self._tells_of_samples(t) for t in tensors):
             self.frames[self._open[-1]].ragged = True
 
     def is_marked(self, tensor: Tensor) -> bool:
@@ -214,6 +231,8 @@ class Trial:
         """Whether the operation ``name`` picks or sorts rows by their values."""
         if name in _DATA_SHAPED:
             return True
+        if name == "repeat_interleave":
+            return any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
         if name == "where":
             return len(args) + len(kwargs) == 1
         if name == "getitem":
@@ -318,7 +337,7 @@ def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
     """Choose numbers of rows that no size in the model or its inputs is a multiple of, where there are such."""
     sizes = {size for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) for size in t.shape if size}
     good = [p for p in _PRIMES if all(size % p for size in sizes)]
-    return (good + [p for p in (29, 31, 37) if p not in good])[:3]
+    return [*good, 29, 31, 37][:5]
 
 
 def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:

@@ -554,13 +554,15 @@ class HookController:
         axes.tried |= {key} if rows == 1 else {key, telling}
         trials: list[Trial] = []
         counts = numbers_of_rows(self._module, (args, kwargs))
-        while len(trials) < len(counts) and not (len(trials) == 2 and BatchAxes.agree(trials)):
+        done = False
+        while not done:
             trial = self._try(module, args, kwargs, rows, counts[len(trials)])
             if trial is None:
                 return
             trials.append(trial)
-            if self._repeat_where_needed(trials, done=len(trials) == len(counts)):
-                trials = []  # what is repeated as a whole is tried anew
+            done = len(trials) == len(counts) or (len(trials) > 1 and BatchAxes.agree(trials))
+            if self._repeat_where_needed(trials, done):
+                trials, done = [], False  # what is repeated as a whole is tried anew
         axes.learn(trials)
         axes.shown.add(key)
         self._lifter.strict = True
@@ -570,12 +572,11 @@ class HookController:
 
     def _repeat_where_needed(self, trials: list[Trial], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
-        merged = BatchAxes.merged(trials).items() if done else ()
-        unsteady = {key for key, entries in merged if entries is None}
         wanted = [(frame.name, frame.module) for trial in trials for frame in trial.frames if frame.repeat]
-        for trial in trials:
-            entries = [entry for key in unsteady for entry in trial.entries.get(key, [])]
-            wanted += [found for entry in entries if (found := trial.repeated_module(entry)) is not None]
+        for key, agreed in BatchAxes.merged(trials).items() if done else ():
+            if agreed is None or any(entry.is_routed for entry in agreed):
+                around = [trial.repeated_module(e) for trial in trials for e in trial.entries.get(key, [])]
+                wanted += [found for found in around if found is not None]
         new = False
         for name, module in wanted:
             if id(module) not in self._repeated:

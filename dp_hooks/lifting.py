@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._tree import join, split, tensors_of, tree_map
 from .batch_axes import UNTRIED, BatchAxes, Entry, Trial, gradients_wanted, guessed
 from .lifted_gradients import Meeting, MeetingGradients, Root, Shared, SharedGradients, refused, sum_to
+from .no_dropout import is_dropout
 from .rules.layout import Layout
 from .slots import autocast_dtype
 
@@ -22,7 +23,7 @@ Make = Callable[[list[Tensor], Grads], Sequence[Any]]
 # Operations that broadcast their operands against each other: a shared one may be expanded to one row per sample first.
 _BROADCAST = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide where addcmul addcdiv lerp pow float_power maximum minimum fmax "
-    "fmin masked_fill hypot atan2 logaddexp logaddexp2 xlogy copysign clamp clip iadd isub imul idiv itruediv radd rsub rmul "
+    "fmin masked_fill copy hypot atan2 logaddexp logaddexp2 xlogy copysign clamp clip iadd isub imul idiv itruediv radd rsub rmul "
     "rtruediv rdiv truediv".split()
 )
 _EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
@@ -152,6 +153,8 @@ class Lifter:
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
         if constant or not gradients_wanted(self.trial) or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
             return self._on_values(func, skeleton, tensors)
+        if is_dropout(name) and len(tensors) == 1:
+            return self._shared_result(func, args, kwargs, lifted, name)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
         others = [t for t in tensors if not isinstance(t, Lifted)]
@@ -260,7 +263,8 @@ class Lifter:
                 return leaf
             if self.trial is None and not leaf.requires_grad:
                 return leaf
-            return self._wrap(leaf, roots, hash((label, next(position))))
+            same = is_dropout(name)  # trials run without it
+            return self._wrap(leaf, roots, lifted[0].label if same else hash((label, next(position))))
 
         return tree_map(wrap, out)
 
@@ -270,6 +274,7 @@ class Lifter:
         lifted = {i: t for i, t in enumerate(tensors) if isinstance(t, Lifted)}
         roots = [root for t in lifted.values() for root in t.shared.roots]
         if entry.reason is not None:
+            self._check_out_of_place(func, skeleton, roots)
             return self._refuse(func, skeleton, tensors, roots, entry.reason)
         if name == "setitem":
             return self._set_rows(func, skeleton, tensors, lifted, entry)
@@ -282,7 +287,15 @@ class Lifter:
             done, out = self._expand_first(func, name, entry, skeleton, tensors, lifted)
             if done:
                 return out
+        self._check_out_of_place(func, skeleton, roots)
         return self._record_operation(func, name, key, entry, skeleton, tensors, lifted, roots)
+
+    def _check_out_of_place(self, func: Any, skeleton: Any, roots: list[Root]) -> None:
+        """Refuse at once where the result may never be looked at, since the target is."""
+        name = getattr(func, "__name__", "")
+        in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+        if in_place or name == "__setitem__" or "out" in skeleton[1]:
+            raise refused(roots, f"{name} writes it into a tensor in place")
 
     def _refuse(self, func: Any, skeleton: Any, tensors: list[Tensor], roots: list[Root], reason: str) -> Any:
         """Go on, and raise if a gradient comes back: what is not trained on need not be told apart."""

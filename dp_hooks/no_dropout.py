@@ -11,6 +11,11 @@ _DRAWN_IN_PLACE = ("uniform_", "normal_", "exponential_", "log_normal_", "cauchy
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
+def is_dropout(name: str) -> bool:
+    """Whether a function of this name is some kind of dropout."""
+    return name.rstrip("_").endswith("dropout") or name in _DROPOUT
+
+
 class NoDropout(TorchFunctionMode):
     """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
 
@@ -23,7 +28,7 @@ class NoDropout(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name.rstrip("_").endswith("dropout") or name in _DROPOUT:
+        if is_dropout(name):
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
