@@ -377,7 +377,7 @@ class HookController:
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
         self._rows = sized[0] if sized else None
         self._repeating = 0
-        self._lifter.rows, self._lifter.counts, self._lifter.strict = self._rows, {}, False
+        self._lifter.begin(self._rows)
         if not torch.is_grad_enabled():
             return
         if self.observer is not None:

@@ -28,6 +28,12 @@ _BROADCAST = frozenset(
 )
 _EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
 _LOOKS_ONLY = ("type_as", "to", "expand_as", "view_as", "reshape_as")
+_METADATA = frozenset(
+    "size dim ndimension numel nelement stride is_floating_point is_complex is_contiguous element_size storage_offset data_ptr "
+    "get_device is_inference is_pinned untyped_storage is_same_size is_nonzero item tolist numpy equal allclose __bool__ __int__ "
+    "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
+    "__deepcopy__ __reduce_ex__ __repr__ __dlpack__".split()
+)
 _LISTS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 _DRAWS = ("dropout_p", "dropout")
 _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
@@ -50,6 +56,8 @@ class Recorder(Protocol):
 
 
 def _is_float(tensor: Tensor) -> bool:
+    if isinstance(tensor, Lifted):
+        return True
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -93,6 +101,7 @@ class Lifter:
     axes: BatchAxes
     rows: int | None = None
     strict: bool = False
+    retried: bool = False
     trial: Trial | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
@@ -131,6 +140,10 @@ class Lifter:
             return tree
         return tree_map(lambda leaf: leaf.shared.value if isinstance(leaf, Lifted) else leaf, tree)
 
+    def begin(self, rows: int | None) -> None:
+        """An outermost call begins, on ``rows`` samples."""
+        self.rows, self.counts, self.strict, self.retried = rows, {}, False, False
+
     def is_touched(self, name: str) -> bool:
         """Whether trials saw the parameter ``name`` used outside its own module."""
         return hash((name, True)) in self.touched
@@ -147,7 +160,10 @@ class Lifter:
                 return self._shared_result(func, args, kwargs, lifted, attribute)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if name in ("__set__", "requires_grad", "register_hook", "retain_grad", "deepcopy", "reduce_ex", "repr"):
+        raw = getattr(func, "__name__", "")
+        if raw == "__iter__":
+            return iter(args[0].unbind(0))
+        if raw in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
@@ -166,35 +182,30 @@ class Lifter:
             result = None
             if entry.reason is None and not any(entry.inputs):
                 result = self._shared_result(func, args, kwargs, lifted, name)
-                made = [t for t in tensors_of(result) if isinstance(t, Tensor) and _is_float(t)]
-                if not any(self.trial.counts_rows(t) for t in made):
-                    if made or name == "setitem":
-                        self.counts[key] = count + 1
-                        self.trial.note(key, entry)
-                        self.touched.update(key[1])
+                if not any(self.trial.counts_rows(t) for t in tensors_of(result)):
+                    self._note(key, entry)
                     return result
                 result = tree_map(lambda leaf: _plain(leaf) if isinstance(leaf, Tensor) else leaf, result)
             if result is None:
                 result = self._on_values(func, skeleton, tensors)
             made = [t for t in tensors_of(result) if _is_float(t)]
-            if name == "setitem":
-                made = [others[0]] if others else []
-            if made:
-                self.counts[key] = count + 1
-                self.trial.note(key, self.trial.results(entry, made))
-                self.touched.update(key[1])
+            self._note(key, self.trial.results(entry, others[:1] if name == "setitem" else made))
             return result
         probe = self._find(key, count) or self._guess(others)
         if probe.shared:
             if any(t.requires_grad for t in others):
                 probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
             else:
-                result = self._shared_result(func, args, kwargs, lifted, name)
-                if name == "setitem" or any(isinstance(t, Lifted) for t in tensors_of(result)):
-                    self.counts[key] = count + 1
-                return result
+                self.counts[key] = count + 1
+                return self._shared_result(func, args, kwargs, lifted, name)
         self.counts[key] = count + 1
         return self._meet(func, name, key, probe, skeleton, tensors)
+
+    def _note(self, key: Any, entry: Entry) -> None:
+        assert self.trial is not None
+        self.counts[key] = self.counts.get(key, 0) + 1
+        self.trial.note(key, entry)
+        self.touched.update(key[1])
 
     def _on_values(self, func: Any, skeleton: Any, tensors: list[Tensor]) -> Any:
         args, kwargs = join(skeleton, [_plain(t) for t in tensors])
@@ -220,8 +231,10 @@ class Lifter:
         entry = self.axes.find(key, count)
         if entry is not None or not self.strict:
             return entry
-        self.recorder.try_again()
-        entry = self.axes.find(key, count)
+        if not self.retried:
+            self.retried = True
+            self.recorder.try_again()
+            entry = self.axes.find(key, count)
         if entry is None:
             entry = Entry(reason=UNTRIED)
             self.axes.known[key] = [*self.axes.known.get(key, []), entry]
@@ -259,7 +272,7 @@ class Lifter:
         position = iter(range(1 << 30))
 
         def wrap(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not _is_float(leaf) or isinstance(leaf, Lifted):
+            if not isinstance(leaf, Tensor) or isinstance(leaf, Lifted) or not _is_float(leaf):
                 return leaf
             if self.trial is None and not leaf.requires_grad:
                 return leaf
@@ -433,6 +446,8 @@ class Lifter:
         out = self._on_values(func, skeleton, tensors)
         n = self.rows
         floats = [t for t in tensors_of(out) if _is_float(t)]
+        if not floats:
+            return out
         outputs = entry.outputs
         if outputs is None and n is not None:
             outputs = tuple(guessed(t, self.axes.axis, n) for t in floats)
