@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ._tree import tensors_of
@@ -350,12 +350,16 @@ def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Te
 
 
 def gradients_wanted(trial: Trial | None) -> bool:
-    """Whether gradients may flow through what is being done; in a trial also where checkpointing will repeat it."""
+    """Whether gradients may flow through what is being done.
+
+    In a trial also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
+    """
     if torch.is_grad_enabled():
         return True
     frame = sys._getframe() if trial is not None else None
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        first = frame.f_code.co_varnames[:1]
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get(first[0] if first else ""), FunctionCtx):
             return True
         frame = frame.f_back
     return False
