@@ -210,6 +210,42 @@ def masked_token():
     return Net(forward, proj=nn.Linear(4, 4), token=param(4))
 
 
+def written_in_place():
+    """A parameter written into results in several ways."""
+
+    def forward(s, x):
+        out = torch.empty_like(x)
+        out[:] = x
+        out[:, 0] = s.token
+        out[:, 1] += s.token
+        out[:, 2].copy_(s.token)
+        return out + torch.stack([row * first for row, first in zip(s.table, s.table[0], strict=True)])
+
+    return Net(forward, token=param(4), table=param(4, 4))
+
+
+def tables_of_the_batch_size():
+    def forward(s, x):
+        n, flat = len(x), x.flatten(0, 1)
+        return (flat + s.table.repeat(n, 1) + s.rows(torch.arange(5)).repeat(n, 1)).view_as(x)
+
+    return Net(forward, table=param(5, 4), rows=nn.Embedding(5, 4))
+
+
+def learned_state():
+    def forward(s, x):
+        return s.r(x, s.h.expand(1, len(x), 3).contiguous())[0]
+
+    return Net(forward, r=nn.GRU(4, 3, batch_first=True), h=param(1, 1, 3))
+
+
+def learned_query():
+    def forward(s, x):
+        return s.m(s.q.expand(len(x), 2, 4), x, x)[0]
+
+    return Net(forward, m=nn.MultiheadAttention(4, 2, batch_first=True), q=param(2, 4))
+
+
 def time_first_attention():
     return Net(
         lambda s, x: s.m(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].transpose(0, 1),
@@ -282,6 +318,24 @@ CASES = {
     "expert-modules": (expert_modules, lambda: [randn(N, 4)]),
     "scan": (scan, lambda: [randn(N, 4, 4)]),
     "masked-token": (masked_token, lambda: [randn(N, 5, 4)]),
+    "written-in-place": (written_in_place, lambda: [randn(N, 4, 4)]),
+    "tables-of-the-batch-size": (tables_of_the_batch_size, lambda: [randn(N, 5, 4)]),
+    "learned-state": (learned_state, lambda: [randn(N, 5, 4)]),
+    "learned-query": (learned_query, lambda: [randn(N, 5, 4)]),
+    "codebook": (
+        lambda: Net(lambda s, x: s.b[torch.cdist(x.flatten(0, 1), s.b).argmin(-1)].view_as(x) * x, b=param(6, 4)),
+        lambda: [randn(N, 5, 4)],
+    ),
+    "straight-through": (
+        lambda: Net(lambda s, x: F.linear(x, s.w + (s.w.round() - s.w).detach()), w=param(4, 4)),
+        lambda: [randn(N, 5, 4)],
+    ),
+    "parametrised-and-shared": (
+        lambda: Net(
+            lambda s, x: s.l(x) + s.l(s.t), l=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), t=param(5, 4)
+        ),
+        lambda: [randn(N, 5, 4)],
+    ),
     "slopes": (prelu_scale, lambda: [randn(N, 5, 4)]),
     "time-first": (
         lambda: Net(lambda s, x: s.n(s.l(x.transpose(0, 1))).transpose(0, 1), l=nn.Linear(4, 4), n=nn.LayerNorm(4)),
@@ -380,6 +434,131 @@ def test_other_batch_sizes_after_the_first(case, mode):
     empty = controller.take()
     assert empty.samples == 0
     assert all(empty.grads(p).shape == (0, *p.shape) for p in empty.params)
+    controller.cleanup()
+
+
+def ragged(read):
+    """Tokens of all samples in one piece, as many of each as a length says."""
+
+    def forward(s, x, lengths):
+        h = s.a(x)
+        flat = torch.cat([h[i, :n] for i, n in enumerate(read(lengths))])
+        flat = s.b(flat).tanh() * s.g
+        parts, start = [], 0
+        for n in lengths.tolist():
+            parts.append(flat[start : start + n].sum(0))
+            start += n
+        return torch.stack(parts)
+
+    return Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), g=param(4))
+
+
+def unpadded(pick):
+    """Tokens that a mask picks are worked on in one piece."""
+
+    def forward(s, x, mask):
+        h = s.a(x)
+        out = torch.zeros_like(h)
+        out[mask] = s.b(pick(h, mask)) * s.g
+        return out
+
+    return Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), g=param(4))
+
+
+def branching():
+    def forward(s, x):
+        extra = s.b(x) if x[0, 0] > 0 else s.b(torch.ones(4, dtype=x.dtype))
+        return s.a(x) + extra * (s.e if x[0, 0] > 0 else 1)
+
+    return Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), e=param(4))
+
+
+def with_positions(length):
+    def forward(s, x):
+        wide = F.pad(x + s.pos, (0, 0, 0, 35 - length % 35))
+        return s.l(wide) * s.g + s.e(torch.arange(wide.shape[1]) % length)
+
+    return Net(forward, pos=param(length, 4), l=nn.Linear(4, 4), g=param(4), e=nn.Embedding(length, 4))
+
+
+def flat_layer():
+    return Net(lambda s, x: s.l(x.flatten(0, 1)).view_as(x) * s.g, l=nn.Linear(4, 4), g=param(4))
+
+
+def lengths(*values):
+    return torch.tensor(values)
+
+
+def masks(*counts):
+    return torch.arange(4)[None] < torch.tensor(counts)[:, None]
+
+
+def signed(sign, *shape):
+    return sign * randn(*shape).abs()
+
+
+# name: (model, batches): what the first batch shows is misleading for the next ones.
+SEQUENCES = {
+    **{
+        f"lengths-{name}": (
+            lambda read=read: ragged(read),
+            lambda: [(randn(2, 6, 4), lengths(4, 4)), (randn(2, 6, 4), lengths(2, 4)), (randn(2, 6, 4), lengths(6, 2))],
+        )
+        for name, read in {
+            "tolist": lambda n: n.tolist(),
+            "iteration": lambda n: n,
+            "int": lambda n: map(int, n),
+        }.items()
+    },
+    **{
+        f"mask-{name}": (
+            lambda pick=pick: unpadded(pick),
+            lambda: [(randn(2, 4, 4), masks(4, 4)), (randn(2, 4, 4), masks(1, 3)), (randn(2, 4, 4), masks(4, 2))],
+        )
+        for name, pick in {
+            "index": lambda h, m: h[m],
+            "nonzero": lambda h, m: h.flatten(0, 1)[m.flatten().nonzero().squeeze(1)],
+            "select": lambda h, m: h.masked_select(m[..., None]).view(-1, 4),
+        }.items()
+    },
+    "branch": (branching, lambda: [(signed(-1, 3, 4),), (signed(1, 3, 4),), (signed(-1, 2, 4),)]),
+    "one-expert": (sorted_experts, lambda: [(signed(1, 2, 3, 4),), (randn(3, 3, 4),), (randn(2, 5, 4),)]),
+    "number-of-tokens": (
+        flat_layer,
+        lambda: [(randn(1, 5, 4),), (randn(2, 6, 4),), (randn(6, 2, 4),), (randn(5, 5, 4),)],
+    ),
+    **{
+        f"{size}-positions": (
+            lambda size=size: with_positions(size),
+            lambda size=size: [(randn(3, size, 4),), (randn(size, size, 4),), (randn(1, size, 4),)],
+        )
+        for size in (5, 7, 11, 35)
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_a_misleading_first_batch(case, mode):
+    """Layouts that hold on the first batch only, by coincidence, are never relied on: right, or refused."""
+    make, batches = SEQUENCES[case]
+    model = make().double()
+    controller = HookController(model, grad_sample_mode=mode)
+    right = 0
+    for batch in batches():
+        try:
+            losses_of(model, *batch).mean().backward()
+        except errors.UnsupportedModelError:
+            controller.discard()
+            continue
+        found = controller.take()
+        grads = {controller.name_of(p): found.grads(p) for p in found.params}
+        controller.disable_hooks()
+        expected = sample_grads(model, losses_of, *batch)
+        assert_close({k: grads.get(k, torch.zeros_like(g)) for k, g in expected.items()}, expected)
+        controller.enable_hooks()
+        right += 1
+    assert right > 0
     controller.cleanup()
 
 
