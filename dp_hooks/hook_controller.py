@@ -419,9 +419,17 @@ class HookController:
         """Refuse a forward pass that wrote to a buffer: what comes from private samples gets no noise there."""
         before, self._buffers = self._buffers, {}
         after = self._written() if before else {}
-        changed = [
-            n for n, (b, version) in before.items() if n not in after or (b is after[n][0] and version != after[n][1])
-        ]
+        changed = []
+        for name, (buffer, version) in before.items():
+            now, times = after.get(name, (None, 0))
+            if now is buffer:
+                written = times != version
+            else:
+                written = (
+                    now is None or now.shape != buffer.shape or not torch.equal(now.nan_to_num(), buffer.nan_to_num())
+                )
+            if written:
+                changed.append(name)
         if changed:
             raise UnsupportedModelError(
                 f"{', '.join(changed)}: written during the forward pass. What is written to buffers from private samples gets "

@@ -28,10 +28,14 @@ class Root:
 
 @dataclass(eq=False)
 class Shared:
-    """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations."""
+    """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
+
+    ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
+    """
 
     value: Tensor
     roots: tuple[Root, ...]
+    keeps_norm: bool = False
 
     @property
     def is_parameter(self) -> bool:
@@ -109,8 +113,8 @@ class SharedGradients:
         return found * self.scale if self.scale != 1 else found
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
-        """Squared norms of the rows as they are, where the shared tensor is the parameter."""
-        if not self.shared.is_parameter:
+        """Squared norms of the rows as they are, where the shared tensor is the parameter, or rearranges it."""
+        if not (self.shared.is_parameter or self.shared.keeps_norm):
             return None
         return {param: squared_norms(self.rows) * self.scale**2 for param in params}
 

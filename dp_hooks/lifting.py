@@ -34,6 +34,9 @@ _METADATA = frozenset(
     "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
     "__deepcopy__ __reduce_ex__ __repr__ __dlpack__".split()
 )
+_REARRANGEMENTS = frozenset(
+    "T mT view reshape permute transpose t unsqueeze squeeze flatten unflatten contiguous movedim swapaxes select narrow".split()
+)
 _LISTS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 _DRAWS = ("dropout_p", "dropout")
 _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
@@ -277,7 +280,9 @@ class Lifter:
             if self.trial is None and not leaf.requires_grad:
                 return leaf
             same = is_dropout(name)  # trials run without it
-            return self._wrap(leaf, roots, lifted[0].label if same else hash((label, next(position))))
+            wrapped = self._wrap(leaf, roots, lifted[0].label if same else hash((label, next(position))))
+            wrapped.shared.keeps_norm = self.trial is None and _rearranges(name, args, kwargs, lifted)
+            return wrapped
 
         return tree_map(wrap, out)
 
@@ -489,6 +494,17 @@ class Lifter:
             return [MeetingGradients(meeting, plain, grads, n, self.recorder.scale(n), how)]
 
         return self._tapped(out, [tensors[i].detach() for i in positions], make, roots)
+
+
+def _rearranges(name: str, args: Any, kwargs: Any, lifted: list[Lifted]) -> bool:
+    """Whether the result holds numbers of one parameter, each at most once."""
+    (first, *more) = lifted
+    if more or not (first.shared.is_parameter or first.shared.keeps_norm):
+        return False
+    if name == "embedding" and len(args) == 3 - ("padding_idx" in kwargs) and isinstance(args[0], Tensor):
+        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        return padding is None and args[0].unique().numel() == args[0].numel()
+    return name in _REARRANGEMENTS
 
 
 def _names(roots: Sequence[Root]) -> str:

@@ -701,11 +701,15 @@ def test_a_shared_tensor_returned_by_the_model_is_refused_when_used():
     controller.cleanup()
 
 
-def test_a_buffer_written_in_forward_is_refused_by_name():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_written_in_forward_is_refused_by_name(in_place):
     """A forward pass that stores statistics of the batch in a buffer is an error that names the buffer."""
 
     def forward(s, x):
-        s.seen += x.detach().mean(0)
+        if in_place:
+            s.seen += x.detach().mean(0)
+        else:
+            s.seen = s.seen + x.detach().mean(0)
         return x * s.scale
 
     model = Net(forward, scale=param(4), seen=torch.zeros(4, dtype=torch.float64)).double()
