@@ -45,6 +45,8 @@ _VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 class Recorder(Protocol):
     """What the lifter needs from the controller."""
 
+    hooks_enabled: bool
+
     def tap(self, outputs: Sequence[Tensor], saved: list[Tensor], name: str, make: Make) -> list[Tensor]:
         """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
 
@@ -82,7 +84,7 @@ class Lifted(torch.Tensor):
     ) -> Any:
         skeleton, tensors = split((args, kwargs or {}))
         first = next((t for t in tensors if isinstance(t, Lifted)), None)
-        if first is None or "lifter" not in vars(first):
+        if first is None or "lifter" not in vars(first) or not first.lifter.recorder.hooks_enabled:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return first.lifter.apply(func, args, kwargs or {}, skeleton, tensors)

@@ -701,6 +701,22 @@ def test_a_shared_tensor_returned_by_the_model_is_refused_when_used():
     controller.cleanup()
 
 
+def test_a_lifted_tensor_kept_by_the_model_is_an_ordinary_one_after_the_scope():
+    """What the model stored of a shared computation goes on working as a tensor when the controller is closed."""
+
+    def forward(s, x):
+        s.kept = s.scale.exp()
+        return x * s.kept
+
+    model = Net(forward, scale=param(4)).double()
+    controller = HookController(model)
+    x = randn(N, 4)
+    losses_of(model, x).mean().backward()
+    controller.cleanup()
+    assert type(model.kept * x) is torch.Tensor
+    torch.testing.assert_close(model.kept * x, model.scale.exp() * x)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_buffer_written_in_forward_is_refused_by_name(in_place):
     """A forward pass that stores statistics of the batch in a buffer is an error that names the buffer."""
