@@ -454,13 +454,12 @@ class HookController:
             return
         self._check_own(site)
         inputs = tensors_of((args, kwargs))
-        site.captures, site.entry = not site.lifts, None
+        site.captures, site.entry = not site.lifts and not any(isinstance(t, Lifted) for t in inputs), None
         if site.captures:
             site.entry = self._lifter.call_of(site.name, inputs)
-            shared = site.entry is not None and site.entry.shared
-            if shared or any(isinstance(t, Lifted) for t in inputs):
+            if site.entry is not None and site.entry.shared:
                 site.captures = False
-                self._lifter.note_shared(site.name, site.entry if shared else None)
+                self._lifter.note_shared(site.name, site.entry)
         if site.captures:
             site.slots.detach()
         else:
@@ -499,12 +498,12 @@ class HookController:
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
         outputs = [t for t in tensors_of(output) if t.is_floating_point() or t.is_complex()]
-        if not outputs:
-            return None
         if self._lifter.trial is not None:
             if id(site.module) in self._repeated:  # on each sample alone, it gives back what belongs to that sample
                 self._lifter.trial.unmark(outputs)
             self._lifter.note_call(site.name, site.entry, outputs)
+            return None
+        if not outputs:
             return None
         names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
         skeleton, inputs = split((args, kwargs))
