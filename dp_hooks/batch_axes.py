@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ._tree import tensors_of
+from ._tree import tensors_of, tree_map
 from .rules.layout import Layout
 
 # Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
@@ -209,14 +209,16 @@ class Trial:
             self._marked.pop(tensor, None)
 
     def _tells_of_samples(self, tensor: Tensor) -> bool:
-        return not tensor.is_floating_point() and (tensor in self._numbers or self.counts_rows(tensor))
+        return tensor in self._numbers or self.counts_rows(tensor)
 
     def note_numbers(self, sources: Sequence[Tensor], out: Any) -> None:
-        """Take note of integers that were worked out from the batch: sizes that depend on them are no fixed layout."""
-        if any(self._tells_of_samples(t) for t in sources):
-            for tensor in tensors_of(out):
-                if not (tensor.is_floating_point() or tensor.dtype == torch.bool or self.counts_rows(tensor)):
-                    self._numbers[tensor] = True
+        """Take note of numbers that were worked out from the batch: sizes that depend on them are no fixed layout."""
+        for tensor in tensors_of(out):
+            many = tensor.is_floating_point() and tensor.numel() > 1
+            if many or tensor.dtype == torch.bool or self.counts_rows(tensor):
+                continue
+            if any(self._tells_of_samples(t) for t in sources):
+                self._numbers[tensor] = True
 
     def note_read(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` are read into Python: sizes may depend on their values from here on."""
@@ -263,6 +265,8 @@ class Trial:
         tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
         outputs = [self.layout(t, marks=False) for t in tensors]
         frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
+        if frame.ragged:
+            self._leave_ragged(tree, tensors)
         if not frame.routed:
             return
         if frame.clean and frame.batched:
@@ -270,6 +274,20 @@ class Trial:
             self.unmark(tensors)
         elif self._open:
             self.frames[self._open[-1]].routed = True
+
+    def _leave_ragged(self, tree: Any, tensors: Sequence[Tensor]) -> None:
+        """What comes out of a call that read numbers of samples may have as many rows as they said."""
+        numbers = False
+
+        def visit(leaf: Any) -> Any:
+            nonlocal numbers
+            numbers = numbers or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
+            return leaf
+
+        tree_map(visit, tree)
+        if numbers and self._open:
+            self.frames[self._open[-1]].ragged = True
+        self.mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
 
     @contextmanager
     def watching(self) -> Iterator[None]:
