@@ -437,6 +437,13 @@ def test_other_batch_sizes_after_the_first(case, mode):
     controller.cleanup()
 
 
+class Lengths(nn.Module):
+    """Reads lengths in a module of its own."""
+
+    def forward(self, n):
+        return n.tolist()
+
+
 def ragged(read):
     """Tokens of all samples in one piece, as many of each as a length says."""
 
@@ -450,7 +457,8 @@ def ragged(read):
             start += n
         return torch.stack(parts)
 
-    return Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), g=param(4))
+    parts = {"read": read} if isinstance(read, nn.Module) else {}
+    return Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), g=param(4), **parts)
 
 
 def unpadded(pick):
@@ -508,6 +516,10 @@ SEQUENCES = {
             "tolist": lambda n: n.tolist(),
             "iteration": lambda n: n,
             "int": lambda n: map(int, n),
+            "numpy": lambda n: n.numpy(),
+            "float": lambda n: [int(v) for v in n.double()],
+            "differences": lambda n: [c.item() for c in F.pad(n.cumsum(0), (1, 0)).diff()],
+            "a-module": Lengths(),
         }.items()
     },
     **{
