@@ -246,14 +246,10 @@ class MeetingGradients:
 
     def _adds_up(self, values: dict[int, Tensor], found: dict[int, Tensor], rows: slice | Tensor) -> bool:
         """Whether the gradients of the samples add up to that of the whole operation."""
-        if not (isinstance(rows, slice) and rows == slice(None)):
-            factors = self.output_grads[0].new_zeros(self.samples) if self.output_grads[0] is not None else None
-            if factors is None:
-                return True
-            factors[rows] = 1
-            whole = self._vjp(values, self._scaled(factors))
-        else:
-            whole = self._vjp(values, self.output_grads)
+        present = next(g for g in self.output_grads if g is not None)
+        factors = torch.zeros(self.samples, device=present.device, dtype=present.dtype)
+        factors[rows] = 1
+        whole = self._vjp(values, self._scaled(factors))
         for i, v in whole.items():
             total = found[i].sum(0)
             if not bool(torch.isfinite(v).all()):
