@@ -73,6 +73,16 @@ class Captured:
         self.names = {self.call.parameter(name): name for name in self.call.names}
 
     @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.call.samples
+
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.call.name
+
+    @property
     def params(self) -> Sequence[nn.Parameter]:
         """The parameters of the module that the call used."""
         return list(self.names)
@@ -141,7 +151,7 @@ class Captured:
 
     # ---------------------------------------------------------------- what is worked out at once
 
-    def condensed(self) -> "tuple[Stored | None, Captured | None]":
+    def condensed(self) -> "list[Source]":
         """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
 
         Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
@@ -154,22 +164,24 @@ class Captured:
         call, rule = self.call, self.rule
         own_formulas = rule.dims is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
         if call.samples == 0 or own_formulas:
-            return None, self
+            return [self]
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
         small = tuple(name for name in call.names if call.parameter(name).numel() <= _GENEROSITY * held)
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
-            return None, self
+            return [self]
         tensors = self._run(_narrow(call, slice(None), small))
-        stored = Stored({call.parameter(name): tensors[name] for name in small}, self.scale)
+        stored = Stored({call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale)
         rest = tuple(name for name in call.names if name not in small)
-        return stored, Captured(_narrow(call, slice(None), rest), rule, self.scale) if rest else None
+        return [stored, Captured(_narrow(call, slice(None), rest), rule, self.scale)] if rest else [stored]
 
 
 @dataclass(eq=False)
 class Stored:
-    """Per-sample gradients that are written out already; the true ones are ``scale`` times these."""
+    """Per-sample gradients of ``samples`` samples, written out already; the true ones are ``scale`` times these."""
 
     tensors: dict[nn.Parameter, Tensor]
+    samples: int
+    name: str
     scale: float = 1.0
 
     @property

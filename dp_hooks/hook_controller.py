@@ -3,25 +3,42 @@
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ._tree import join, split, tensors_of
+from ._tree import join, split, tensors_of, tree_map
 from ._validate import boolean, one_of
-from .errors import ScopeError, UnsupportedModelError
+from .batch_axes import BatchAxes, Entry, Trial, gradients_wanted, numbers_of_rows, rows_for_trial
+from .errors import DPHooksError, ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
+from .lifting import Lifted, Lifter, Make
 from .model_check import check_is_module, check_model, mixes_samples, mixing_reason
-from .rules import Call, Rule, RuleTable, check_samples, expands_shared_ids
+from .no_dropout import NoDropout
+from .rules import GENERIC, Call, Rule, RuleTable, check_samples
+from .site_calls import samples_apart
 from .slots import ParameterSlots, attributes_kept, autocast_as, autocast_dtype
 
 MODES = ("ghost", "hooks", "functorch")
 REDUCTIONS = ("mean", "sum")
+
+# What a model may raise when it is run on another number of rows than it was given.
+_CANNOT_RUN = (
+    DPHooksError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 # Put on hooked modules and taken away with the hooks: they make copies and pickles come out without hooks.
 _ON_MODULES = ("__getstate__", "__deepcopy__")
@@ -42,21 +59,33 @@ class _Site:
     module: nn.Module
     rule: Rule
     slots: ParameterSlots
+    lifts: bool = False
+    entry: Entry | None = None
+    captures: bool = False
+    outside: tuple[str, ...] = ()
+    inner: tuple["_Site", ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
+
+
+class _Contribution(Source, Protocol):
+    """A source that knows where it came from and how many samples it is over."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(eq=False)
 class _Use:
-    """One forward call of a site, on its way to the backward pass. Holds no tensor: autograd does."""
+    """One watched result of the forward pass, on its way to the backward pass. Holds no tensor: autograd does."""
 
     controller: "HookController"
-    site: _Site
-    rows: int | None
+    name: str
     serial: int
-    skeleton: Any
-    names: tuple[str, ...]
     inputs: list[Tensor]
-    autocast: torch.dtype | None
+    make: Make
 
 
 @dataclass(eq=False)
@@ -64,7 +93,7 @@ class _Pass:
     """A backward pass that has not come to its end; ``serial`` tells the logical part its forward belonged to."""
 
     serial: int
-    found: list[Captured | Stored] = field(default_factory=list)
+    found: list[Source] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -148,6 +177,11 @@ class HookController:
         self._token_node: Any = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self._stack: ExitStack | None = None
         self._sites: list[_Site] = []
+        self._lifter = Lifter(self, BatchAxes(self.axis))
+        self._repeated: dict[int, _Site] = {}
+        self._repeating = 0
+        self._outermost: tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self._buffers: dict[str, tuple[Tensor, int]] = {}
         self._hook_ids: dict[int, set[int]] = {}
         self._rows: int | None = None
         self._depth = 0
@@ -219,6 +253,7 @@ class HookController:
     def _forget(self) -> None:
         self.discard()
         self._sites = []
+        self._repeated = {}
         self._hook_ids = {}
 
     def attach(
@@ -291,13 +326,15 @@ class HookController:
             return
         seen.add(id(module))
         owns = any(p is not None and p.requires_grad for p in module._parameters.values())
-        if self._rules.owns_subtree(module):
+        lifts = self._rules.lifts(module)
+        rule = self._rules.find(module)
+        # Modules that read the weights of their children: the children's own hooks never fire.
+        whole = isinstance(module, nn.MultiheadAttention) if lifts else rule.whole_subtree
+        if self._rules.owns_subtree(module) and whole:
             owns = any(p.requires_grad for p in module.parameters())
         if owns:
-            rule = self._rules.find(module)
-            site = _Site(name, module, rule, ParameterSlots(module, recurse=rule.whole_subtree))
-            yield site
-            if rule.whole_subtree:
+            yield _Site(name, module, rule, ParameterSlots(module, recurse=whole), lifts)
+            if whole:
                 return
         for key, child in module.named_children():
             yield from self._find_sites(child, f"{name}.{key}" if name else key, seen)
@@ -314,23 +351,89 @@ class HookController:
     # ---------------------------------------------------------------- forward
 
     def _capturing(self) -> bool:
-        return self.hooks_enabled and not self._running and torch.is_grad_enabled()
+        return self.hooks_enabled and not self._running and gradients_wanted(self._lifter.trial)
 
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Follow which call is the outermost; its first input tells the number of samples."""
-        if self._running or torch._C._current_graph_task_id() != -1:
-            return
-        self._depth += 1
-        if self._depth > 1:
-            return
+        if self._running:
+            return None
+        if self._lifter.trial is not None:
+            self._lifter.trial.enter(name, module, (args, kwargs))
+        elif torch._C._current_graph_task_id() == -1:
+            self._depth += 1
+            if self._depth == 1:
+                self._begin(name, module, args, kwargs)
+        site = self._repeated.get(id(module))
+        if site is not None:
+            self._before(site, module, args, kwargs)
+            self._repeating += bool(site.slots.filled)
+        return None
+
+    def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The outermost call begins."""
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
         self._rows = sized[0] if sized else None
-        if self.observer is not None and torch.is_grad_enabled():
+        self._repeating = 0
+        self._lifter.begin(self._rows)
+        if not torch.is_grad_enabled():
+            return
+        if self.observer is not None:
             self.observer(name, module, args, kwargs)
+        if self._capturing():
+            self._outermost = (name, module, args, kwargs)
+            self._learn()
+            self._buffers = self._written()
+            for site in self._sites:
+                self._lift_outside(site)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._running and torch._C._current_graph_task_id() == -1:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._running:
+            return None
+        site = self._repeated.get(id(module))
+        replaced = None
+        if site is not None and site.slots.filled:
+            self._repeating -= 1
+            replaced = self._after(site, module, args, kwargs, output)
+        if self._lifter.trial is not None:
+            self._lifter.trial.leave(output)
+        elif torch._C._current_graph_task_id() == -1:
             self._depth = max(0, self._depth - 1)
+            if self._depth == 0:
+                for site in self._sites:
+                    if site.outside:
+                        site.slots.restore()
+                self._outermost = None
+                self._check_buffers()
+                lowered = self._lifter.lower(output)
+                return replaced if lowered is output else lowered
+        return replaced
+
+    def _written(self) -> dict[str, tuple[Tensor, int]]:
+        """Floating-point buffers with the number of times they were written to."""
+        return {n: (b, b._version) for n, b in self._module.named_buffers() if b.is_floating_point()}
+
+    def _check_buffers(self) -> None:
+        """Refuse a forward pass that wrote to a buffer: what comes from private samples gets no noise there."""
+        before, self._buffers = self._buffers, {}
+        after = self._written() if before else {}
+        changed = []
+        for name, (buffer, version) in before.items():
+            now, times = after.get(name, (None, 0))
+            if now is buffer:
+                written = times != version
+            else:
+                written = (
+                    now is None or now.shape != buffer.shape or not torch.equal(now.nan_to_num(), buffer.nan_to_num())
+                )
+            if written:
+                changed.append(name)
+        if changed:
+            raise UnsupportedModelError(
+                f"{', '.join(changed)}: written during the forward pass. What is written to buffers from private samples gets "
+                "no noise. Remedy: call .eval() on the module that does it, or replace it."
+            )
 
     def _current_rows(self) -> int | None:
         # Inside a backward pass a checkpointed part of the model is run again: the rows are those of the forward pass.
@@ -340,29 +443,53 @@ class HookController:
         if self.hooks_enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
             raise UnsupportedModelError(f"{name} ({type(module).__name__}): {mixing_reason(module)}.")
 
-    def _before(
-        self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._running:
-            return None
-        if site.slots.filled:  # an interrupted forward could not put them back
-            site.slots.restore()
+    def _before(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._running or self._repeating:
+            return
+        for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
+            if filled.slots.filled:
+                filled.slots.restore()
         if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
-            return None
+            return
+        self._check_own(site)
+        inputs = tensors_of((args, kwargs))
+        site.captures, site.entry = not site.lifts and not any(isinstance(t, Lifted) for t in inputs), None
+        if site.captures:
+            site.entry = self._lifter.call_of(site.name, inputs)
+            if site.entry is not None and site.entry.shared:
+                site.captures = False
+                self._lifter.note_shared(site.name, site.entry)
+        if site.captures:
+            site.slots.detach()
+        else:
+            prefix = f"{site.name}." if site.name else ""
+            site.slots.fill({n: self._lifter.lift(p, prefix + n) for n, p in site.slots.params.items()})
+
+    def _check_own(self, site: _Site) -> None:
+        """Refuse to run with other parameters than those that are trained."""
         if foreign := site.slots.foreign():
             raise UnsupportedModelError(
                 f"{site.name or 'the model'}: {', '.join(foreign)} is not the parameter that was there when the scope began "
                 "(torch.func.functional_call, load_state_dict(assign=True), a new nn.Parameter). Remedy: change values in "
                 "place (load_state_dict without assign), or enter a new scope."
             )
-        site.slots.detach()
-        return expands_shared_ids(site.rule, args, kwargs, self._current_rows(), self.axis)
+
+    def _lift_outside(self, site: _Site) -> None:
+        """Lift the parameters that are used outside their own module, for as long as the outermost call runs."""
+        if site.outside and not site.slots.filled:
+            self._check_own(site)
+            prefix = f"{site.name}." if site.name else ""
+            lifted = {n: self._lifter.lift(p, prefix + n, n in site.outside) for n, p in site.slots.params.items()}
+            site.slots.fill({n: t if n in site.outside else site.slots.params[n] for n, t in lifted.items()})
 
     def _after(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._running or not site.slots.filled:
+        if self._running or self._repeating or not site.slots.filled:
             return None
         site.slots.restore()
-        if not self._capturing():
+        if (self._depth or self._lifter.trial is not None) and torch._C._current_graph_task_id() == -1:
+            for emptied in (site, *site.inner):
+                self._lift_outside(emptied)
+        if not self._capturing() or not site.captures:
             return None
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise UnsupportedModelError(
@@ -370,18 +497,148 @@ class HookController:
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
         outputs = [t for t in tensors_of(output) if t.is_floating_point() or t.is_complex()]
+        if self._lifter.trial is not None:
+            if id(site.module) in self._repeated:  # on each sample alone, it gives back what belongs to that sample
+                self._lifter.trial.unmark(outputs)
+            self._lifter.note_call(site.name, site.entry, outputs)
+            return None
         if not outputs:
             return None
         names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
         skeleton, inputs = split((args, kwargs))
-        autocast = autocast_dtype(outputs[0].device.type)
-        held = [t.detach() for t in inputs]
-        use = _Use(self, site, self._current_rows(), self.serial, skeleton, names, held, autocast)
-        tapped = iter(_Tap.apply(self.token, use, *outputs))
+        make = functools.partial(
+            self._captured,
+            site,
+            site.entry,
+            self._current_rows(),
+            skeleton,
+            names,
+            autocast_dtype(outputs[0].device.type),
+        )
+        tapped = iter(self.tap(outputs, [t.detach() for t in inputs], site.name, make))
         if isinstance(output, Tensor):
             return next(tapped)
         whole, tensors = split(output)
         return join(whole, [next(tapped) if t.is_floating_point() or t.is_complex() else t for t in tensors])
+
+    def tap(self, outputs: Sequence[Tensor], saved: list[Tensor], name: str, make: Make) -> list[Tensor]:
+        """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
+        return list(_Tap.apply(self.token, _Use(self, name, self.serial, saved, make), *outputs))
+
+    # ---------------------------------------------------------------- trials
+
+    def try_again(self) -> None:
+        """Learn anew in the middle of a forward pass, from the call that is running."""
+        if self._outermost is None or torch._C._current_graph_task_id() != -1:
+            return
+        held = [
+            (site, {name: owner._parameters[key] for owner, key, name in site.slots.places}, site.captures, site.entry)
+            for site in self._sites
+            if site.slots.filled
+        ]
+        self._learn(again=True)
+        for site, tensors, captures, entry in held:
+            site.slots.fill(tensors)  # type: ignore[arg-type]
+            site.captures, site.entry = captures, entry
+        for site in self._sites:
+            self._lift_outside(site)
+
+    def _learn(self, again: bool = False) -> None:
+        """Find out, once per outermost module and mode, which axes count samples, by runs on other numbers of rows."""
+        assert self._outermost is not None
+        name, module, args, kwargs = self._outermost
+        axes, rows = self._lifter.axes, self._rows
+        key, telling = (name, module.training), (name, module.training, "several")
+        self._lifter.strict = key in axes.shown
+        if not rows or (not again and (telling in axes.tried or (rows == 1 and key in axes.tried))):
+            return
+        for site in self._sites:
+            if site.slots.filled:  # an interrupted forward could not put them back
+                site.slots.restore()
+            if site.slots.foreign():
+                return  # a trial would put them back
+        axes.tried |= {key} if rows == 1 else {key, telling}
+        trials: list[Trial] = []
+        counts = numbers_of_rows(self._module, (args, kwargs))
+        done = False
+        while not done:
+            trial = self._try(module, args, kwargs, rows, counts[len(trials)])
+            if trial is None:
+                return
+            trials.append(trial)
+            done = len(trials) == len(counts) or (len(trials) > 1 and BatchAxes.agree(trials))
+            if self._repeat_where_needed(trials, done):
+                trials, done = [], False  # what is repeated as a whole is tried anew
+        axes.learn(trials)
+        axes.shown.add(key)
+        self._lifter.strict = True
+        for site in self._sites:
+            prefix = f"{site.name}." if site.name else ""
+            site.outside = tuple(n for n in site.slots.params if self._lifter.is_touched(prefix + n))
+
+    def _repeat_where_needed(self, trials: list[Trial], done: bool) -> bool:
+        """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
+        wanted = [(frame.name, frame.module) for trial in trials for frame in trial.frames if frame.repeat]
+        for key, agreed in BatchAxes.merged(trials).items() if done else ():
+            if agreed is None or any(entry.is_routed for entry in agreed):
+                around = [trial.repeated_module(e) for trial in trials for e in trial.entries.get(key, [])]
+                wanted += [found for found in around if found is not None]
+        new = False
+        for name, module in wanted:
+            if id(module) not in self._repeated:
+                self._repeat(name, module)
+                new = True
+        return new
+
+    def _repeat(self, name: str, module: nn.Module) -> None:
+        """From now on, repeat ``module`` on each sample, whatever is inside."""
+        below = {id(m) for m in module.modules()}
+        inner = tuple(site for site in self._sites if id(site.module) in below)
+        site = _Site(name, module, GENERIC, ParameterSlots(module, recurse=True), inner=inner)
+        self._repeated[id(module)] = site
+        self._sites.append(site)
+
+    def _try(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, count: int
+    ) -> Trial | None:
+        """Run ``module`` on ``count`` rows, without gradients or random numbers, and leave no trace."""
+        lifter = self._lifter
+        kept = (lifter.rows, lifter.counts, self._repeating)
+        trial = Trial(count, telling=rows > 1)
+        few = tree_map(
+            lambda leaf: rows_for_trial(leaf, rows, count, self.axis) if isinstance(leaf, Tensor) else leaf,
+            (args, kwargs),
+        )
+        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        lifter.trial, lifter.rows, lifter.counts = trial, count, {}
+        try:
+            with (
+                attributes_kept(module),
+                torch.random.fork_rng(devices=devices),
+                torch.enable_grad(),
+                NoDropout(),
+                trial.watching(),
+            ):
+                for site in self._sites:
+                    if id(site.module) not in self._repeated:
+                        site.outside = tuple(site.slots.params)
+                        self._lift_outside(site)
+                module(*few[0], **few[1])
+        except _CANNOT_RUN:
+            return None
+        finally:
+            for site in self._sites:
+                site.outside = ()
+                if site.slots.filled:
+                    site.slots.restore()
+            lifter.trial = None
+            lifter.rows, lifter.counts, self._repeating = kept
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+        return trial
 
     # ---------------------------------------------------------------- backward
 
@@ -401,37 +658,20 @@ class HookController:
         self._pass(self.serial)
         self._leaks.append(param)
 
+    def leaked(self, param: nn.Parameter) -> None:
+        """Take note that autograd delivered a gradient to what stands for ``param``."""
+        self._leaked(param)
+
     def _record(self, use: _Use, saved: Callable[[], list[Tensor]], grads: list[Tensor | None]) -> None:
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
-                f"{use.site.name or 'the model'}: a backward pass with create_graph=True went through a managed layer "
+                f"{use.name or 'the model'}: a backward pass with create_graph=True went through a managed layer "
                 "(gradient penalty, second derivatives). Its per-sample gradients cannot be captured. Remedy: drop the "
                 "penalty, or freeze the layers it goes through."
             )
         if not torch._C._will_engine_execute_node(self._token_node):
             return  # torch.autograd.grad(loss, something else)
-        site, rule = use.site, use.site.rule
-        axis = self.axis if rule.batch_dim is None else rule.batch_dim
-        args, kwargs = join(use.skeleton, saved())
-        first = next(g for g in grads if g is not None)
-        rows = use.rows
-        if rows is None:
-            rows = first.shape[axis] if first.dim() > axis else 0
-        detached = [None if g is None else g.detach() for g in grads]
-        call = Call(
-            site.module,
-            site.name,
-            args,
-            kwargs,
-            detached,
-            rows,
-            axis,
-            use.names,
-            functools.partial(self._rerun, site, use.autocast, first.device.type),
-            site.memo,
-        )
-        check_samples(rule, call)
-        captured = Captured(call, rule, float(rows) if self.loss_reduction == "mean" else 1.0)
+        sources = use.make(saved(), [None if g is None else g.detach() for g in grads])
         opened = self._pass(use.serial)
         if use.serial != opened.serial or (self._samples is not None and use.serial != self._serial):
             raise ScopeError(
@@ -439,12 +679,52 @@ class HookController:
                 "Call opt.step() for every batch, or opt.zero_grad() to drop them. For large batches set a larger "
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
-        opened.sizes[site.name] = rows
-        with autocast_as(first.device.type, None):  # backward() may be called inside the user's autocast
+        for source in sources:
+            opened.sizes[source.name] = source.samples
+            opened.found.extend(self._reduced(source))
+
+    def _reduced(self, source: _Contribution) -> list[Source]:
+        """Work out at once what is wanted at once, or what takes no more memory afterwards, and let go of what it came from."""
+        # backward() may be called inside the user's autocast, which is not for sums
+        with autocast_as(source.params[0].device.type, None):
             if self.grad_sample_mode == "ghost":
-                opened.found.extend(part for part in captured.condensed() if part is not None)
-            else:
-                opened.found.append(Stored(captured.all_grads()))
+                return source.condensed() if isinstance(source, Captured) else [source]
+            if isinstance(source, Captured):
+                return [Stored(source.all_grads(), source.samples, source.name)]
+            written = {p: source.grads(p, slice(None)) for p in source.params}
+            return [Stored(written, source.samples, source.name)]
+
+    def scale(self, samples: int) -> float:
+        """The factor that undoes the mean over the batch."""
+        return float(samples) if self.loss_reduction == "mean" else 1.0
+
+    def _captured(
+        self,
+        site: _Site,
+        entry: Entry | None,
+        rows: int | None,
+        skeleton: Any,
+        names: tuple[str, ...],
+        autocast: torch.dtype | None,
+        saved: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> list[_Contribution]:
+        """Make the source for one call of a module whose rule works on the whole call."""
+        rule = site.rule
+        axis = self.axis if rule.batch_dim is None else rule.batch_dim
+        first = next(g for g in grads if g is not None)
+        if rows is None:
+            rows = first.shape[axis] if first.dim() > axis else 0
+        args, kwargs = join(skeleton, saved)
+        if rows == 0:
+            params = [site.slots.params[name] for name in names]
+            return [Stored({p: p.new_zeros((0, *p.shape)) for p in params}, 0, site.name)]
+        run = functools.partial(self._rerun, site, autocast, first.device.type)
+        call = Call(site.module, site.name, args, kwargs, grads, rows, axis, names, run, site.memo)
+        if entry is not None:
+            rule, call = samples_apart(rule, call, entry)
+        check_samples(rule, call)
+        return [Captured(call, rule, self.scale(rows))]
 
     def _finish_pass(self, task: int) -> None:
         """Runs at the end of a backward pass; one that was broken off never gets here."""
@@ -478,7 +758,7 @@ class HookController:
         else:
             self._promote(found)
 
-    def _promote(self, found: "list[Captured | Stored]") -> None:
+    def _promote(self, found: list[Source]) -> None:
         """Write the sum over all uses in this pass to ``p.grad_sample``, adding to what earlier passes left there."""
         if self._consumed:
             for param in self.params:
@@ -522,7 +802,7 @@ class HookController:
         if self.grad_sample_mode != "ghost":
             stored = {p: g for p in self.params if isinstance(g := vars(p).get("grad_sample"), Tensor)}
             self._consumed = True
-            return SampleGradients(samples, [Stored(stored)])
+            return SampleGradients(samples, [Stored(stored, samples, "")])
         return SampleGradients(samples, pending)
 
     def discard(self) -> None:
@@ -576,6 +856,7 @@ class HookController:
         return self._samples or 0
 
     def _reset(self) -> None:
+        self._outermost = None
         for site in self._sites:
             if site.slots.filled:  # an interrupted forward could not put the parameters back
                 site.slots.restore()

@@ -1,7 +1,5 @@
 """What can be known about a model before it is run: modules that mix samples, leak them, or hide the real model."""
 
-from collections.abc import Callable
-
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.utils.module_utils import trainable_modules
@@ -53,16 +51,6 @@ def mixing_reason(module: nn.Module) -> str:
     return _BATCH_NORM
 
 
-def _buffers(module: nn.Module) -> str | None:
-    names = [name for name, _ in module.named_buffers()]
-    if not names:
-        return None
-    return (
-        f"a trainable module with buffers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): what is written "
-        "to buffers from private samples gets no noise. Remedy: replace it, or freeze its parameters"
-    )
-
-
 def _reasons(module: nn.Module, trainable: bool) -> list[str]:
     if mixes_samples(module):
         return [mixing_reason(module)]
@@ -70,10 +58,8 @@ def _reasons(module: nn.Module, trainable: bool) -> list[str]:
         return []
     if isinstance(module, torch.jit.ScriptModule):
         return ["it is compiled by TorchScript, which accepts no hooks. Remedy: use the Python module it was made from"]
-    checks: list[Callable[[nn.Module], str | None]] = [_buffers]
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        checks.append(embedding_refusal)
-    return [reason for check in checks if (reason := check(module)) is not None]
+    reason = embedding_refusal(module) if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+    return [] if reason is None else [reason]
 
 
 def problems(model: nn.Module) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ._tree import tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
+from .no_dropout import NoDropout
 from .slots import attributes_kept, autocast_as, autocast_dtype
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
@@ -25,47 +25,6 @@ _CALLS = 64
 # the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 _COARSE = 1e-1
-
-
-_DROPOUT = ("dropout1d", "dropout2d", "dropout3d")
-_NOISE = ("rand", "rand_like", "randn", "randn_like")
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-class _NoDropout(TorchFunctionMode):
-    """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
-
-    ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left
-    alone: a model that shuffles samples mixes them.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if name.rstrip("_").endswith("dropout") or name in _DROPOUT:
-            return args[0] if args else kwargs["input"]
-        if name == "scaled_dot_product_attention":
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs.pop("dropout_p", None)
-        elif name == "multi_head_attention_forward":
-            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
-            if "dropout_p" in kwargs:
-                kwargs["dropout_p"] = 0.0
-        elif name in _RECURRENT:  # of their arguments only dropout is a float
-            args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
-        elif name == "bernoulli_":  # stochastic depth: keep probability p, divided by p afterwards
-            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        elif name == "bernoulli":
-            return args[0].clone()
-        elif name in ("uniform_", "normal_"):
-            return args[0].fill_(0.75)
-        elif name in _NOISE:
-            out = func(*args, **kwargs)
-            with torch.no_grad():
-                return out.fill_(0.75)
-        return func(*args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -422,9 +381,9 @@ class SelfCheck:
             have = found.grads(p, rows.to(p.device)).double() if p in sums else torch.zeros_like(want)
             have_sum = sums[p].double() if p in sums else torch.zeros_like(want[0])
             want_sum = torch.tensordot(factors[rows].to(want), want, dims=1)
-            own = want.flatten(1).square().sum(1)
+            own = want.reshape(len(want), -1).square().sum(1)
             scale = torch.maximum(own, 1e-4 * total.to(own)).sqrt().clamp(min=1e-30)
-            off = (have - want).flatten(1).square().sum(1).sqrt() / scale
+            off = (have - want).reshape(len(want), -1).square().sum(1).sqrt() / scale
             off_sum = (have_sum - want_sum).square().sum().sqrt() / scale.sum()
             have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
             off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
@@ -458,7 +417,7 @@ class SelfCheck:
                 attributes_kept(self._model),
                 torch.random.fork_rng(devices=devices),
                 torch.enable_grad(),
-                _NoDropout(),
+                NoDropout(),
             ):
                 yield
         finally:

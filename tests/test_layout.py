@@ -14,8 +14,10 @@ PACKAGE = Path(dp_hooks.__file__).parent
 LAYERS = [
     {"errors"},
     {"_validate", "_tree"},
-    {"rules", "slots", "noise", "clipping", "accounting", "report"},
-    {"gradients", "model_check", "sampling"},
+    {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout"},
+    {"gradients", "model_check", "sampling", "batch_axes"},
+    {"lifted_gradients", "site_calls"},
+    {"lifting"},
     {"hook_controller"},
     {"self_check"},
     {"optimizer"},

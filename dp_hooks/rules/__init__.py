@@ -5,7 +5,7 @@ from .embedding import refusal as embedding_refusal
 from .generic import GENERIC
 from .outer import CHUNK, Outer, sum_of_squares
 from .registry import RuleTable, register_rule
-from .rule import Call, Dims, Rule, check_samples, expands_shared_ids, weighted_sum
+from .rule import Call, Dims, Rule, check_samples, weighted_sum
 
 __all__ = [
     "CHUNK",
@@ -17,7 +17,6 @@ __all__ = [
     "RuleTable",
     "check_samples",
     "embedding_refusal",
-    "expands_shared_ids",
     "outer",
     "register_rule",
     "sum_of_squares",

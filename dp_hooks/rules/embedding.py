@@ -54,7 +54,7 @@ EMBEDDING = Rule(
     factored=factored,
     parameters=frozenset({"weight"}),
     subclasses=True,
-    expands=True,
+    any_rank=True,
 )
 
 

@@ -22,7 +22,8 @@ from .rule import Call, Rule
 _LOOP_ONLY = (nn.RNNBase, nn.EmbeddingBag)
 
 
-def _needs_loop(module: nn.Module) -> bool:
+def needs_loop(module: nn.Module) -> bool:
+    """Whether ``vmap`` has no rule for ``module``, so that the attempt is not worth it."""
     return isinstance(module, _LOOP_ONLY) or bool(getattr(module, "sparse", False))
 
 
@@ -36,6 +37,8 @@ def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
     An input that once had another size than the batch is shared for good, also when a later batch has just its size.
     """
     axis, n = call.batch_dim, call.samples
+    if call.cut is not None:
+        return [0 if i in call.cut else None for i in range(len(tensors))]
     shared: set[int] = call.memo.setdefault("shared", set())
     shared |= {i for i, t in enumerate(tensors) if t.dim() <= axis or t.shape[axis] != n}
     return [None if i in shared else axis for i in range(len(tensors))]
@@ -46,8 +49,19 @@ def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor
     found = _differentiable(outputs)
     if len(found) != len(grads):
         raise RuntimeError(f"the repeated call returned {len(found)} tensors, the first one {len(grads)}")
+    if any(grad is not None and grad.shape != out.shape for out, grad in zip(found, grads, strict=True)):
+        raise RuntimeError("the repeated call returned tensors of other shapes than the first one")
     terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
     return torch.stack(terms).sum()
+
+
+def _alone(call: Call, row: Tensor) -> Tensor:
+    """Return what the module got for one sample, from a row without sample axis."""
+    return row if call.cut is not None else row.unsqueeze(call.batch_dim)
+
+
+def _row(call: Call, tensor: Tensor, i: int) -> Tensor:
+    return tensor[i] if call.cut is not None else tensor.narrow(call.batch_dim, i, 1)
 
 
 def _by_vmap(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,10 +71,10 @@ def _by_vmap(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
     grads = [g for g in call.grads if g is not None]
 
     def loss(params: Mapping[str, Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
-        alone = [t if a is None else t.unsqueeze(axis) for t, a in zip(inputs, axes, strict=True)]
+        alone = [t if a is None else _alone(call, t) for t, a in zip(inputs, axes, strict=True)]
         args, kwargs = join(skeleton, alone)
         queue = iter(grads)
-        placed = [None if g is None else next(queue).unsqueeze(axis) for g in call.grads]
+        placed = [None if g is None else _alone(call, next(queue)) for g in call.grads]
         return _contraction(call, call.run(params, args, kwargs), placed)
 
     in_dims = (None, axes, [axis] * len(grads))
@@ -73,17 +87,16 @@ def _random_state() -> list[Tensor]:
 
 
 def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    axis = call.batch_dim
     skeleton, inputs = split((call.args, call.kwargs))
     axes = _batch_axes(call, inputs)
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
     before = _random_state()
     for i in range(call.samples):
-        alone = [t if a is None else t.narrow(axis, i, 1) for t, a in zip(inputs, axes, strict=True)]
+        alone = [t if a is None else _row(call, t, i) for t, a in zip(inputs, axes, strict=True)]
         args, kwargs = join(skeleton, alone)
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-            placed = [None if g is None else g.narrow(axis, i, 1) for g in call.grads]
+            placed = [None if g is None else _row(call, g, i) for g in call.grads]
             total = _contraction(call, call.run(leaves, args, kwargs), placed)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for (name, p), grad in zip(params.items(), found, strict=True):
@@ -111,7 +124,7 @@ def _is_random(error: Exception) -> bool:
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Per-sample gradients of every trainable parameter in the module and below it."""
     params = {name: call.parameter(name).detach() for name in call.names}
-    if call.samples and not _needs_loop(call.module) and "loop" not in call.memo:
+    if call.samples and not needs_loop(call.module) and "loop" not in call.memo:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -134,5 +147,5 @@ def _feature_norm(call: Call) -> dict[str, Tensor]:
     return feature_norm(call) or grad_samples(call)
 
 
-FEATURE_NORM = Rule("norm over features", _feature_norm, parameters=frozenset({"weight"}))
+FEATURE_NORM = Rule("norm over features", _feature_norm, parameters=frozenset({"weight"}), any_rank=True)
 GENERIC = Rule("generic", grad_samples, parameters=None, keep=True, whole_subtree=True)

@@ -56,6 +56,6 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, dims=dims, factored=factored, subclasses=True)
+LINEAR = Rule("Linear", grad_samples, dims=dims, factored=factored, subclasses=True, any_rank=True)
 # transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
-CONV1D = Rule("Conv1D", grad_samples, dims=dims, factored=factored)
+CONV1D = Rule("Conv1D", grad_samples, dims=dims, factored=factored, any_rank=True)

@@ -54,8 +54,8 @@ def _has_no_statistics(module: nn.Module) -> bool:
     return not module.track_running_stats
 
 
-LAYER_NORM = Rule("LayerNorm", _layer_norm, subclasses=True)
-RMS_NORM = Rule("RMSNorm", _rms_norm, subclasses=True)
+LAYER_NORM = Rule("LayerNorm", _layer_norm, subclasses=True, any_rank=True)
+RMS_NORM = Rule("RMSNorm", _rms_norm, subclasses=True, any_rank=True)
 GROUP_NORM = Rule("GroupNorm", _group_norm, subclasses=True, batch_dim=0)
 INSTANCE_NORM = Rule("InstanceNorm", _instance_norm, subclasses=True, applies=_has_no_statistics, batch_dim=0)
 

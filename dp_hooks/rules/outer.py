@@ -155,7 +155,7 @@ def scatter_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
 def sum_of_squares(rows: Tensor) -> Tensor:
     """Return ``[n]``, the squared norm of each row of ``[n, ...]``, added up in at least float32."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(rows.reshape(rows.shape[0], rows.shape[1:].numel()), dim=1, dtype=dtype)
     return norms.square()
 
 

@@ -1,6 +1,5 @@
 """The table of rules: which function computes the per-sample gradients of which module class."""
 
-import dataclasses
 from collections.abc import Callable
 
 from torch import nn
@@ -10,7 +9,7 @@ from ..errors import InvalidArgumentError
 from .convolution import CONVOLUTION, CONVOLUTIONS
 from .elementwise import BILINEAR, PRELU
 from .embedding import EMBEDDING, EMBEDDING_BAG
-from .generic import FEATURE_NORM, GENERIC
+from .generic import FEATURE_NORM, GENERIC, needs_loop
 from .linear import CONV1D, LINEAR
 from .normalisation import GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, is_feature_norm
 from .opacus import opacus_rules
@@ -94,10 +93,13 @@ class RuleTable:
         """Whether ``module`` must be differentiated as a whole, children included."""
         return isinstance(module, _READS_CHILDREN) or is_parametrized(module)
 
+    def lifts(self, module: nn.Module) -> bool:
+        """Whether the parameters of ``module`` are followed one operation at a time, for want of a rule."""
+        return self._special(module) is GENERIC and not needs_loop(module)
+
     def find(self, module: nn.Module) -> Rule:
         """Return the rule for ``module``; the generic one unless another is certainly right for it."""
-        rule = self._special(module)
-        return dataclasses.replace(GENERIC, expands=rule.expands) if self._generic_only else rule
+        return GENERIC if self._generic_only else self._special(module)
 
     def _special(self, module: nn.Module) -> Rule:
         if self.owns_subtree(module) or "forward" in vars(module):

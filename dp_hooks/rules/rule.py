@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._tree import join, split, tensors_of
+from .._tree import tensors_of
 from ..errors import UnsupportedModelError
 from .outer import Outer
 
@@ -34,6 +34,8 @@ class Call:
         names: names (relative to ``module``) of the parameters whose gradients are wanted.
         run: calls the module with other tensors in its parameters' places; nothing is captured or left behind.
         memo: scratch space of the rule for this module, kept for the lifetime of the scope.
+        cut: positions of the input tensors that are cut into samples: each, like each gradient, is ``[n, *input for one
+            sample alone]``. None: the sample axis of inputs and gradients is ``batch_dim``.
     """
 
     module: nn.Module
@@ -46,6 +48,7 @@ class Call:
     names: tuple[str, ...]
     run: RunModule
     memo: dict[str, Any] = field(default_factory=dict)
+    cut: frozenset[int] | None = None
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -118,8 +121,7 @@ class Rule:
         batch_dim: the sample axis, where the layer fixes it; None: as declared by the user.
         keep: per-sample gradients are too dear to compute twice; hold them between norm and sum.
         whole_subtree: the rule differentiates the module together with everything below it.
-        expands: an input with one row that all samples share (position ids ``[1, t]``) may be repeated for each
-            sample without changing what the model computes.
+        any_rank: the rule allows any number of dimensions between samples and features.
     """
 
     label: str
@@ -134,7 +136,7 @@ class Rule:
     batch_dim: int | None = None
     keep: bool = False
     whole_subtree: bool = False
-    expands: bool = False
+    any_rank: bool = False
 
 
 def check_samples(rule: Rule, call: Call) -> None:
@@ -150,29 +152,8 @@ def check_samples(rule: Rule, call: Call) -> None:
             )
 
 
-def expands_shared_ids(
-    rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None, axis: int
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Repeat a shared one-row input for each of the ``rows`` samples, where the rule allows it; else None.
-
-    The output is broadcast over the batch right afterwards anyway; with the repetition the sample axis exists before the
-    parameter is used, and with it a gradient per sample.
-    """
-    if not rule.expands or rows is None or rows == 1:
-        return None
-    skeleton, tensors = split((args, kwargs))
-    if len(tensors) != 1 or tensors[0].dim() < 2 or tensors[0].shape[axis] != 1:
-        return None
-    shape = [-1] * tensors[0].dim()
-    shape[axis] = rows
-    repeated: tuple[tuple[Any, ...], dict[str, Any]] = join(skeleton, [tensors[0].expand(shape)])
-    return repeated
-
-
 def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
     """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
     dtype = torch.promote_types(grads.dtype, torch.float32)  # a sum rounded before the noise has no bounded sensitivity
-    total: Tensor = (
-        factors.to(dtype) @ grads.to(dtype).flatten(1) if grads.dim() > 1 else factors.to(dtype) @ grads.to(dtype)
-    )
-    return total.view(grads.shape[1:])
+    rows = grads.to(dtype).reshape(grads.shape[0], grads.shape[1:].numel())
+    return (factors.to(dtype) @ rows).view(grads.shape[1:])

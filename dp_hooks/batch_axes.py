@@ -1,0 +1,388 @@
+"""Where the batch is in every tensor that parameters meet: seen by running the model on another number of rows."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ._tree import tensors_of, tree_map
+from .rules.layout import Layout
+
+# Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
+_PRIMES = (5, 7, 11, 13, 17, 19, 23)
+# How many rows of a large axis are compared to find out in which order it holds the samples.
+_COMPARED = 1 << 16
+
+MIXED = "it met a tensor two axes of which count samples (samples mix)"
+ROUTED = "it met rows that were picked or sorted by their values"
+UNCLEAR = "it met a tensor whose rows follow no fixed order of the samples"
+UNTRIED = "it is used in a way that no run so far has shown (a branch of the model that was taken for the first time)"
+UNSTEADY = "it met tensors whose layout changes from run to run"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one use of shared tensors looked like.
+
+    ``inputs`` and ``outputs`` hold the layout of each tensor that is not lifted, or None where it has no sample
+    axis; ``shared`` tells that nothing in it has one. ``reason``: why samples cannot be told apart. ``frames``: the calls of
+    modules that it was made in, as numbers of the trial.
+    """
+
+    inputs: tuple[Layout | None, ...] = ()
+    outputs: tuple[Layout | None, ...] | None = ()
+    shared: bool = False
+    reason: str | None = None
+    frames: tuple[int, ...] = field(default=(), compare=False)
+    sizes: tuple[float, ...] = field(default=(), compare=False)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Rows per sample in every tensor that counts samples."""
+        return (*(at.ratio for at in (*self.inputs, *(self.outputs or ())) if at is not None), *self.sizes)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether running the module around it on each sample alone would tell the samples apart."""
+        return self.reason in (ROUTED, UNCLEAR, UNSTEADY)
+
+
+@dataclass(eq=False)
+class _Frame:
+    """One call of a module during a trial."""
+
+    module: nn.Module
+    name: str
+    clean: bool
+    batched: bool
+    routed: bool = False
+    repeat: bool = False
+    ragged: bool = False
+
+
+_DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
+_TO_PYTHON = frozenset("tolist item numpy __int__ __index__ __array__".split())
+# The largest value over the batch is what samples are padded to: as many rows for each of them.
+_PADDED_TO = frozenset("max amax min amin __get__".split())
+_SORTS = frozenset("sort argsort topk msort".split())
+_KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
+_RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
+
+
+class _Watch(TorchFunctionMode):
+    """Marks tensors whose rows were picked or sorted by values, and what is computed from them."""
+
+    def __init__(self, trial: "Trial") -> None:
+        super().__init__()
+        self._trial = trial
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return out
+        trial = self._trial
+        tensors = tensors_of((args, kwargs))
+        if name == "__iter__":
+            parts = list(out)
+            trial.note_numbers(tensors, parts)
+            return iter(parts)
+        if name in _TO_PYTHON:
+            trial.note_read(tensors)
+        elif name not in _PADDED_TO:
+            trial.note_numbers(tensors, out)
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop)]
+            trial.note_read([end for end in ends if isinstance(end, Tensor)])
+        if trial.picks(name.strip("_"), args, kwargs):
+            trial.mark(out)
+        elif any(trial.is_marked(t) for t in tensors):
+            first = tensors[0] if tensors else None
+            target = first is not None and not trial.is_marked(first)
+            kept = target and (out is first or name.startswith(_KEEPS_TARGET) or name == "__setitem__")
+            fixed = name in _RESHAPES and isinstance(out, Tensor) and trial.rows in out.shape
+            if not kept and not fixed:
+                trial.mark(out)
+        return out
+
+
+@dataclass(eq=False)
+class Trial:
+    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows."""
+
+    rows: int
+    telling: bool
+    entries: dict[Any, list[Entry]] = field(default_factory=dict)
+    frames: list[_Frame] = field(default_factory=list)
+    _open: list[int] = field(default_factory=list)
+    _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    # ---------------------------------------------------------------- what is seen
+
+    def counts_rows(self, tensor: Tensor) -> bool:
+        """Whether an axis of ``tensor`` grows with the number of rows."""
+        return any(size and size % self.rows == 0 for size in tensor.shape)
+
+    def layout(self, tensor: Tensor, marks: bool = True) -> tuple[Layout | None, str | None]:
+        """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
+        if marks and self.is_marked(tensor):
+            return None, ROUTED
+        found = [axis for axis, size in enumerate(tensor.shape) if size and size % self.rows == 0]
+        if not found:
+            return None, None
+        if len(found) > 1:
+            return None, MIXED
+        (axis,) = found
+        ratio = tensor.shape[axis] // self.rows
+        if ratio == 1:
+            return Layout(axis), None
+        if any(self.frames[i].ragged for i in self._open):
+            return None, ROUTED  # as many rows as a number says that was read from the batch
+        for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
+            if self._in_order(tensor, axis, outer, ratio // outer):
+                if outer == 1:
+                    return Layout(axis, 1, None, ratio), None
+                if outer == ratio:
+                    return Layout(axis, None, 1, ratio), None
+                return Layout(axis, outer, ratio // outer, ratio), None
+        return None, UNCLEAR
+
+    def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
+        """Whether the rows after the first, which all hold the same sample, hold the same numbers."""
+        if not self.telling:
+            return outer == 1
+        with torch._C.DisableTorchFunctionSubclass():
+            flat = tensor.detach().movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+            flat = flat[:, : max(1, _COMPARED // max(1, flat.shape[0]))]
+            rows = flat.reshape(outer, self.rows, inner, -1)[:, 1:]
+            rows = (rows.to(torch.float64) if not rows.is_complex() else torch.view_as_real(rows)).nan_to_num()
+            size = float(rows.abs().max()) if rows.numel() else 0.0
+            rough = tensor.dtype in (torch.float16, torch.bfloat16)
+            return float((rows - rows[:, :1]).abs().max()) <= (3e-2 if rough else 1e-4) * size
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Entry:
+        """The entry for a use of these tensors, as far as it is known before it."""
+        found = [self.layout(t) for t in tensors]
+        reason = next((why for _, why in found if why is not None), None)
+        layouts = tuple(at for at, _ in found)
+        shared = reason is None and not any(layouts)
+        return Entry(layouts, (), shared, reason, tuple(self._open), self._sizes(reason, tensors))
+
+    def _sizes(self, reason: str | None, tensors: Sequence[Tensor]) -> tuple[float, ...]:
+        return tuple(size / self.rows for t in tensors for size in t.shape) if reason in (MIXED, UNCLEAR) else ()
+
+    def results(self, entry: Entry, tensors: Sequence[Tensor]) -> Entry:
+        """The entry, completed by the results of the use."""
+        found = [self.layout(t) for t in tensors]
+        reason = entry.reason or next((why for _, why in found if why is not None), None)
+        sizes = entry.sizes or self._sizes(reason, tensors)
+        return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
+
+    def note(self, key: Any, entry: Entry) -> None:
+        """Keep ``entry``."""
+        self.entries.setdefault(key, []).append(entry)
+        if entry.reason == ROUTED and self._open:
+            self.frames[self._open[-1]].routed = True
+
+    # ---------------------------------------------------------------- rows picked by value
+
+    def mark(self, tree: Any) -> None:
+        """Mark all tensors in ``tree`` as picked by value."""
+        for tensor in tensors_of(tree):
+            self._marked[tensor] = True
+
+    def unmark(self, tensors: Sequence[Tensor]) -> None:
+        """Take ``tensors`` as in the order of the samples again."""
+        for tensor in tensors:
+            self._marked.pop(tensor, None)
+
+    def _tells_of_samples(self, tensor: Tensor) -> bool:
+        return tensor in self._numbers or self.counts_rows(tensor)
+
+    def note_numbers(self, sources: Sequence[Tensor], out: Any) -> None:
+        """Take note of numbers that were worked out from the batch: sizes that depend on them are no fixed layout."""
+        for tensor in tensors_of(out):
+            many = tensor.is_floating_point() and tensor.numel() > 1
+            if many or tensor.dtype == torch.bool or self.counts_rows(tensor):
+                continue
+            if any(self._tells_of_samples(t) for t in sources):
+                self._numbers[tensor] = True
+
+    def note_read(self, tensors: Sequence[Tensor]) -> None:
+        """``tensors`` are read into Python: sizes may depend on their values from here on."""
+        if self._open and any(self._tells_of_samples(t) for t in tensors):
+            self.frames[self._open[-1]].ragged = True
+
+    def is_marked(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was picked by value, or computed from such."""
+        return tensor in self._marked
+
+    def picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the operation ``name`` picks or sorts rows by their values."""
+        if name in _DATA_SHAPED:
+            return True
+        if name == "repeat_interleave":
+            return any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
+        if name == "where":
+            return len(args) + len(kwargs) == 1
+        if name == "getitem":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+        if name in _SORTS and args and isinstance(args[0], Tensor) and args[0].dim():
+            position = 2 if name == "topk" else 1
+            dim = kwargs.get("dim", args[position] if len(args) > position else (0 if name == "msort" else -1))
+            size = args[0].shape[dim] if isinstance(dim, int) and not isinstance(dim, bool) else 0
+            return bool(size) and size % self.rows == 0
+        return False
+
+    # ---------------------------------------------------------------- calls of modules
+
+    def enter(self, name: str, module: nn.Module, tree: Any) -> None:
+        """A module is called."""
+        found = [self.layout(t) for t in tensors_of(tree)]
+        self.frames.append(
+            _Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
+        )
+        self._open.append(len(self.frames) - 1)
+
+    def leave(self, tree: Any) -> None:
+        """The call of a module ends."""
+        if not self._open:
+            return
+        frame = self.frames[self._open.pop()]
+        tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
+        outputs = [self.layout(t, marks=False) for t in tensors]
+        frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
+        if frame.ragged:
+            self._leave_ragged(tree, tensors)
+        if not frame.routed:
+            return
+        if frame.clean and frame.batched:
+            frame.repeat = True
+            self.unmark(tensors)
+        elif self._open:
+            self.frames[self._open[-1]].routed = True
+
+    def _leave_ragged(self, tree: Any, tensors: Sequence[Tensor]) -> None:
+        """What comes out of a call that read numbers of samples may have as many rows as they said."""
+        numbers = False
+
+        def visit(leaf: Any) -> Any:
+            nonlocal numbers
+            numbers = numbers or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
+            return leaf
+
+        tree_map(visit, tree)
+        if numbers and self._open:
+            self.frames[self._open[-1]].ragged = True
+        self.mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch operations inside the block."""
+        with _Watch(self):
+            yield
+
+    def repeated_module(self, entry: Entry) -> tuple[str, nn.Module] | None:
+        """The innermost call around ``entry`` that samples go into and come out of in a known order."""
+        for index in reversed(entry.frames):
+            frame = self.frames[index]
+            if frame.clean and frame.batched:
+                return frame.name, frame.module
+        return None
+
+
+@dataclass(eq=False)
+class BatchAxes:
+    """What trials have shown, kept for the lifetime of the controller."""
+
+    axis: int
+    known: dict[Any, list[Entry]] = field(default_factory=dict)
+    tried: set[Any] = field(default_factory=set)
+    shown: set[Any] = field(default_factory=set)
+
+    def find(self, key: Any, count: int) -> Entry | None:
+        """The entry for use number ``count`` of ``key`` in a forward pass; None if it was never tried."""
+        entries = self.known.get(key)
+        if not entries:
+            return None
+        if all(entry == entries[0] for entry in entries):
+            return entries[0]
+        return entries[count] if count < len(entries) else None
+
+    def learn(self, trials: Sequence[Trial]) -> None:
+        """Take over what two trials agree on."""
+        for key, agreed in self.merged(trials).items():
+            longest = max((trial.entries.get(key, []) for trial in trials), key=len)
+            unsteady = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in longest]
+            self.known[key] = unsteady if agreed is None else agreed
+
+    @staticmethod
+    def merged(trials: Sequence[Trial]) -> dict[Any, list[Entry] | None]:
+        """For every use, what two trials saw of it; None where no two agree."""
+        out: dict[Any, list[Entry] | None] = {}
+        for key in {key for trial in trials for key in trial.entries}:
+            seen = [trial.entries[key] for trial in trials if key in trial.entries]
+            out[key] = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if _same(a, b)), None)
+        return out
+
+    @staticmethod
+    def agree(trials: Sequence[Trial]) -> bool:
+        """Whether the trials saw the same."""
+        return None not in BatchAxes.merged(trials).values()
+
+
+def _same(one: Sequence[Entry], other: Sequence[Entry]) -> bool:
+    """Whether two trials saw the same layouts, with as many rows per sample: a size that stays the same is no batch."""
+    if all(entry == one[0] for entry in one) and all(entry == other[0] for entry in other):
+        one, other = one[:1], other[:1]  # however often, as in a loop over samples
+    return list(one) == list(other) and all(a.ratios == b.ratios for a, b in zip(one, other, strict=True))
+
+
+def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
+    """Choose numbers of rows that no size in the model or its inputs is a multiple of, where there are such."""
+    sizes = {size for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) for size in t.shape if size}
+    good = [p for p in _PRIMES if all(size % p for size in sizes)]
+    return [*good, 29, 31, 37][:5]
+
+
+def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:
+    """Return the first row once and the second ``count - 1`` times, of a tensor that has ``rows`` rows along ``axis``."""
+    if tree_tensors.dim() <= axis or tree_tensors.shape[axis] != rows:
+        return tree_tensors
+    index = torch.full((count,), min(1, rows - 1), device=tree_tensors.device)
+    index[0] = 0
+    return tree_tensors.detach().index_select(axis, index)
+
+
+def gradients_wanted(trial: Trial | None) -> bool:
+    """Whether gradients may flow through what is being done.
+
+    In a trial also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
+    """
+    if torch.is_grad_enabled():
+        return True
+    frame = sys._getframe() if trial is not None else None
+    while frame is not None:
+        first = frame.f_code.co_varnames[:1]
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get(first[0] if first else ""), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def guessed(tensor: Tensor, axis: int, rows: int) -> Layout | None:
+    """For what was never tried: the declared axis, if it has as many rows as there are samples."""
+    return Layout(axis) if tensor.dim() > axis and tensor.shape[axis] == rows else None
