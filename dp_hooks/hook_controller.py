@@ -23,6 +23,7 @@ from .no_dropout import NoDropout
 from .rules import GENERIC, Call, Rule, RuleTable, check_samples
 from .site_calls import samples_apart
 from .slots import ParameterSlots, attributes_kept, autocast_as, autocast_dtype
+from .two_pass import TwoPass, TwoPassGradients
 
 MODES = ("ghost", "hooks", "functorch")
 REDUCTIONS = ("mean", "sum")
@@ -94,7 +95,7 @@ class _Pass:
 
     serial: int
     found: list[Source] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: set[tuple[str, int]] = field(default_factory=set)
 
 
 class _Tap(torch.autograd.Function):
@@ -193,6 +194,9 @@ class HookController:
         self._samples: int | None = None
         self._serial = 0
         self._consumed = False
+        self._unreached: dict[nn.Parameter, Tensor] = {}
+        self._twice: TwoPass | None = None
+        self.repeat_backward: Callable[[], None] | None = None
         self.serial = 0
         self.add_hooks()
 
@@ -446,6 +450,8 @@ class HookController:
     def _before(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running or self._repeating:
             return
+        if self._twice is not None and self._lifter.trial is None and torch._C._current_graph_task_id() == -1:
+            self._twice.used(list(site.slots.params.values()))
         for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
             if filled.slots.filled:
                 filled.slots.restore()
@@ -680,13 +686,15 @@ class HookController:
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
         for source in sources:
-            opened.sizes[source.name] = source.samples
+            opened.sizes.add((source.name, source.samples))
             opened.found.extend(self._reduced(source))
 
     def _reduced(self, source: _Contribution) -> list[Source]:
         """Work out at once what is wanted at once, or what takes no more memory afterwards, and let go of what it came from."""
         # backward() may be called inside the user's autocast, which is not for sums
         with autocast_as(source.params[0].device.type, None):
+            if self._twice is not None:
+                return self._twice.receive(source, source.name)
             if self.grad_sample_mode == "ghost":
                 return source.condensed() if isinstance(source, Captured) else [source]
             if isinstance(source, Captured):
@@ -741,16 +749,16 @@ class HookController:
                 "(F.linear(h, other.weight)), or when the model was compiled and run before the scope began. Remedy: use "
                 "the weight through its module, enter the scope before compiling, or freeze it."
             )
-        sizes = set(finished.sizes.values())
+        sizes = {samples for _, samples in finished.sizes}
         if self._samples is not None:
             sizes.add(self._samples)
         if len(sizes) > 1:
-            listing = ", ".join(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes.items())[:8])
+            listing = ", ".join(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes)[:8])
             raise ScopeError(
                 f"different numbers of samples ({sorted(sizes)}) met in one step ({listing}). Backward passes between two "
                 "steps must be over the same samples, one row each. Call opt.step() or opt.zero_grad() in between."
             )
-        if not found:
+        if not sizes:
             return
         self._samples, self._serial = sizes.pop(), finished.serial
         if self.grad_sample_mode == "ghost":
@@ -769,6 +777,10 @@ class HookController:
             earlier = vars(param).get("grad_sample")
             grads = fresh.grads(param)
             _store(param, grads if earlier is None else earlier + grads)
+        for param in self.params:  # what the loss does not reach has a gradient, too: zero, in one place of memory
+            if param.requires_grad and "grad_sample" not in vars(param):
+                self._unreached[param] = param.new_zeros(()).expand(self.samples, *param.shape)
+                _store(param, self._unreached[param])
 
     def _rerun(
         self,
@@ -800,27 +812,61 @@ class HookController:
         if samples is None:
             return None
         if self.grad_sample_mode != "ghost":
-            stored = {p: g for p in self.params if isinstance(g := vars(p).get("grad_sample"), Tensor)}
+            unreached, self._unreached = self._unreached, {}
+            stored = {
+                p: g
+                for p in self.params
+                if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
+            }
             self._consumed = True
             return SampleGradients(samples, [Stored(stored, samples, "")])
+        if self._twice is not None:
+            again = self.repeat_backward
+            assert again is not None  # set together with the first backward pass
+            return TwoPassGradients(samples, pending, self._twice, again)
         return SampleGradients(samples, pending)
+
+    @contextmanager
+    def two_passes(self) -> Iterator[None]:
+        """Take norms in the first backward pass of this context and sums in a second, which ``repeat_backward`` runs.
+
+        What is captured is let go at once; see :class:`~dp_hooks.two_pass.TwoPass`.
+        """
+        self._twice = TwoPass()
+        try:
+            yield
+        finally:
+            self._twice = self.repeat_backward = None
+            self._reset()
 
     def discard(self) -> None:
         """Drop what was captured since the last boundary, ``grad_sample`` included."""
         self._reset()
         self._consumed = False
+        self._unreached = {}
         for param in self.params:
             _clear(param)
 
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
-        names = ("_open", "_leaks", "_rows", "_depth", "_pending", "_samples", "_serial", "_consumed")
+        names = (
+            "_open",
+            "_leaks",
+            "_rows",
+            "_depth",
+            "_pending",
+            "_samples",
+            "_serial",
+            "_consumed",
+            "_unreached",
+            "_twice",
+        )
         kept = {name: getattr(self, name) for name in names}
         samples = {p: vars(p)["grad_sample"] for p in self.params if "grad_sample" in vars(p)}
         for p in samples:
             _clear(p)
-        self._open, self._consumed = {}, False
+        self._open, self._consumed, self._unreached, self._twice = {}, False, {}, None
         self._reset()
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Concatenate, Literal, overload
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import ParamSpec, TypeVar
 
 from ._tree import tensors_of
-from ._validate import one_of
+from ._validate import bad, boolean, one_of
 from .errors import InvalidArgumentError, ScopeError
+from .hook_controller import HookController
 from .scope import PrivateTraining, active_scope
 from .self_check import one_sample, private_copy
 
@@ -27,8 +29,10 @@ Reduction = Literal["auto", "none", "mean", "sum"]
 @overload
 def dp_step(fn: StepFunction[M, Batch, P], /) -> StepFunction[M, Batch, P]: ...
 @overload
-def dp_step(*, reduction: Reduction = "auto") -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
-def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto") -> Any:
+def dp_step(
+    *, reduction: Reduction = "auto", two_pass: bool = False
+) -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
+def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto", two_pass: bool = False) -> Any:
     """Make ``fn(model, batch, *args, **kwargs) -> loss`` take a whole private step.
 
     ::
@@ -51,6 +55,9 @@ def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto") -> Any:
             reduction) or a scalar.
         reduction: what ``fn`` returns: "none" for per-sample losses, "mean" or "sum" for a scalar; "auto" takes a vector as
             per-sample losses, and a scalar as reduced the way the scope declares (``loss_reduction``).
+        two_pass: keep nothing of a layer beyond its own backward: norms are taken in one backward pass, and sums in a
+            second one over the same graph. Memory stays that of the ordinary step, for the price of another backward pass. For
+            models whose memory is mostly activations: gradient checkpointing, long sequences. In mode "ghost" only.
 
     Returns:
         A function with the signature of ``fn`` that returns its loss, detached; zero (or an empty vector) for an empty batch.
@@ -61,12 +68,13 @@ def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto") -> Any:
         ScopeError: on call, if no scope over ``model`` is open: never a silent step without privacy.
     """
     one_of("reduction", reduction, ("auto", "none", "mean", "sum"))
+    boolean("two_pass", two_pass)
     if fn is None:
-        return functools.partial(_decorate, reduction=reduction)
-    return _decorate(fn, reduction=reduction)
+        return functools.partial(_decorate, reduction=reduction, two_pass=two_pass)
+    return _decorate(fn, reduction=reduction, two_pass=two_pass)
 
 
-def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..., Tensor]:
+def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool) -> Callable[..., Tensor]:
     _check_function(fn)
     shape_seen: list[bool] = []
 
@@ -78,7 +86,14 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..
                 f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
                 "inside `with private_training(model, ...) as (opt, loader):`, with that same model as first argument."
             )
-        optimizer = scope.optimizer
+        optimizer, controller = scope.optimizer, scope.controller
+        assert controller is not None  # the scope is open
+        if two_pass and scope.grad_sample_mode != "ghost":
+            raise bad(
+                "two_pass",
+                True,
+                f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
+            )
         if _is_empty(scope, batch):
             optimizer.step()
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
@@ -89,12 +104,13 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction) -> Callable[..
 
         check = scope.self_check
         spare = None if check is None or not check.armed else private_copy(batch)  # fn may consume its batch
-        loss = run(batch)
-        shape_seen[:] = [loss.dim() == 1]
-        _private_backward(scope, loss, reduction)
-        _check_length(fn, loss, scope)
-        _self_check(scope, run, spare, loss, reduction)
-        optimizer.step()
+        with controller.two_passes() if two_pass else nullcontext():
+            loss = run(batch)
+            shape_seen[:] = [loss.dim() == 1]
+            _private_backward(controller, loss, _reduction_of(scope, loss, reduction), two_pass)
+            _check_length(fn, loss, scope)
+            _self_check(scope, run, spare, loss, reduction)
+            optimizer.step()
         return loss.detach()
 
     return step
@@ -150,11 +166,14 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
     return loss.mean() if how == "mean" else loss.sum()
 
 
-def _private_backward(scope: PrivateTraining, loss: Tensor, reduction: Reduction) -> None:
-    assert scope.controller is not None  # the scope is open
-    how = _reduction_of(scope, loss, reduction)
-    with scope.controller.reduced_by(how):
-        _reduced(loss, how).backward()
+def _private_backward(controller: HookController, loss: Tensor, how: str, two_pass: bool) -> None:
+    def backward(*, again: bool) -> None:
+        with controller.reduced_by(how):
+            _reduced(loss, how).backward(retain_graph=again)
+
+    if two_pass:
+        controller.repeat_backward = functools.partial(backward, again=False)
+    backward(again=two_pass)
 
 
 def _self_check(

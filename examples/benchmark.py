@@ -21,9 +21,10 @@ Every model and engine has a process of its own, which builds the model, takes s
 self-check of dp_hooks is in the first), and waits. Then the engines take turns, round by round, so that a drift of the
 machine hits all of them, and only one process computes at any time. The time of a turn is the median of its steps; a
 ratio is a turn divided by the mean of the turns of ``ordinary`` before and after its round. Reported are the median of
-the ratios over the rounds and, in brackets, their quartiles. Memory comes after all turns, and only on Linux: the peak
-of the resident set during some steps. Its ratio is given for the whole process, and for what the training needs, which
-is the peak minus the resident set before the model was built.
+the ratios over the rounds and, in brackets, their quartiles. Memory comes after all turns, in processes of its own, and
+only on Linux: the peak of the resident set during some steps, minus the resident set before the model was built. These
+processes return memory to the system as soon as it is free (MALLOC_MMAP_THRESHOLD_), so that what is measured are the
+tensors alive, and not the holes that glibc's heap has by chance.
 
 An engine that refuses a model, or crashes on it, is listed with the reason.
 """
@@ -33,6 +34,7 @@ import ctypes
 import gc
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -53,13 +55,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import private_training
+from dp_hooks import dp_step, private_training
 
 BATCHES = 16  # batches in a pass over the synthetic data
 WARM_UP = 3  # steps that are not counted
 MEMORY_STEPS = 3  # steps whose peak of memory is measured
 TURN_SECONDS = 1.0  # without --steps, a turn has as many steps as take about this long
 BASELINE = "ordinary"
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc then gives every larger block back when it is freed
 
 
 # ---------------------------------------------------------------- workloads
@@ -160,8 +163,8 @@ def gpt2(tiny: bool, tied: bool = False) -> Workload:
     return Workload(GPT2LMHeadModel(config), [ids, positions], labels, batch, call_positions)
 
 
-def llama(tiny: bool) -> Workload:
-    """Llama as a language model, two query heads to a key-value head."""
+def llama(tiny: bool, checkpointed: bool = False) -> Workload:
+    """Llama as a language model, two query heads to a key-value head; checkpointed with four times as many layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     layers, width, vocabulary, length, batch = (1, 40, 99, 8, 4) if tiny else (6, 320, 8192, 256, 4)
@@ -175,8 +178,13 @@ def llama(tiny: bool) -> Workload:
         max_position_embeddings=length,
         use_cache=False,
     )
+    if checkpointed:
+        config.num_hidden_layers *= 4
+    model = LlamaForCausalLM(config)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, labels, _ = token_inputs(vocabulary, length, batch)
-    return Workload(LlamaForCausalLM(config), [ids], labels, batch, call_tokens)
+    return Workload(model, [ids], labels, batch, call_tokens)
 
 
 def vit(tiny: bool) -> Workload:
@@ -234,7 +242,9 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "resnet18": resnet18,
     "mlp": mlp,
     "lora": lora,
+    "llama-checkpointed": partial(llama, checkpointed=True),
 }
+DEFAULT_WORKLOADS = [name for name in WORKLOADS if name != "llama-checkpointed"]
 
 
 # ---------------------------------------------------------------- engines
@@ -247,6 +257,7 @@ class Training(NamedTuple):
     criterion: Callable[[Tensor, Tensor], Any]
     optimizer: torch.optim.Optimizer
     loader: DataLoader[Any]
+    whole_step: Callable[..., Tensor] | None = None  # what to call instead of the loop's own lines
 
 
 def ordinary(workload: Workload, stack: ExitStack) -> Training:
@@ -272,6 +283,18 @@ def with_dp_hooks(workload: Workload, stack: ExitStack, mode: str = "ghost") -> 
     return plain._replace(optimizer=optimizer, loader=loader)
 
 
+def with_two_passes(workload: Workload, stack: ExitStack) -> Training:
+    """Training in a private scope with a ``@dp_step`` function that makes two backward passes."""
+    training = with_dp_hooks(workload, stack)
+
+    @dp_step(two_pass=True)
+    def step(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        *inputs, labels = batch
+        return training.criterion(workload.forward(model, *inputs), labels)
+
+    return training._replace(whole_step=partial(step, workload.model))
+
+
 def with_opacus(workload: Workload, stack: ExitStack, mode: str) -> Training:
     """Training with Opacus, without its wrapper around the model."""
     plain = ordinary(workload, stack)
@@ -295,19 +318,24 @@ ENGINES: dict[str, Callable[[Workload, ExitStack], Training]] = {
     "opacus-hooks": partial(with_opacus, mode="hooks"),
     "opacus-ghost": partial(with_opacus, mode="ghost"),
     "dp_hooks-hooks": partial(with_dp_hooks, mode="hooks"),
+    "dp_hooks-two-pass": with_two_passes,
 }
 DEFAULT_ENGINES = ["dp_hooks", "opacus-hooks", "opacus-ghost"]
 
 
 def train(training: Training) -> Iterator[float]:
     """Train forever, and yield the seconds that each step took."""
-    forward, criterion, optimizer, loader = training
+    forward, criterion, optimizer, loader, whole_step = training
     while True:
-        for *inputs, labels in loader:
+        for batch in loader:
             start = time.perf_counter()
-            optimizer.zero_grad()
-            criterion(forward(*inputs), labels).backward()
-            optimizer.step()
+            if whole_step is not None:
+                whole_step(batch)
+            else:
+                *inputs, labels = batch
+                optimizer.zero_grad()
+                criterion(forward(*inputs), labels).backward()
+                optimizer.step()
             yield time.perf_counter() - start
 
 
@@ -400,10 +428,12 @@ class EngineFailure(Exception):
 class Child:
     """A process that trains one workload with one engine when it is told to."""
 
-    def __init__(self, workload: str, engine: str, tiny: bool) -> None:
+    def __init__(self, workload: str, engine: str, tiny: bool, environment: dict[str, str] | None = None) -> None:
         """Start the process and wait until it has warmed up."""
         command = [sys.executable, __file__, "--child", workload, engine, *(["--tiny"] if tiny else [])]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        variables = {**os.environ, **(environment or {})}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables)
         try:
             self.facts = self._answer()
         except BaseException:
@@ -443,6 +473,7 @@ class Result:
     facts: dict[str, Any]
     turns: list[list[float]]
     peak: int | None = None
+    before: int | None = None
     failure: str | None = None
 
     def seconds(self) -> list[float]:
@@ -455,13 +486,11 @@ class Result:
         around = [(a + b) / 2 for a, b in pairwise(plain)]
         return [mine / other for mine, other in zip(self.seconds(), around, strict=False)]
 
-    def memory(self, baseline: "Result") -> tuple[float, float] | None:
-        """The peak relative to the peak of ``baseline``: of the whole process, and of the training."""
-        numbers = self.peak, baseline.peak, self.facts.get("before"), baseline.facts.get("before")
-        if None in numbers:
+    def memory(self, baseline: "Result") -> float | None:
+        """What the training needs at its peak, relative to ``baseline``."""
+        if self.peak is None or self.before is None or baseline.peak is None or baseline.before is None:
             return None
-        peak, plain, before, plain_before = numbers
-        return peak / plain, (peak - before) / (plain - plain_before)
+        return (self.peak - self.before) / (baseline.peak - baseline.before)
 
 
 def progress(text: str) -> None:
@@ -490,6 +519,7 @@ class Measurement:
                     self._guard(engine, self._turn)
             self._guard(BASELINE, self._turn)  # so that the last round, too, has one on both sides
             for engine in list(self.children):
+                self.children.pop(engine).close()
                 self._guard(engine, self._memory)
         finally:
             for child in self.children.values():
@@ -520,7 +550,12 @@ class Measurement:
         turns.append(self.children[engine].ask("time", count)["seconds"])
 
     def _memory(self, engine: str) -> None:
-        self.results[engine].peak = self.children[engine].ask("memory", MEMORY_STEPS)["peak"]
+        progress(f"{self.name}: memory of {engine}")
+        result = self.results[engine]
+        self.children[engine] = Child(self.name, engine, self.options.tiny, EXACT_MEMORY)
+        result.before = self.children[engine].facts["before"]
+        result.peak = self.children[engine].ask("memory", MEMORY_STEPS)["peak"]
+        self.children.pop(engine).close()
 
 
 # ---------------------------------------------------------------- reports
@@ -562,7 +597,7 @@ def cells_of(result: Result, baseline: "Result") -> list[str]:
     memory = result.memory(baseline)
     return [
         f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        "not measured" if memory is None else "{:.2f}, {:.2f}".format(*memory),
+        "not measured" if memory is None else f"{memory:.2f}",
     ]
 
 
@@ -573,7 +608,7 @@ def summary_cells(results: Results, engine: str, pick: Callable[[list[float]], f
         return ["", ""]
     time_cell = f"{pick([statistics.median(mine.ratios(plain)) for mine, plain in pairs]):.2f} (of {len(pairs)})"
     memory = [m for mine, plain in pairs if (m := mine.memory(plain)) is not None]
-    return [time_cell, f"{pick([m[0] for m in memory]):.2f}, {pick([m[1] for m in memory]):.2f}" if memory else ""]
+    return [time_cell, f"{pick(memory):.2f}" if memory else ""]
 
 
 def table(results: Results, engines: list[str]) -> str:
@@ -590,7 +625,7 @@ def table(results: Results, engines: list[str]) -> str:
     lines.append(
         "Ratios to ordinary training. Time: the median over the rounds (quartiles). "
         + (
-            "Memory: peak of the whole process, peak of what the training needs."
+            "Memory: the peak of what training needs beyond the interpreter and its libraries."
             if sys.platform == "linux"
             else "Memory is measured on Linux only."
         )
@@ -636,8 +671,7 @@ def chart(results: Results, engines: list[str], path: str) -> None:
         return statistics.median(mine.ratios(plain))
 
     def memory_ratio(mine: Result, plain: Result) -> float | None:
-        memory = mine.memory(plain)
-        return None if memory is None else memory[1]
+        return mine.memory(plain)
 
     figure = Figure(figsize=(max(6, 1.6 * len(results)), 7.5), layout="constrained")
     upper, lower = figure.subplots(2)
@@ -708,13 +742,16 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--workload", type=choice(WORKLOADS), default=list(WORKLOADS), help="comma-separated; default: all"
+        "--workload",
+        type=choice(WORKLOADS),
+        default=DEFAULT_WORKLOADS,
+        help="comma-separated; the default leaves out llama-checkpointed",
     )
     parser.add_argument(
         "--engine",
         type=choice(ENGINES),
         default=DEFAULT_ENGINES,
-        help="comma-separated; the default leaves out dp_hooks-hooks",
+        help="comma-separated; the default leaves out dp_hooks-hooks and dp_hooks-two-pass",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every engine")
     parser.add_argument("--steps", type=int, help="steps in a turn; default: about a second, at least two steps")

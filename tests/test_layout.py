@@ -16,13 +16,13 @@ LAYERS = [
     {"_validate", "_tree"},
     {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout"},
     {"gradients", "model_check", "sampling", "batch_axes"},
-    {"lifted_gradients", "site_calls"},
+    {"lifted_gradients", "site_calls", "two_pass"},
     {"lifting"},
     {"hook_controller"},
     {"self_check"},
     {"optimizer"},
     {"scope"},
-    {"privacy_engine", "step"},
+    {"privacy_engine", "step", "explain"},
     {"__init__"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
