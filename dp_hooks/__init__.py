@@ -1,6 +1,7 @@
 """Differentially private training for PyTorch models that are neither wrapped nor rewritten."""
 
 from . import errors
+from .explain import Explanation, explain
 from .hook_controller import HookController
 from .optimizer import PrivateOptimizer
 from .privacy_engine import PrivacyEngineHookBased
@@ -13,6 +14,7 @@ from .step import dp_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "HookController",
     "PrivacyEngineHookBased",
     "PrivacyReport",
@@ -22,6 +24,7 @@ __all__ = [
     "__version__",
     "dp_step",
     "errors",
+    "explain",
     "private_training",
     "register_rule",
 ]

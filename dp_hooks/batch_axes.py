@@ -322,6 +322,11 @@ class BatchAxes:
             return entries[0]
         return entries[count] if count < len(entries) else None
 
+    def differ(self, key: Any) -> bool:
+        """Whether the uses of ``key`` in one forward pass are not all alike."""
+        entries = self.known.get(key, [])
+        return any(entry != entries[0] for entry in entries)
+
     def learn(self, trials: Sequence[Trial]) -> None:
         """Take over what two trials agree on."""
         for key, agreed in self.merged(trials).items():

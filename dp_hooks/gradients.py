@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._tree import join, split
 from .errors import UnsupportedModelError
-from .rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum
+from .rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum, wide
 
 Sums = dict[nn.Parameter, Tensor]
 
@@ -36,6 +36,12 @@ class Source(Protocol):
 
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
+
+
+def scaled(grads: Tensor, scale: float) -> Tensor:
+    """Return ``scale * grads`` in at least float32: what norms are taken of must be what is summed up, digit by digit."""
+    grads = wide(grads)
+    return grads * scale if scale != 1 else grads
 
 
 def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
@@ -103,22 +109,19 @@ class Captured:
                 )
         return found
 
-    def _scaled(self, value: Tensor) -> Tensor:
-        return value * self.scale if self.scale != 1 else value
-
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
         name = self.names[param]
         if self.rule.keep:
             if self._kept is None:
                 self._kept = self._run(self.call)
-            return self._scaled(self._kept[name][rows])
-        return self._scaled(self._run(_narrow(self.call, rows, (name,)))[name])
+            return scaled(self._kept[name][rows], self.scale)
+        return scaled(self._run(_narrow(self.call, rows, (name,)))[name], self.scale)
 
     def all_grads(self) -> dict[nn.Parameter, Tensor]:
         """Per-sample gradients of all parameters and samples."""
         found = self._run(self.call)
-        return {param: self._scaled(found[name]) for param, name in self.names.items()}
+        return {param: scaled(found[name], self.scale) for param, name in self.names.items()}
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """The factors that the rule gives, if it does."""
@@ -191,8 +194,7 @@ class Stored:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """The stored rows."""
-        found = self.tensors[param][rows]
-        return found * self.scale if self.scale != 1 else found
+        return scaled(self.tensors[param][rows], self.scale)
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """None: the factors are gone."""

@@ -504,9 +504,10 @@ class HookController:
             )
         outputs = [t for t in tensors_of(output) if t.is_floating_point() or t.is_complex()]
         if self._lifter.trial is not None:
-            if id(site.module) in self._repeated:  # on each sample alone, it gives back what belongs to that sample
+            repeated = id(site.module) in self._repeated
+            if repeated:  # on each sample alone, it gives back what belongs to that sample
                 self._lifter.trial.unmark(outputs)
-            self._lifter.note_call(site.name, site.entry, outputs)
+            self._lifter.note_call(site.name, site.entry, outputs, repeated=repeated)
             return None
         if not outputs:
             return None
@@ -580,7 +581,9 @@ class HookController:
         self._lifter.strict = True
         for site in self._sites:
             prefix = f"{site.name}." if site.name else ""
-            site.outside = tuple(n for n in site.slots.params if self._lifter.is_touched(prefix + n))
+            whole = self._repeated.get(id(site.module)) is site  # its parameters are those of the sites inside
+            touched = [n for n in site.slots.params if self._lifter.is_touched(prefix + n)]
+            site.outside = () if whole else tuple(touched)
 
     def _repeat_where_needed(self, trials: list[Trial], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ._tree import join, tensors_of
 from .errors import UnsupportedModelError
-from .rules import Outer, sum_of_squares
+from .gradients import scaled
+from .rules import Outer, sum_of_squares, wide
 from .rules.layout import Layout
 from .slots import autocast_as
 
+_HALVES = (torch.float16, torch.bfloat16)
 _FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
@@ -109,8 +111,7 @@ class SharedGradients:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the chosen samples."""
-        found = self.shared.rows_to_parameter(param, self.rows[rows])
-        return found * self.scale if self.scale != 1 else found
+        return scaled(self.shared.rows_to_parameter(param, wide(self.rows[rows])), self.scale)
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """None: not a sum of outer products, as far as is known."""
@@ -282,10 +283,10 @@ class MeetingGradients:
         total = None
         for i, shared in self.meeting.shared.items():
             if any(root.param is param for root in shared.roots):
-                part = shared.rows_to_parameter(param, found[i])
+                part = wide(shared.rows_to_parameter(param, wide(found[i])))
                 total = part if total is None else total + part
         assert total is not None
-        return total * self.scale if self.scale != 1 else total
+        return scaled(total, self.scale)
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """None: not a sum of outer products, as far as is known."""
@@ -299,7 +300,9 @@ class MeetingGradients:
         self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
     ) -> dict[nn.Parameter, Tensor] | None:
         """Weight the output gradients: one ordinary backward pass through the operation."""
-        if self.samples == 0:
+        tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.meeting.shared.values())]
+        halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.meeting.autocast is not None
+        if self.samples == 0 or halves:  # autograd would round the sum over samples before the noise is in
             return None
         weights = factors
         if rows is not None:

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._tree import join, split, tensors_of, tree_map
-from .batch_axes import UNTRIED, BatchAxes, Entry, Trial, gradients_wanted, guessed
+from .batch_axes import UNSTEADY, UNTRIED, BatchAxes, Entry, Trial, gradients_wanted, guessed
+from .errors import UnsupportedModelError
 from .lifted_gradients import Meeting, MeetingGradients, Root, Shared, SharedGradients, refused, sum_to
 from .no_dropout import is_dropout
 from .rules.layout import Layout
@@ -110,6 +111,9 @@ class Lifter:
     trial: Trial | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
+    # For uses that differ from each other: what each was taken for in this forward pass, by the shapes it met.
+    seen: dict[Any, list[tuple[Any, Entry]]] = field(default_factory=dict)
+    names: dict[Any, str] = field(default_factory=dict)
     way: dict[Any, dict[str, str]] = field(default_factory=dict)
 
     # ---------------------------------------------------------------- lifting
@@ -141,13 +145,27 @@ class Lifter:
 
     def lower(self, tree: Any) -> Any:
         """Return ``tree`` with ordinary tensors in the place of lifted ones; their gradients count as leaked."""
+        if tree is not None:
+            self._check_counts()
         if not any(isinstance(t, Lifted) for t in tensors_of(tree)):
             return tree
         return tree_map(lambda leaf: leaf.shared.value if isinstance(leaf, Lifted) else leaf, tree)
 
+    def _check_counts(self) -> None:
+        """Refuse a forward pass that skipped some of several uses that differ: the others were taken for one another."""
+        for key in self.seen:
+            if self.counts.get(key) != len(self.axes.known.get(key, ())):
+                self.seen = {}
+                raise UnsupportedModelError(
+                    f"{self.names[key]}: used a different number of times than in the runs that showed where the samples are, "
+                    "and not every time in the same way (layers or branches that are skipped at random), so the per-sample "
+                    "gradients cannot be told apart. Remedy: always run the same layers, or freeze the parameters with "
+                    "requires_grad_(False)."
+                )
+
     def begin(self, rows: int | None) -> None:
         """An outermost call begins, on ``rows`` samples."""
-        self.rows, self.counts, self.strict, self.retried = rows, {}, False, False
+        self.rows, self.counts, self.seen, self.strict, self.retried = rows, {}, {}, False, False
 
     def is_touched(self, name: str) -> bool:
         """Whether trials saw the parameter ``name`` used outside its own module."""
@@ -162,6 +180,8 @@ class Lifter:
         if name == "__get__":
             attribute = getattr(func.__self__, "__name__", "")
             if attribute in _VIEWS_BY_NAME:
+                if self.trial is not None:
+                    self.touched.update(t.label for t in lifted)
                 return self._shared_result(func, args, kwargs, lifted, attribute)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -196,7 +216,9 @@ class Lifter:
             made = [t for t in tensors_of(result) if _is_float(t)]
             self._note(key, self.trial.results(entry, others[:1] if name == "setitem" else made))
             return result
-        probe = self._find(key, count) or self._guess(others)
+        probe = self._find(
+            key, count, others, lambda: _names([root for t in lifted for root in t.shared.roots])
+        ) or self._guess(others)
         if probe.shared:
             if any(t.requires_grad for t in others):
                 probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
@@ -225,15 +247,24 @@ class Lifter:
             return self.trial.arguments([t for t in inputs if not isinstance(t, Lifted)])
         count = self.counts.get(key, 0)
         self.counts[key] = count + 1
-        entry = self._find(key, count)
+        entry = self._find(key, count, [t for t in inputs if not isinstance(t, Lifted)], lambda: name or "the model")
         if entry is not None or self.rows is None:
             return entry
         lifted = [guessed(t, self.axes.axis, self.rows) for t in inputs]
         return None if any(lifted) else Entry(shared=True)
 
-    def _find(self, key: Any, count: int) -> Entry | None:
+    def _find(self, key: Any, count: int, tensors: list[Tensor], names: Callable[[], str]) -> Entry | None:
         """What trials have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
+        several = self.axes.differ(key)
+        shapes = tuple(t.shape for t in tensors) if several else ()
+        if several and torch._C._current_graph_task_id() != -1:  # checkpointing runs a part of the forward pass again
+            found = [entry for met, entry in self.seen.get(key, ()) if met == shapes]
+            if found:
+                return found[0] if all(entry == found[0] for entry in found) else Entry(reason=UNSTEADY)
         entry = self.axes.find(key, count)
+        if entry is not None and several:
+            self.seen.setdefault(key, []).append((shapes, entry))
+            self.names[key] = names()
         if entry is not None or not self.strict:
             return entry
         if not self.retried:
@@ -245,11 +276,18 @@ class Lifter:
             self.axes.known[key] = [*self.axes.known.get(key, []), entry]
         return entry
 
-    def note_call(self, name: str, entry: Entry | None, outputs: list[Tensor]) -> None:
-        """Keep what a trial saw of a call of the module ``name``."""
+    def note_call(self, name: str, entry: Entry | None, outputs: list[Tensor], *, repeated: bool) -> None:
+        """Keep what a trial saw of a call of the module ``name``.
+
+        Of a module that is ``repeated`` on each sample, outputs may be of any layout as long as the loss does not
+        depend on them: that is seen when gradients come back.
+        """
         assert self.trial is not None
         if entry is not None:
-            self.trial.note(("call", name), self.trial.results(entry, outputs))
+            found = self.trial.results(entry, outputs)
+            if repeated and entry.reason is None:
+                found = replace(found, reason=None)
+            self.trial.note(("call", name), found)
 
     def note_shared(self, name: str, entry: Entry | None) -> None:
         """Keep that the module ``name`` was called with what all samples share."""

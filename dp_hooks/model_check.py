@@ -6,6 +6,7 @@ from opacus.utils.module_utils import trainable_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ._validate import bad
 from .errors import UnsupportedModelError
@@ -62,18 +63,33 @@ def _reasons(module: nn.Module, trainable: bool) -> list[str]:
     return [] if reason is None else [reason]
 
 
-def problems(model: nn.Module) -> list[str]:
-    """Return one line per offending module: its name, class, the reason and the remedy."""
+def located_problems(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the qualified name of every offending module and parameter, and the line about it that is shown."""
     trainable = {id(module) for _, module in trainable_modules(model)}
-    lines = [
-        f"{name or 'the model itself'} ({type(module).__name__}): {reason}."
+    found = [
+        (name, f"{name or 'the model itself'} ({type(module).__name__}): {reason}.")
         for name, module in model.named_modules()
         for reason in _reasons(module, id(module) in trainable)
     ]
     for name, param in model.named_parameters():
-        if param.requires_grad and param.is_complex():
-            lines.append(f"{name}: a complex parameter. Remedy: freeze it, or store real and imaginary parts.")
-    return lines
+        reason = _parameter_reason(param) if param.requires_grad else None
+        if reason is not None:
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            found.append((name, f"{name} (parameter of {owner}): {reason}."))
+    return found
+
+
+def _parameter_reason(param: nn.Parameter) -> str | None:
+    if is_lazy(param):
+        return "it has no shape yet. Remedy: run the model once on an example first"
+    if param.is_complex():
+        return "a complex parameter. Remedy: freeze it, or store real and imaginary parts"
+    return None
+
+
+def problems(model: nn.Module) -> list[str]:
+    """Return one line per offending module and parameter: its name, class, the reason and the remedy."""
+    return [line for _, line in located_problems(model)]
 
 
 def check_model(model: nn.Module) -> None:
@@ -81,4 +97,6 @@ def check_model(model: nn.Module) -> None:
     found = problems(model)
     if found:
         listing = "\n".join(f"  - {line}" for line in found)
-        raise UnsupportedModelError(f"{len(found)} module(s) of the model cannot be trained privately:\n{listing}")
+        raise UnsupportedModelError(
+            f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{listing}"
+        )

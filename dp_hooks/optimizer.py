@@ -220,6 +220,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Refused: the set of private parameters is fixed when the scope begins."""
         raise ScopeError("parameter groups cannot be added inside a private scope: add them before entering it.")
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by ``torch.amp.GradScaler.step``, which would have to unscale gradients that are clipped already."""
+        raise ScopeError(
+            "GradScaler multiplies the loss by a scale that per-sample clipping would not know of: the clipping bound would be "
+            "divided by it. Call loss.backward() and opt.step() without the scaler; autocast alone is fine."
+        )
+
     def __repr__(self) -> str:
         """Show the privacy parameters and the wrapped optimizer."""
         return (
@@ -292,6 +300,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.requires_grad and id(p) not in managed:
                     name = self._controller.name_of(p)
+                    p.grad = None  # it is of private samples, and without noise
                     raise UnsupportedModelError(
                         f"{name}: became trainable after the scope began, so its gradient was neither clipped nor noised. "
                         "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "

@@ -25,6 +25,8 @@ _CALLS = 64
 # the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 _COARSE = 1e-1
+# How much too small the norm of a sample's whole gradient may be: it is what keeps its contribution below the bound.
+_NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
 
 
 @dataclass(eq=False)
@@ -34,6 +36,7 @@ class _Observed:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype | None]
+    kind: Any = None
     # How each output enters the loss of the check: its sample axis, "scalar", or "left out". Found in the whole run.
     plan: list[int | str] = field(default_factory=list)
     # What the whole run returned, to compare with what samples return alone.
@@ -62,6 +65,7 @@ class SelfCheck:
         self._model = model
         self._params = params
         self._checked: set[tuple[Any, ...]] = set()
+        self._checked_calls: set[tuple[Any, Any]] = set()
         self._observed: list[_Observed] = []
         self._overflow = False
         self._busy = False
@@ -86,7 +90,8 @@ class SelfCheck:
         self._criterion_call = None
 
     def _observe(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._busy or self._key(2) in self._checked:
+        kind = _kind_of(name, args, kwargs)
+        if self._busy or (self._key(2), kind) in self._checked_calls:
             return
         if len(self._observed) == _CALLS:
             self._overflow = True
@@ -95,7 +100,7 @@ class SelfCheck:
             self._state = self._written()
         device = self._params[0].device.type
         copied = private_copy((args, kwargs))
-        self._observed.append(_Observed(module, name, copied[0], copied[1], (device, autocast_dtype(device))))
+        self._observed.append(_Observed(module, name, copied[0], copied[1], (device, autocast_dtype(device)), kind))
 
     def _key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
@@ -121,21 +126,33 @@ class SelfCheck:
         return self._key(2) not in self._checked
 
     def needed(self, samples: int) -> bool:
-        """Whether a batch of this size may not be released before a check."""
-        return samples > 0 and not self._busy and self._key(samples) not in self._checked
+        """Whether a batch of this size may not be released before a check: nothing like it, or not every call, was checked."""
+        if samples == 0 or self._busy:
+            return False
+        key = self._key(samples)
+        return key not in self._checked or any((key, call.kind) not in self._checked_calls for call in self._observed)
 
     def check_calls(self, samples: int) -> None:
         """Check every outermost call observed since the last boundary, with random cotangents on its outputs.
 
         Raises:
-            SelfCheckError: a disagreement, or a check that could not be made.
+            SelfCheckError: a disagreement, or a check that could not be made. What was captured must not be used then.
         """
+        try:
+            self._check_calls(samples)
+        finally:
+            self.new_step()
+
+    def _check_calls(self, samples: int) -> None:
         calls = [call for call in self._observed if self._has_rows(call, samples)]
         if self._overflow:
             raise SelfCheckError(
                 f"more than {_CALLS} separate calls into the model before one step: too many to compare. Call them from the "
                 "forward of one module, or train with a @dp_step function, which is checked whole."
             )
+        before = self._key(samples) in self._checked  # now it is about calls that were not made then
+        if before and not calls:
+            return
         if not calls:
             raise SelfCheckError(
                 "the self-check saw no call into the model before this step, so nothing could be compared. Run the model "
@@ -156,10 +173,11 @@ class SelfCheck:
                 "no output of the model could be compared in the self-check: none has a row per sample or is a scalar loss. "
                 "Remedy: declare the sample axis (batch_first), or train with a @dp_step function, which is checked whole."
             )
-        if self._criterion is not None:
-            self._check_criterion(samples)
-        self._passed(samples)
-        self.loss_verified = self._criterion is not None and samples > 1
+        if not before:
+            if self._criterion is not None:
+                self._check_criterion(samples)
+            self.loss_verified = self._criterion is not None and samples > 1
+        self._passed(samples, calls)
 
     def _has_rows(self, call: _Observed, samples: int) -> bool:
         axis = self._controller.axis
@@ -178,7 +196,10 @@ class SelfCheck:
             if self._controller.loss_reduction == "mean":
                 whole = [g * samples for g in whole]
             for i in _some(samples):
-                alone = self._criterion_gradients(one_sample(call, i, samples, axis))
+                try:
+                    alone = self._criterion_gradients(one_sample(call, i, samples, axis))
+                except Exception as error:
+                    raise self._not_alone(f"criterion ({type(self._criterion).__name__})", i, error) from error
                 for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
                     off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
                     if not off <= _TOLERANCE.get(single.dtype, _COARSE):
@@ -215,6 +236,8 @@ class SelfCheck:
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
+        if self._key(2) in self._checked:
+            return  # another call than then: it is compared alone, by check_calls
         self._check_written()
         self._coarse = any(call.autocast[1] is not None for call in self._observed)
         if not self._compare(samples, whole, alone, "the train function"):
@@ -222,13 +245,13 @@ class SelfCheck:
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
             )
-        self._passed(samples)
+        self._passed(samples, self._observed)
         self.loss_verified = samples > 1 or self.loss_verified
 
-    def _passed(self, samples: int) -> None:
-        self._checked.add(self._key(samples))
-        if samples > 1:
-            self._checked.add(self._key(1))
+    def _passed(self, samples: int, calls: list[_Observed]) -> None:
+        for key in {self._key(samples), self._key(1)}:
+            self._checked.add(key)
+            self._checked_calls |= {(key, call.kind) for call in calls}
 
     def _loss_of_call(self, call: _Observed, samples: int, alone: int | None) -> Tensor:
         axis = self._controller.axis
@@ -332,12 +355,15 @@ class SelfCheck:
         except DPHooksError:
             raise
         except Exception as error:
-            raise SelfCheckError(
-                f"{what}: sample {i} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
-                "the model and the loss must work on a batch of one; an input that all samples share must not have "
-                "as many rows as the batch has samples."
-            ) from error
+            raise self._not_alone(what, i, error) from error
         return {p: p.grad.to_dense() if p.grad.is_sparse else p.grad for p in self._params if p.grad is not None}
+
+    def _not_alone(self, what: str, i: int, error: Exception) -> SelfCheckError:
+        return SelfCheckError(
+            f"{what}: sample {i} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
+            "the model and the loss must work on a batch of one; an input that all samples share must not have "
+            "as many rows as the batch has samples."
+        )
 
     def _judge(
         self,
@@ -376,6 +402,7 @@ class SelfCheck:
         factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
         sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
         worst: list[tuple[float, str]] = []
+        missing: dict[nn.Parameter, Tensor] = {}  # what is missing from the squared norms
         for p in reached:
             want = torch.stack([e[p] if p in e else torch.zeros_like(p) for e in expected]).double()
             have = found.grads(p, rows.to(p.device)).double() if p in sums else torch.zeros_like(want)
@@ -387,9 +414,14 @@ class SelfCheck:
             off_sum = (have_sum - want_sum).square().sum().sqrt() / scale.sum()
             have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
             off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
+            missing[p] = (own - have_norm).to(device)
             error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
             if error > self._tolerance(p.dtype):
                 worst.append((error, self._controller.name_of(p)))
+        if not worst and not self._coarse:
+            short = float((torch.stack(list(missing.values())).sum(0) / total.clamp(min=1e-60)).max()) / 2
+            if short > max(_NORM_TOLERANCE.get(p.dtype, _COARSE) for p in reached):
+                worst.append((short, self._controller.name_of(max(missing, key=lambda p: float(missing[p].sum())))))
         if worst:
             self._complain(sorted(worst, reverse=True), len(reached), found.samples, what)
 
@@ -427,6 +459,13 @@ class SelfCheck:
                     buffer.copy_(value)
             for p, grad in grads:
                 p.grad = grad
+
+
+def _kind_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is called, and with what kinds of inputs: a check of a call without a mask shows nothing about one with it."""
+    given = frozenset(key for key, value in kwargs.items() if value is not None)
+    kinds = frozenset((t.dim(), t.dtype) for t in tensors_of((args, kwargs)))
+    return name, tuple(type(arg) for arg in args), given, kinds
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:

@@ -596,3 +596,111 @@ def test_a_train_function_that_does_something_else_when_run_again_is_refused(loa
     assert not moved
     assert steps == 0
     assert not scope.report().loss_verified
+
+
+def _a_table_and_the_tokens(s, x):
+    """Use the same parameters for the tokens, unless they are skipped, and for a table that all samples share."""
+    h = x if s.skips else s.scale * s.proj(x)
+    return torch.einsum("ntd,pd->ntp", h, s.scale * s.proj(s.table))
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+def test_uses_that_are_skipped_later_are_not_taken_for_one_another(mode, loader_of):
+    """Once one of two different uses of a parameter is left out, the step is refused by name, whatever the shapes."""
+    model = Wrap(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5))).double()
+    model.register_buffer("table", randn(N, 5))  # as many rows as samples
+    model.skips = False
+    data = [randn(N, N, 5)]
+    with enter(model, loader_of, data, grad_sample_mode=mode) as (opt, _):
+        for skips in (False, True, False):
+            model.skips, before = skips, model.scale.detach().clone()
+            try:
+                _plain(model, data).mean().backward()
+                opt.step()
+            except errors.UnsupportedModelError as error:
+                assert skips
+                assert str(error).startswith(("proj", "scale"))  # noqa: PT017
+                opt.zero_grad()
+            assert torch.equal(before, model.scale) == skips
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_different_uses_under_checkpointing(use_reentrant, loader_of):
+    """Blocks that use parameters for tokens and for a shared table may be checkpointed, one after the other."""
+
+    def block():
+        made = Wrap(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5)))
+        made.table, made.skips = nn.Parameter(torch.rand(5, 5)), False
+        return made
+
+    def forward(s, x):
+        return checkpoint(
+            s.two, checkpoint(s.one, s.first(x), use_reentrant=use_reentrant), use_reentrant=use_reentrant
+        )
+
+    model = Wrap(forward, first=nn.Linear(5, 5), one=block(), two=block()).double()
+
+    def step(opt, batch):
+        _plain(model, batch).mean().backward()
+        opt.step()
+
+    error, moved, _ = released(model, enter(model, loader_of, [randn(N, 5, 5)]), step)
+    assert error is None
+    assert moved
+
+
+class _Masked(nn.Linear):
+    """Mixes samples where it gets a mask."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x if mask is None else x - (mask * x).mean(0))
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_inputs_that_are_given_for_the_first_time_later_are_checked_then(by_keyword, loader_of):
+    """A model that mixes samples only where it gets a mask is refused at the first step with one."""
+    model, data, mask = _Masked(5, 3).double(), randn(N, 5), torch.ones(N, 1)
+    with enter(model, loader_of, [data]) as (opt, _):
+        for with_mask in (False, False, True):
+            args, kwargs = ((), {"mask": mask}) if by_keyword else ((mask,), {})
+            model(data, *(args if with_mask else ()), **(kwargs if with_mask else {})).square().mean(
+                1
+            ).mean().backward()
+            before = model.weight.detach().clone()
+            if with_mask:
+                with pytest.raises(errors.SelfCheckError):
+                    opt.step()
+            else:
+                opt.step()
+            assert torch.equal(before, model.weight) == with_mask
+
+
+class _Heads(nn.Module):
+    """Two parts that are called from outside; the second one mixes samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.sound = mlp()
+        self.broken = mlp(MIXING["centred by the batch mean"])
+
+
+@pytest.mark.parametrize("by_function", [True, False])
+def test_a_part_that_is_called_for_the_first_time_later_is_checked_then(by_function, loader_of):
+    """A part of the model that no earlier step called is compared before its first gradients are released."""
+    model, data = _Heads(), randn(N, 5)
+    train = dp_step(lambda model, batch, name: _plain(getattr(model, name), batch))
+    moves = []
+    with enter(model, loader_of, [data]) as (opt, _):
+        for name in ("sound", "sound", "broken", "sound"):
+            before = [p.detach().clone() for p in model.parameters()]
+            try:
+                if by_function:
+                    train(model, [data], name)
+                else:
+                    _plain(getattr(model, name), [data]).mean().backward()
+                    opt.step()
+            except errors.SelfCheckError:
+                opt.zero_grad()
+            moves.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+    assert moves == [True, True, False, True]

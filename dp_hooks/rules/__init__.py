@@ -3,6 +3,7 @@
 from . import outer
 from .embedding import refusal as embedding_refusal
 from .generic import GENERIC
+from .linear import wide
 from .outer import CHUNK, Outer, sum_of_squares
 from .registry import RuleTable, register_rule
 from .rule import Call, Dims, Rule, check_samples, weighted_sum
@@ -21,4 +22,5 @@ __all__ = [
     "register_rule",
     "sum_of_squares",
     "weighted_sum",
+    "wide",
 ]

@@ -42,6 +42,18 @@ def _padded(layer: _ConvNd, x: Tensor) -> Tensor:
     return F.pad(x, pad, mode=mode)
 
 
+def _needed(layer: _ConvNd, x: Tensor) -> list[int]:
+    """Return the size of what a transposed convolution of ``x`` gives, without any padding."""
+    sizes = zip(x.shape[2:], layer.stride, layer.kernel_size, layer.dilation, strict=True)
+    return [(size - 1) * s + (k - 1) * d + 1 for size, s, k, d in sizes]
+
+
+def _output_padding(layer: _ConvNd, x: Tensor, g: Tensor) -> list[int]:
+    """Return the output padding of a transposed convolution, which a call may override by its ``output_size``."""
+    sizes = zip(g.shape[2:], _needed(layer, x), cast("tuple[int, ...]", layer.padding), strict=True)
+    return [size - (need - 2 * p) for size, need, p in sizes]
+
+
 def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
     """Return the tensor that patches are cut from, padded, and the one that meets them, each ``[n, c, ...]``."""
     layer, x, g = _layer(call), call.input, call.grad
@@ -49,12 +61,8 @@ def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
     if not layer.transposed:
         return _padded(layer, x), g
     # Output position = input position * stride + k * dilation - padding: the gradient is read as an input would be.
-    need = [
-        (size - 1) * s + (k - 1) * d + 1
-        for size, s, k, d in zip(x.shape[2:], layer.stride, layer.kernel_size, layer.dilation, strict=True)
-    ]
     pad: list[int] = []
-    for p, size, wanted in zip(cast("tuple[int, ...]", layer.padding), g.shape[2:], need, strict=True):
+    for p, size, wanted in zip(cast("tuple[int, ...]", layer.padding), g.shape[2:], _needed(layer, x), strict=True):
         pad = [p, wanted - size - p, *pad]
     return F.pad(g, pad), x
 
@@ -113,6 +121,10 @@ class Patches(Outer):
     def pick(self, samples: slice | Tensor) -> "Patches":
         """Return the factors of some samples."""
         return Patches(self._seen[samples], self._seeing[samples], self._layer, self.shape, self.scale)
+
+    def absolute(self) -> "Patches":
+        """Return the factors without their signs."""
+        return Patches(self._seen.abs(), self._seeing.abs(), self._layer, self.shape, abs(self.scale))
 
     def _cost_of_pixels(self) -> float:
         kernel = torch.Size(self._layer.kernel_size).numel()
@@ -179,7 +191,7 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
         cut = _cut(seen, layer, seeing.shape[2:])
         split = call.samples * layer.groups
         left = seeing.reshape(split, seeing.shape[1] // layer.groups, cut.shape[2])
-        right = cut.view(split, cut.shape[1] // layer.groups, cut.shape[2])
+        right = cut.reshape(split, cut.shape[1] // layer.groups, cut.shape[2])
         out["weight"] = torch.bmm(left, right.mT).view(call.samples, *call.parameter("weight").shape)
     if "bias" in call.names:
         out["bias"] = wide(call.grad).flatten(2).sum(2)
@@ -197,9 +209,9 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
             g = g * scale
         else:
             x = x * scale
-        padding = [0] * len(layer.kernel_size)
+        padding, beyond = [0] * len(layer.kernel_size), list(layer.output_padding)
         if layer.transposed:
-            padding = list(cast("tuple[int, ...]", layer.padding))
+            padding, beyond = list(cast("tuple[int, ...]", layer.padding)), _output_padding(layer, x, g)
         elif layer.padding_mode == "zeros" and _is_even(_padding(layer)):
             padding = _padding(layer)[::-2]
         else:
@@ -213,7 +225,7 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
             padding,
             list(layer.dilation),
             layer.transposed,
-            list(layer.output_padding),
+            beyond,
             layer.groups,
             [False, True, False],
         )

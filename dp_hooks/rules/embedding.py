@@ -121,4 +121,10 @@ EMBEDDING_BAG = Rule(
     factored=bag_factored,
     parameters=frozenset({"weight"}),
     batch_dim=0,
+    keep=True,  # flat ids cannot be narrowed to some samples, even if there are as many as samples
 )
+
+
+def has_flat_ids(call: Call) -> bool:
+    """Whether the call is one of an ``EmbeddingBag`` with offsets: its ids are not one row per sample."""
+    return isinstance(call.module, nn.EmbeddingBag) and _argument(call, 1, "offsets") is not None

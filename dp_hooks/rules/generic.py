@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._tree import join, split, tensors_of
 from ..errors import UnsupportedModelError
+from .embedding import bag_grad_samples, has_flat_ids
 from .normalisation import feature_norm
 from .rule import Call, Rule
 
@@ -123,6 +124,10 @@ def _is_random(error: Exception) -> bool:
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Per-sample gradients of every trainable parameter in the module and below it."""
+    if has_flat_ids(call):
+        if call.cut is not None:
+            raise _refusal(call, "its ids are flat, with offsets: a row of them is not a sample")
+        return bag_grad_samples(call)
     params = {name: call.parameter(name).detach() for name in call.names}
     if call.samples and not needs_loop(call.module) and "loop" not in call.memo:
         try:

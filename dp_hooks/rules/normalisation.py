@@ -77,9 +77,13 @@ def is_feature_norm(module: nn.Module) -> bool:
 
 
 def _is_affine(call: Call, base: Tensor, slope: Tensor) -> bool:
-    """Whether the module computes ``base + slope * weight`` at its present weight and at another one."""
+    """Whether the module computes ``base + slope * weight`` at its present weight and at another one.
+
+    The other one has a different entry of its own for every feature and both signs: weights as they are initialised,
+    all alike, would not tell a module that permutes, averages or rectifies them.
+    """
     w = call.parameter("weight").detach()
-    for value in (w, 0.5 - 1.5 * w):
+    for value in (w, torch.linspace(-1.5, 1.25, w.shape[0], dtype=w.dtype, device=w.device)):
         found = call.run({"weight": value}, call.args, call.kwargs)
         tolerance = 50 * torch.finfo(found.dtype).eps
         if not torch.allclose(found, base + slope * value.to(found.dtype), rtol=tolerance, atol=tolerance):
@@ -96,9 +100,14 @@ def feature_norm(call: Call) -> dict[str, Tensor] | None:
     w = call.parameter("weight").detach()
     if call.samples == 0:
         return {"weight": w.new_zeros((0, *w.shape))}
-    if call.memo.get("affine") is False or call.grad.dim() < 2 or call.grad.shape[-1] != w.shape[0]:
+    if call.memo.get("affine") is False or len(call.grads) != 1:
+        return None
+    if call.grad.dim() < 2 or call.grad.shape[-1] != w.shape[0]:
         return None
     slope = call.run({"weight": torch.ones_like(w)}, call.args, call.kwargs)
+    if not isinstance(slope, Tensor):
+        call.memo["affine"] = False
+        return None
     if "affine" not in call.memo or not call.memo["homogeneous"]:
         base = call.run({"weight": torch.zeros_like(w)}, call.args, call.kwargs)
         slope = slope - base

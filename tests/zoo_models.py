@@ -1,0 +1,755 @@
+"""Tiny random models of real architectures, each with a batch of three samples; one builder for each in a table.
+
+Nothing is downloaded: the models are built from configurations, 2 layers deep and 8 to 32 wide.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import peft
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from peft import LoraConfig, get_peft_model
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, rnn
+from torchvision.models import swin_transformer
+
+SAMPLES = 3
+LENGTH = 6
+VOCAB = 40
+
+
+@dataclass
+class Specimen:
+    """A model, the inputs of three samples, and the tensor of the output that the loss is on."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    read: Callable[[Any], Tensor]
+    dtype: torch.dtype = torch.float64
+
+
+Builder = Callable[[], Specimen]
+
+
+class Net(nn.Module):
+    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
+
+    def __init__(self, fn: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.fn = (fn,)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.fn[0](self, **inputs)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(SAMPLES, *shape)
+
+
+def ids(length: int = LENGTH, low: int = 5, high: int = VOCAB) -> Tensor:
+    return torch.randint(low, high, (SAMPLES, length))
+
+
+def mask(length: int = LENGTH) -> Tensor:
+    """Samples of different length, the padding on the right."""
+    return (torch.arange(length) < torch.tensor([length, length - 2, length // 2])[:, None]).long()
+
+
+def text(length: int = LENGTH) -> dict[str, Tensor]:
+    return {"input_ids": ids(length) * mask(length), "attention_mask": mask(length)}
+
+
+def unpadded() -> dict[str, Tensor]:
+    return {"input_ids": ids()}
+
+
+def text_pair() -> dict[str, Tensor]:
+    return {**text(), "decoder_input_ids": ids(4)}
+
+
+def image(size: int = 16) -> dict[str, Tensor]:
+    return {"pixel_values": randn(3, size, size)}
+
+
+def image_and_text(size: int = 16) -> dict[str, Tensor]:
+    return {**text(), **image(size)}
+
+
+def waveform() -> dict[str, Tensor]:
+    return {"input_values": randn(200)}
+
+
+# ---------------------------------------------------------------- transformers
+
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TEXT = {**WIDE, **IDS, **STILL, "max_position_embeddings": 32, "num_labels": 3}
+DECODER = {
+    **WIDE,
+    **IDS,
+    "max_position_embeddings": 32,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "attention_dropout": 0.0,
+    "use_cache": False,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+IMAGE = {**WIDE, **STILL, "image_size": 16, "patch_size": 8, "num_labels": 3, "attention_dropout": 0.0}
+AUDIO = {
+    **WIDE,
+    **STILL,
+    "vocab_size": 12,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "activation_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+}
+SEQ2SEQ = {
+    **IDS,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "use_cache": False,
+}
+
+
+def first(output: Any) -> Tensor:
+    """Read the first output, which is what a model is named after: logits, or hidden states."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def hf(
+    model: str,
+    inputs: Callable[[], dict[str, Tensor]],
+    config: dict[str, Any],
+    read: Callable[[Any], Tensor] = first,
+    attention: str | None = None,
+    **more: Any,
+) -> Builder:
+    """Return a builder for a class of transformers; its test is skipped where that is too old to have it."""
+
+    def build() -> Specimen:
+        kind = getattr(transformers, model, None)
+        if kind is None:
+            pytest.skip(f"transformers {transformers.__version__} has no {model}")
+        settings = kind.config_class(**{**config, **more})
+        if attention is not None:
+            settings._attn_implementation = attention
+        return Specimen(kind(settings), inputs(), read)
+
+    return build
+
+
+def single_precision(builder: Builder) -> Builder:
+    """Return a builder for a model that runs in float32 only."""
+    return lambda: replace(builder(), dtype=torch.float32)
+
+
+def checkpointed(builder: Builder) -> Builder:
+    def build() -> Specimen:
+        specimen = builder()
+        specimen.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return specimen
+
+    return build
+
+
+def encoder_decoder() -> Specimen:
+    encoder = transformers.BertConfig(**TEXT)
+    decoder = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(encoder), decoder=transformers.BertLMHeadModel(decoder)
+    )
+    return Specimen(model, text_pair(), first)
+
+
+CLIP_TEXT = {**TEXT, "projection_dim": 8, "attention_dropout": 0.0}
+CLIP_IMAGE = {**IMAGE, "projection_dim": 8}
+CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_IMAGE, "projection_dim": 8}
+
+
+def embeddings(output: Any) -> Tensor:
+    """Read the two embeddings of each sample, without the logits of every image with every text."""
+    return torch.cat([output.text_embeds, output.image_embeds], -1)
+
+
+def only(read: Callable[[Any], Tensor], builder: Builder) -> Builder:
+    """Return a builder for a model whose one output is what ``read`` takes from the outputs of the other one."""
+
+    def build() -> Specimen:
+        specimen = builder()
+        return replace(specimen, model=Net(lambda s, **inputs: read(s.net(**inputs)), net=specimen.model), read=first)
+
+    return build
+
+
+GPT = {**IDS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
+GPT_STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+BART = {**SEQ2SEQ, "num_labels": 3}
+T5 = {
+    **IDS,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 8,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "use_cache": False,
+}
+DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+SWIN = {
+    **STILL,
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+    "num_labels": 3,
+}
+CONVNEXT = {
+    "hidden_sizes": [8, 12],
+    "depths": [1, 1],
+    "num_stages": 2,
+    "patch_size": 4,
+    "image_size": 16,
+    "num_labels": 3,
+}
+STATE = {**IDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 3, "use_cache": False}
+SQUEEZED = {f"{name}_groups": 2 for name in ("q", "k", "v", "intermediate", "output")} | {"post_attention_groups": 1}
+MIXTRAL = hf("MixtralForCausalLM", text, {**DECODER, **EXPERTS}, num_local_experts=3, sliding_window=None)
+JETMOE = {"num_key_value_heads": 1, "kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+
+ENCODERS: dict[str, Builder] = {
+    "bert-mlm": hf("BertForMaskedLM", text, TEXT),
+    "bert-classifier-eager": hf("BertForSequenceClassification", text, TEXT, attention="eager"),
+    "bert-checkpointed": checkpointed(hf("BertForSequenceClassification", text, TEXT)),
+    "roberta-tokens": hf("RobertaForTokenClassification", text, TEXT),
+    "albert": hf("AlbertForMaskedLM", text, TEXT, embedding_size=8),
+    "distilbert": hf(
+        "DistilBertForMaskedLM",
+        text,
+        {**IDS, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0},
+        max_position_embeddings=32,
+    ),
+    "electra": hf("ElectraForMaskedLM", text, TEXT, embedding_size=8),
+    "deberta-v2": hf(
+        "DebertaV2ForMaskedLM", text, DEBERTA, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True
+    ),
+    "deberta": hf("DebertaForMaskedLM", text, DEBERTA),
+    "mpnet": hf("MPNetForMaskedLM", text, TEXT, relative_attention_num_buckets=32),
+    "xlnet": hf(
+        "XLNetLMHeadModel",
+        text,
+        {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0},
+    ),
+    "funnel": hf(
+        "FunnelForMaskedLM",
+        text,
+        {**IDS, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24},
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+    ),
+    "convbert": hf("ConvBertForMaskedLM", text, TEXT, embedding_size=8, conv_kernel_size=3, head_ratio=2),
+    "modernbert": hf(
+        "ModernBertForMaskedLM",
+        text,
+        {**WIDE, **IDS, "max_position_embeddings": 32, "local_attention": 4, "global_attn_every_n_layers": 2},
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
+    "longformer": hf("LongformerForMaskedLM", lambda: {"input_ids": ids(8)}, TEXT, attention_window=4),
+    "mobilebert": hf(
+        "MobileBertForMaskedLM", text, TEXT, embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8
+    ),
+    "squeezebert": hf("SqueezeBertForMaskedLM", text, TEXT, embedding_size=16, **SQUEEZED),
+    "fnet": hf("FNetForMaskedLM", unpadded, {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0}),
+}
+
+CAUSAL: dict[str, Builder] = {
+    "gpt2": hf("GPT2LMHeadModel", text, {**GPT, **GPT_STILL}),
+    "gpt2-checkpointed": checkpointed(hf("GPT2LMHeadModel", text, {**GPT, **GPT_STILL})),
+    "gpt-neo": hf(
+        "GPTNeoForCausalLM",
+        text,
+        {**IDS, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 4},
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=32,
+        use_cache=False,
+    ),
+    "gptj": hf("GPTJForCausalLM", text, {**GPT, **GPT_STILL, "rotary_dim": 4}),
+    "gpt-neox": hf("GPTNeoXForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}),
+    "opt": hf(
+        "OPTForCausalLM",
+        text,
+        {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
+    ),
+    "bloom": hf(
+        "BloomForCausalLM",
+        text,
+        {**IDS, "hidden_size": 16, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        use_cache=False,
+    ),
+    "llama": hf("LlamaForCausalLM", text, DECODER),
+    "llama-tied-eager": hf("LlamaForCausalLM", text, DECODER, attention="eager", tie_word_embeddings=True),
+    "mistral": hf("MistralForCausalLM", text, DECODER, sliding_window=4),
+    "mixtral": single_precision(MIXTRAL),
+    "qwen2": hf("Qwen2ForCausalLM", text, DECODER),
+    "qwen3": hf("Qwen3ForCausalLM", text, DECODER),
+    "qwen2-moe": single_precision(hf("Qwen2MoeForCausalLM", text, {**DECODER, **EXPERTS}, num_experts=3)),
+    "jetmoe": single_precision(
+        hf("JetMoeForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}, **JETMOE)
+    ),
+    "gemma": hf("GemmaForCausalLM", text, DECODER),
+    "gemma2": hf("Gemma2ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
+    "gemma3": hf("Gemma3ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
+    "phi": hf("PhiForCausalLM", text, DECODER, num_key_value_heads=2, resid_pdrop=0.0, embd_pdrop=0.0),
+    "falcon": hf(
+        "FalconForCausalLM",
+        text,
+        {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        use_cache=False,
+    ),
+    "olmo": hf("OlmoForCausalLM", text, DECODER),
+    "mamba": hf("MambaForCausalLM", unpadded, STATE, time_step_rank=4),
+    "mamba2": hf("Mamba2ForCausalLM", unpadded, STATE, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4),
+    "rwkv": hf(
+        "RwkvForCausalLM",
+        unpadded,
+        {**IDS, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24},
+        context_length=16,
+        rescale_every=0,
+        use_cache=False,
+    ),
+    "recurrent-gemma": hf(
+        "RecurrentGemmaForCausalLM",
+        text,
+        DECODER,
+        lru_width=16,
+        attention_window_size=4,
+        conv1d_width=3,
+        block_types=["recurrent", "attention"],
+    ),
+}
+
+SEQ2SEQS: dict[str, Builder] = {
+    "t5": hf("T5ForConditionalGeneration", text_pair, T5),
+    "t5-encoder": hf("T5EncoderModel", text, T5),
+    "bart": hf("BartForConditionalGeneration", text_pair, BART),
+    "pegasus": hf("PegasusForConditionalGeneration", text_pair, BART),
+    "marian": hf("MarianMTModel", text_pair, BART),
+    "m2m100": hf(
+        "M2M100ForConditionalGeneration", text_pair, {**BART, "encoder_layerdrop": 0.0}, decoder_layerdrop=0.0
+    ),
+    "bert-to-bert": encoder_decoder,
+}
+
+VISION: dict[str, Builder] = {
+    "vit": hf("ViTForImageClassification", image, IMAGE),
+    "deit": hf("DeiTForImageClassification", image, IMAGE),
+    "beit": hf(
+        "BeitForImageClassification", image, IMAGE, use_relative_position_bias=True, drop_path_rate=0.0, vocab_size=8
+    ),
+    "swin": hf("SwinForImageClassification", image, SWIN),
+    "swinv2": hf("Swinv2ForImageClassification", image, SWIN),
+    "convnext": hf("ConvNextForImageClassification", image, CONVNEXT),
+    "convnextv2": hf("ConvNextV2ForImageClassification", image, CONVNEXT),
+    "dinov2": hf("Dinov2ForImageClassification", image, IMAGE, layerscale_value=0.5),
+    "segformer": hf(
+        "SegformerForImageClassification",
+        image,
+        {**STILL, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 12]},
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        drop_path_rate=0.0,
+        num_labels=3,
+    ),
+    "poolformer": hf(
+        "PoolFormerForImageClassification",
+        image,
+        {"hidden_sizes": [8, 12], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2]},
+        padding=[2, 1],
+        mlp_ratio=2.0,
+        drop_path_rate=0.0,
+        num_labels=3,
+    ),
+}
+
+SOUND: dict[str, Builder] = {
+    "wav2vec2": hf("Wav2Vec2ForCTC", waveform, AUDIO),
+    "wav2vec2-stable": hf(
+        "Wav2Vec2ForCTC", waveform, AUDIO, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True
+    ),
+    "hubert": hf("HubertForCTC", waveform, AUDIO),
+    "whisper": hf(
+        "WhisperForConditionalGeneration",
+        lambda: {"input_features": randn(8, 16), "decoder_input_ids": ids(4)},
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8},
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    ),
+    "ast": hf(
+        "ASTForAudioClassification",
+        lambda: {"input_values": randn(16, 8)},
+        {
+            **WIDE,
+            **STILL,
+            "patch_size": 4,
+            "time_stride": 4,
+            "frequency_stride": 4,
+            "max_length": 16,
+            "num_mel_bins": 8,
+        },
+        num_labels=3,
+    ),
+}
+
+MULTIMODAL: dict[str, Builder] = {
+    "clip-text": hf("CLIPTextModelWithProjection", text, CLIP_TEXT),
+    "clip-vision": hf("CLIPVisionModelWithProjection", image, CLIP_IMAGE),
+    "clip-embeddings": only(embeddings, hf("CLIPModel", image_and_text, CLIP)),
+    "siglip-vision": hf("SiglipVisionModel", image, IMAGE),
+    "blip-captions": hf(
+        "BlipForConditionalGeneration",
+        image_and_text,
+        {"text_config": {**TEXT, "encoder_hidden_size": 16, "use_cache": False}, "vision_config": IMAGE},
+        read=lambda output: output.logits,
+    ),
+    "vilt": hf("ViltForQuestionAnswering", image_and_text, {**TEXT, **IMAGE, "max_image_length": -1}),
+}
+
+# ---------------------------------------------------------------- timm and torchvision
+
+
+def pictures(model: Callable[[], nn.Module], size: int = 16) -> Builder:
+    """Return a builder for a network on images; ``model()`` makes it."""
+    return lambda: Specimen(Net(lambda s, x: s.net(x), net=model()), {"x": randn(3, size, size)}, first)
+
+
+def timm_model(name: str, size: int = 16, **settings: Any) -> Builder:
+    return pictures(lambda: timm.create_model(name, pretrained=False, num_classes=3, **settings), size)
+
+
+PATCHES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+WINDOWS = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 2)}
+STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 8, 12, 12)}
+MIXER = {"num_classes": 3, "img_size": 16, "patch_size": 8, "num_blocks": 2, "embed_dim": 16}
+
+TIMM: dict[str, Builder] = {
+    "timm-vit": timm_model("vit_tiny_patch16_224", **PATCHES),
+    "timm-vit-relpos": timm_model("vit_relpos_small_patch16_224", **PATCHES),
+    "timm-deit3": timm_model("deit3_small_patch16_224", **PATCHES),
+    "timm-eva02": timm_model("eva02_tiny_patch14_224", **PATCHES),
+    "timm-beit": timm_model("beit_base_patch16_224", **PATCHES),
+    "timm-cait": timm_model("cait_xxs24_224", **PATCHES),
+    "timm-convnext": timm_model("convnext_atto", 32, **STAGES),
+    "timm-swin": timm_model("swin_tiny_patch4_window7_224", **WINDOWS),
+    "timm-swinv2": timm_model("swinv2_tiny_window8_256", **WINDOWS),
+    "timm-mixer": pictures(lambda: MlpMixer(**MIXER)),
+    "timm-resmlp": pictures(lambda: MlpMixer(block_layer=ResBlock, norm_layer=Affine, mlp_ratio=2, **MIXER)),
+    "timm-mambaout": timm_model("mambaout_femto", 32, **STAGES),
+}
+
+TORCHVISION: dict[str, Builder] = {
+    "resnet-groupnorm": pictures(
+        lambda: torchvision.models.ResNet(
+            torchvision.models.resnet.BasicBlock,
+            [1, 1, 1, 1],
+            num_classes=3,
+            norm_layer=lambda channels: nn.GroupNorm(4, channels),
+        )
+    ),
+    "torchvision-vit": pictures(lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 24, num_classes=3)),
+    "torchvision-swin": pictures(
+        lambda: torchvision.models.SwinTransformer(
+            [2, 2], 8, [2, 1], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=3
+        )
+    ),
+    "torchvision-swin-v2": pictures(
+        lambda: torchvision.models.SwinTransformer(
+            [2, 2],
+            8,
+            [2, 1],
+            [2, 2],
+            [4, 4],
+            stochastic_depth_prob=0.0,
+            num_classes=3,
+            block=swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=swin_transformer.PatchMergingV2,
+        )
+    ),
+    "torchvision-convnext": pictures(
+        lambda: torchvision.models.convnext.ConvNeXt(
+            [
+                torchvision.models.convnext.CNBlockConfig(8, 12, 1),
+                torchvision.models.convnext.CNBlockConfig(12, None, 1),
+            ],
+            stochastic_depth_prob=0.0,
+            num_classes=3,
+        )
+    ),
+}
+
+# ---------------------------------------------------------------- peft
+
+
+def adapted(base: Builder, config: Callable[[], Any]) -> Builder:
+    """Return a builder for ``base`` with the adapter of ``config()`` on it."""
+
+    def build() -> Specimen:
+        specimen = base()
+        return replace(specimen, model=get_peft_model(specimen.model, config()))
+
+    return build
+
+
+def lora(*targets: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False, **settings)
+
+
+LLAMA = CAUSAL["llama"]
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+
+PEFT: dict[str, Builder] = {
+    "lora-bert-classifier": adapted(ENCODERS["bert-classifier-eager"], lora("query", "value", task_type="SEQ_CLS")),
+    "lora-gpt2": adapted(CAUSAL["gpt2"], lora("c_attn", fan_in_fan_out=True)),
+    "lora-llama": adapted(LLAMA, lora("q_proj", "v_proj", "down_proj")),
+    "lora-embedding": adapted(LLAMA, lora("embed_tokens", "q_proj")),
+    "lora-conv": adapted(VISION["segformer"], lora("proj", "query")),
+    "lora-grouped-conv": adapted(
+        VISION["convnext"], lambda: LoraConfig(r=24, target_modules=["dwconv"], init_lora_weights=False)
+    ),
+    "lora-saved-head": adapted(VISION["vit"], lora("q_proj", "query", modules_to_save=["classifier"])),
+    "lora-mixtral": adapted(CAUSAL["mixtral"], lora("q_proj", "v_proj")),
+    "dora-llama": adapted(LLAMA, lora("q_proj", "v_proj", use_dora=True)),
+    "ia3-llama": adapted(
+        LLAMA,
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
+    ),
+    "prompt-llama": adapted(LLAMA, lambda: peft.PromptTuningConfig(**VIRTUAL)),
+    "prefix-llama": adapted(LLAMA, lambda: peft.PrefixTuningConfig(**VIRTUAL)),
+    "p-tuning-llama": adapted(LLAMA, lambda: peft.PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8)),
+    "vera-llama": adapted(LLAMA, lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], init_weights=False)),
+    "lokr-llama": adapted(LLAMA, lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"], init_weights=False)),
+    "oft-llama": adapted(LLAMA, lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])),
+    "layernorm-tuning-llama": adapted(LLAMA, lambda: peft.LNTuningConfig(target_modules=["norm"])),
+}
+
+ADAPTERS = ("default", "other")
+
+
+def two_adapters() -> Specimen:
+    specimen = PEFT["lora-llama"]()
+    specimen.model.add_adapter("other", lora("k_proj", "up_proj")())
+    return specimen
+
+
+# ---------------------------------------------------------------- plain torch
+
+
+def plain(fn: Callable[..., Any], inputs: Callable[[], dict[str, Tensor]], **parts: Callable[[], Any]) -> Builder:
+    """Return a builder for a network that runs ``fn(self, **inputs)`` over ``parts``, made anew every time."""
+    return lambda: Specimen(Net(fn, **{name: make() for name, make in parts.items()}), inputs(), first)
+
+
+def sequence() -> dict[str, Tensor]:
+    return {"x": randn(5, 8)}
+
+
+def recurrent(kind: type[nn.RNNBase], **settings: Any) -> Builder:
+    width = 12 if settings.get("bidirectional") else 6
+    return plain(
+        lambda s, x: s.head(s.cells(x.transpose(0, 1))[0].mean(0)),
+        sequence,
+        cells=lambda: kind(8, 6, **settings),
+        head=lambda: nn.Linear(width, 3),
+    )
+
+
+def packed(s: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    sequences = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return s.head(s.cells(sequences)[1][0][-1])
+
+
+def head() -> nn.Module:
+    return nn.Linear(8, 3)
+
+
+PLAIN: dict[str, Builder] = {
+    "rnn": recurrent(nn.RNN),
+    "lstm": recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    "gru": recurrent(nn.GRU),
+    "lstm-packed": plain(
+        packed,
+        lambda: {"x": randn(5, 8), "lengths": torch.tensor([5, 3, 2])},
+        cells=lambda: nn.LSTM(8, 6, batch_first=True),
+        head=lambda: nn.Linear(6, 3),
+    ),
+    "torch-transformer": plain(
+        lambda s, x, y: s.head(s.body(x, y).mean(1)),
+        lambda: {"x": randn(5, 8), "y": randn(4, 8)},
+        body=lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
+        head=head,
+    ),
+    "torch-encoder-time-first": plain(
+        lambda s, x: s.head(s.body(x.transpose(0, 1)).mean(0)),
+        sequence,
+        body=lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
+        head=head,
+    ),
+    "multihead-attention": plain(
+        lambda s, x: s.head(s.body(x, x, x, need_weights=False)[0].mean(1)),
+        sequence,
+        body=lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
+        head=head,
+    ),
+    "weight-norm": plain(
+        lambda s, x: s.head(torch.tanh(s.body(x))),
+        sequence,
+        body=lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
+        head=head,
+    ),
+    "embedding-bag": plain(
+        lambda s, x: s.head(torch.tanh(s.body(x))),
+        lambda: {"x": ids()},
+        body=lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"),
+        head=head,
+    ),
+    "class-token": plain(
+        lambda s, x: s.head(s.body(torch.cat([s.token.expand(len(x), 1, -1), x], 1) + s.at[None])[:, 0]),
+        sequence,
+        token=lambda: nn.Parameter(torch.randn(1, 8)),
+        at=lambda: nn.Parameter(torch.randn(6, 8)),
+        body=lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0),
+        head=head,
+    ),
+    "tied-functional": plain(
+        lambda s, x: torch.tanh(s.inner(s.table(x))) @ s.table.weight.T,
+        lambda: {"x": ids()},
+        table=lambda: nn.Embedding(VOCAB, 8),
+        inner=lambda: nn.Linear(8, 8),
+    ),
+}
+
+ARCHITECTURES: dict[str, Builder] = {
+    **ENCODERS,
+    **CAUSAL,
+    **SEQ2SEQS,
+    **VISION,
+    **SOUND,
+    **MULTIMODAL,
+    **TIMM,
+    **TORCHVISION,
+    **PEFT,
+    **PLAIN,
+}
+
+# ---------------------------------------------------------------- what couples samples
+
+
+def residual(norm: Any) -> nn.Module:
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm)
+
+
+COUPLED: dict[str, Builder] = {
+    "clip-logits": hf("CLIPModel", image_and_text, CLIP, read=lambda output: output.logits_per_image),
+    "siglip-logits": hf(
+        "SiglipModel",
+        image_and_text,
+        {"text_config": {**CLIP_TEXT, "projection_size": 16}, "vision_config": IMAGE},
+        read=lambda output: output.logits_per_text,
+    ),
+    "resnet-batchnorm": pictures(lambda: residual(nn.BatchNorm2d)),
+    "wav2vec2-conformer": hf(
+        "Wav2Vec2ConformerForCTC", waveform, AUDIO, conv_depthwise_kernel_size=3, max_source_positions=32
+    ),
+    "timm-convmixer": pictures(lambda: importlib.import_module("timm.models.convmixer").ConvMixer(8, 2, num_classes=3)),
+    "spectral-norm": plain(
+        lambda s, x: s.head(torch.tanh(s.body(x))),
+        sequence,
+        body=lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),
+        head=head,
+    ),
+    "attention-over-samples": plain(
+        lambda s, x: s.head(s.body(x, x, x)[0].mean(1)),
+        sequence,
+        body=lambda: nn.MultiheadAttention(8, 2),
+        head=head,
+    ),
+    "batch-mean": plain(
+        lambda s, x: s.head(torch.tanh(s.body(x) - x.mean(0))), sequence, body=lambda: nn.Linear(8, 8), head=head
+    ),
+}
+
+# ---------------------------------------------------------------- what cannot be told apart
+
+OPAQUE: dict[str, Builder] = {
+    "loha-llama": adapted(LLAMA, lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)),
+}
+
+# ---------------------------------------------------------------- building
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Give all dropout in ``model`` that can be told by its name the same probability."""
+    for module in model.modules():
+        for name in ("p", "dropout", "drop_prob", "attention_dropout", "attn_drop_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
+def build(builder: Builder, dropout: float = 0.0) -> Specimen:
+    """Build a model from a fixed seed, in training mode, with all parameters away from their initial values."""
+    torch.manual_seed(1)
+    specimen = builder()
+    model = specimen.model.to(specimen.dtype).train()
+    set_dropout(model, dropout)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    inputs = {name: x.to(specimen.dtype) if x.is_floating_point() else x for name, x in specimen.inputs.items()}
+    return replace(specimen, inputs=inputs)
