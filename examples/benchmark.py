@@ -781,10 +781,12 @@ def main() -> None:
             for engine in engines:
                 print_profile(name, engine, options.steps or 5, options.tiny)
         return
-    results = {name: Measurement(name, options).run() for name in options.workload}
+    results: Results = {}
+    for name in options.workload:
+        results[name] = Measurement(name, options).run()
+        if options.json:  # after each workload, so that a run that is broken off is not lost
+            Path(options.json).write_text(json.dumps(as_json(results), indent=1))
     print(f"{machine()}\n\n{table(results, options.engine)}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(as_json(results), indent=1))
     if options.output:
         chart(results, options.engine, options.output)
 
