@@ -278,11 +278,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_step()
-        with autocast_as(self.params[0].device.type, None):  # step() may be called inside the user's autocast
-            self._add_part(self._controller.take())
-            self._part_done = True
-            if finishes:
-                self._release(foreign)
+        self._add_part(self._controller.take())
+        self._part_done = True
+        if finishes:
+            self._release(foreign)
         return loss
 
     # ---------------------------------------------------------------- inside
@@ -363,12 +362,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._self_check.new_step()
         if gradients.samples == 0 or not wanted:
             return
-        norms = gradients.sq_norms(wanted)
-        factors = self._clipping.factors(norms)
         device = wanted[0].device
-        finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
-        for p, total in gradients.weighted_sums(factors, finite, consume=True).items():
-            self._sums[p] = self._sums[p].add_(total) if p in self._sums else total
+        # The step, or the loader that finishes a physical part, may be used inside the user's autocast.
+        with autocast_as(device.type, None):
+            norms = gradients.sq_norms(wanted)
+            factors = self._clipping.factors(norms)
+            finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
+            for p, total in gradients.weighted_sums(factors, finite, consume=True).items():
+                self._sums[p] = self._sums[p].add_(total) if p in self._sums else total
         statistic = self._clipping.statistic(norms)
         if statistic is not None:
             self._statistic = statistic if self._statistic is None else self._statistic + statistic
