@@ -312,6 +312,7 @@ class BatchAxes:
     known: dict[Any, list[Entry]] = field(default_factory=dict)
     tried: set[Any] = field(default_factory=set)
     shown: set[Any] = field(default_factory=set)
+    _told: set[Any] = field(default_factory=set)
 
     def find(self, key: Any, count: int) -> Entry | None:
         """The entry for use number ``count`` of ``key`` in a forward pass; None if it was never tried."""
@@ -328,11 +329,19 @@ class BatchAxes:
         return any(entry != entries[0] for entry in entries)
 
     def learn(self, trials: Sequence[Trial]) -> None:
-        """Take over what two trials agree on."""
+        """Take over what two trials agree on, where it is not at odds with what earlier ones have told."""
+        telling = all(trial.telling for trial in trials)
         for key, agreed in self.merged(trials).items():
             longest = max((trial.entries.get(key, []) for trial in trials), key=len)
             unsteady = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in longest]
-            self.known[key] = unsteady if agreed is None else agreed
+            if key in self._told:
+                if telling:
+                    joined = None if agreed is None else _joined(self.known[key], agreed)
+                    self.known[key] = unsteady if joined is None else joined
+            else:
+                self.known[key] = unsteady if agreed is None else agreed
+            if telling:
+                self._told.add(key)
 
     @staticmethod
     def merged(trials: Sequence[Trial]) -> dict[Any, list[Entry] | None]:
@@ -354,6 +363,42 @@ def _same(one: Sequence[Entry], other: Sequence[Entry]) -> bool:
     if all(entry == one[0] for entry in one) and all(entry == other[0] for entry in other):
         one, other = one[:1], other[:1]  # however often, as in a loop over samples
     return list(one) == list(other) and all(a.ratios == b.ratios for a, b in zip(one, other, strict=True))
+
+
+def _joined(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry] | None:
+    """Entries that hold for both, or None."""
+    if all(entry == old[0] for entry in old) and all(entry == new[0] for entry in new):
+        old, new = old[:1], new[:1]
+    if len(old) != len(new):
+        return None
+    out: list[Entry] = []
+    for one, other in zip(old, new, strict=True):
+        inputs, outputs = (
+            _wider(a, b) for a, b in ((one.inputs, other.inputs), (one.outputs or (), other.outputs or ()))
+        )
+        same = replace(one, inputs=(), outputs=()) == replace(other, inputs=(), outputs=())
+        if not same or inputs is None or outputs is None:
+            return None
+        out.append(replace(other, inputs=inputs, outputs=outputs))
+    return out
+
+
+def _wider(one: Sequence[Layout | None], other: Sequence[Layout | None]) -> tuple[Layout | None, ...] | None:
+    """Layouts that hold for both: rows of one sample after the other are also those of samples with one row."""
+    if len(one) != len(other):
+        return None
+    out: list[Layout | None] = []
+    for a, b in zip(one, other, strict=True):
+        if a == b:
+            out.append(a)
+        elif a is None or b is None or a.axis != b.axis or not (a.is_plain or b.is_plain):
+            return None
+        else:
+            wide = b if a.is_plain else a
+            if (wide.outer, wide.inner) not in ((1, None), (None, 1)):
+                return None
+            out.append(wide)
+    return tuple(out)
 
 
 def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:

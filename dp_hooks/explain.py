@@ -334,7 +334,8 @@ def explain(
         check.watch(stack)
         stack.enter_context(torch.enable_grad())
         try:
-            reached = _run(watcher, check, args, kwargs, samples) if params else None
+            with check.deferred():
+                reached = _run(watcher, check, args, kwargs, samples) if params else None
             ran = True
         except (UnsupportedModelError, ScopeError) as error:
             watcher.notes.refusals.append(str(error))

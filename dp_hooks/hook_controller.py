@@ -19,7 +19,8 @@ from .errors import DPHooksError, ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .lifting import Lifted, Lifter, Make
 from .model_check import check_is_module, check_model, mixes_samples, mixing_reason
-from .no_dropout import NoDropout
+from .no_dropout import Draws, NoDropout, other_generators_kept
+from .paths import Paths, unfollowed
 from .rules import GENERIC, Call, Rule, RuleTable, check_samples
 from .site_calls import samples_apart
 from .slots import ParameterSlots, attributes_kept, autocast_as, autocast_dtype
@@ -66,6 +67,19 @@ class _Site:
     outside: tuple[str, ...] = ()
     inner: tuple["_Site", ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Who is told of outermost calls, and of backward passes before what they captured can be seen."""
+
+    def begins(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An outermost call begins."""
+
+    def ends(self, output: Any) -> None:
+        """It has ended."""
+
+    def captured(self, samples: int) -> None:
+        """A backward pass over so many samples is over; may raise to refuse what it captured."""
 
 
 class _Contribution(Source, Protocol):
@@ -186,7 +200,9 @@ class HookController:
         self._hook_ids: dict[int, set[int]] = {}
         self._rows: int | None = None
         self._depth = 0
-        self.observer: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.observer: Observer | None = None
+        self.paths: Paths | None = None
+        self._aside = -1
         self._running = 0
         self._open: dict[int, _Pass] = {}
         self._leaks: list[nn.Parameter] = []
@@ -365,16 +381,19 @@ class HookController:
             return None
         if self._lifter.trial is not None:
             self._lifter.trial.enter(name, module, (args, kwargs))
-        elif torch._C._current_graph_task_id() == -1:
+        elif not self.in_backward():
             self._depth += 1
             if self._depth == 1:
                 self._begin(name, module, args, kwargs)
+            elif self.paths is not None:
+                self.paths.enter(name)
         site = self._repeated.get(id(module))
         if site is not None:
             self._before(site, module, args, kwargs)
             self._repeating += bool(site.slots.filled)
         return None
 
+    @unfollowed
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The outermost call begins."""
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
@@ -384,13 +403,15 @@ class HookController:
         if not torch.is_grad_enabled():
             return
         if self.observer is not None:
-            self.observer(name, module, args, kwargs)
+            self.observer.begins(name, module, args, kwargs)
         if self._capturing():
             self._outermost = (name, module, args, kwargs)
             self._learn()
             self._buffers = self._written()
             for site in self._sites:
                 self._lift_outside(site)
+            if self.paths is not None:
+                self.paths.start(name, self._rows)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._running:
@@ -402,17 +423,33 @@ class HookController:
             replaced = self._after(site, module, args, kwargs, output)
         if self._lifter.trial is not None:
             self._lifter.trial.leave(output)
-        elif torch._C._current_graph_task_id() == -1:
+        elif not self.in_backward():
             self._depth = max(0, self._depth - 1)
+            if self.paths is not None and self._depth:
+                self.paths.leave()
             if self._depth == 0:
-                for site in self._sites:
-                    if site.outside:
-                        site.slots.restore()
-                self._outermost = None
-                self._check_buffers()
-                lowered = self._lifter.lower(output)
-                return replaced if lowered is output else lowered
+                return self._end(output, replaced)
         return replaced
+
+    @unfollowed
+    def _end(self, output: Any, replaced: Any) -> Any:
+        """The outermost call ends."""
+        if self.paths is not None:
+            self.paths.stop()
+        for site in self._sites:
+            if site.outside:
+                site.slots.restore()
+        self._outermost = None
+        self._check_buffers()
+        lowered = self._lifter.lower(output)
+        result = replaced if lowered is output else lowered
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer.ends(output if result is None else result)
+        return result
+
+    def in_backward(self) -> bool:
+        """Whether a backward pass is running, so that what is run forwards is run again."""
+        return torch._C._current_graph_task_id() not in (-1, self._aside)
 
     def _written(self) -> dict[str, tuple[Tensor, int]]:
         """Floating-point buffers with the number of times they were written to."""
@@ -441,16 +478,17 @@ class HookController:
 
     def _current_rows(self) -> int | None:
         # Inside a backward pass a checkpointed part of the model is run again: the rows are those of the forward pass.
-        return self._rows if self._depth or torch._C._current_graph_task_id() != -1 else None
+        return self._rows if self._depth or self.in_backward() else None
 
     def _guard(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.hooks_enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
             raise UnsupportedModelError(f"{name} ({type(module).__name__}): {mixing_reason(module)}.")
 
+    @unfollowed
     def _before(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running or self._repeating:
             return
-        if self._twice is not None and self._lifter.trial is None and torch._C._current_graph_task_id() == -1:
+        if self._twice is not None and self._lifter.trial is None and not self.in_backward():
             self._twice.used(list(site.slots.params.values()))
         for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
             if filled.slots.filled:
@@ -488,11 +526,12 @@ class HookController:
             lifted = {n: self._lifter.lift(p, prefix + n, n in site.outside) for n, p in site.slots.params.items()}
             site.slots.fill({n: t if n in site.outside else site.slots.params[n] for n, t in lifted.items()})
 
+    @unfollowed
     def _after(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._running or self._repeating or not site.slots.filled:
             return None
         site.slots.restore()
-        if (self._depth or self._lifter.trial is not None) and torch._C._current_graph_task_id() == -1:
+        if (self._depth or self._lifter.trial is not None) and not self.in_backward():
             for emptied in (site, *site.inner):
                 self._lift_outside(emptied)
         if not self._capturing() or not site.captures:
@@ -534,9 +573,10 @@ class HookController:
 
     # ---------------------------------------------------------------- trials
 
+    @unfollowed
     def try_again(self) -> None:
         """Learn anew in the middle of a forward pass, from the call that is running."""
-        if self._outermost is None or torch._C._current_graph_task_id() != -1:
+        if self._outermost is None or self.in_backward():
             return
         held = [
             (site, {name: owner._parameters[key] for owner, key, name in site.slots.places}, site.captures, site.entry)
@@ -565,11 +605,13 @@ class HookController:
             if site.slots.foreign():
                 return  # a trial would put them back
         axes.tried |= {key} if rows == 1 else {key, telling}
+        # In the middle of a pass, go the way that it went so far.
+        draws = self.paths.drawn_inside if again and self.paths is not None else None
         trials: list[Trial] = []
         counts = numbers_of_rows(self._module, (args, kwargs))
         done = False
         while not done:
-            trial = self._try(module, args, kwargs, rows, counts[len(trials)])
+            trial = self._try(module, args, kwargs, rows, counts[len(trials)], draws)
             if trial is None:
                 return
             trials.append(trial)
@@ -608,7 +650,13 @@ class HookController:
         self._sites.append(site)
 
     def _try(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, count: int
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: int,
+        count: int,
+        draws: Draws | None,
     ) -> Trial | None:
         """Run ``module`` on ``count`` rows, without gradients or random numbers, and leave no trace."""
         lifter = self._lifter
@@ -625,10 +673,12 @@ class HookController:
             with (
                 attributes_kept(module),
                 torch.random.fork_rng(devices=devices),
+                other_generators_kept(),
                 torch.enable_grad(),
-                NoDropout(),
+                NoDropout(draws) as without,
                 trial.watching(),
             ):
+                without.begin_again()
                 for site in self._sites:
                     if id(site.module) not in self._repeated:
                         site.outside = tuple(site.slots.params)
@@ -766,8 +816,14 @@ class HookController:
         self._samples, self._serial = sizes.pop(), finished.serial
         if self.grad_sample_mode == "ghost":
             self._pending.extend(found)
-        else:
-            self._promote(found)
+            return
+        if self.observer is not None:  # p.grad_sample can be read from now on
+            try:
+                self.observer.captured(self._samples)
+            except BaseException:
+                self.discard()
+                raise
+        self._promote(found)
 
     def _promote(self, found: list[Source]) -> None:
         """Write the sum over all uses in this pass to ``p.grad_sample``, adding to what earlier passes left there."""
@@ -864,12 +920,14 @@ class HookController:
             "_consumed",
             "_unreached",
             "_twice",
+            "_aside",
         )
         kept = {name: getattr(self, name) for name in names}
         samples = {p: vars(p)["grad_sample"] for p in self.params if "grad_sample" in vars(p)}
         for p in samples:
             _clear(p)
         self._open, self._consumed, self._unreached, self._twice = {}, False, {}, None
+        self._aside = torch._C._current_graph_task_id()
         self._reset()
         try:
             yield
@@ -905,6 +963,8 @@ class HookController:
         return self._samples or 0
 
     def _reset(self) -> None:
+        if self._outermost is not None and self.paths is not None:  # the pass was interrupted
+            self.paths.stop()
         self._outermost = None
         for site in self._sites:
             if site.slots.filled:  # an interrupted forward could not put the parameters back

@@ -29,7 +29,7 @@ _BROADCAST = frozenset(
 )
 _EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
 _LOOKS_ONLY = ("type_as", "to", "expand_as", "view_as", "reshape_as")
-_METADATA = frozenset(
+METADATA = frozenset(
     "size dim ndimension numel nelement stride is_floating_point is_complex is_contiguous element_size storage_offset data_ptr "
     "get_device is_inference is_pinned untyped_storage is_same_size is_nonzero item tolist numpy equal allclose __bool__ __int__ "
     "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
@@ -38,9 +38,11 @@ _METADATA = frozenset(
 _REARRANGEMENTS = frozenset(
     "T mT view reshape permute transpose t unsqueeze squeeze flatten unflatten contiguous movedim swapaxes select narrow".split()
 )
+# How often a pass that meets something new is tried again from the start; several times where it tosses coins.
+_RETRIES = 8
 _LISTS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 _DRAWS = ("dropout_p", "dropout")
-_VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
+VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
 
 class Recorder(Protocol):
@@ -59,6 +61,9 @@ class Recorder(Protocol):
 
     def leaked(self, param: nn.Parameter) -> None:
         """Take note that autograd delivered a gradient to ``param``."""
+
+    def in_backward(self) -> bool:
+        """Whether a backward pass is running, so that what is run forwards is run again."""
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -107,7 +112,7 @@ class Lifter:
     axes: BatchAxes
     rows: int | None = None
     strict: bool = False
-    retried: bool = False
+    retries: int = 0
     trial: Trial | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
@@ -165,7 +170,7 @@ class Lifter:
 
     def begin(self, rows: int | None) -> None:
         """An outermost call begins, on ``rows`` samples."""
-        self.rows, self.counts, self.seen, self.strict, self.retried = rows, {}, {}, False, False
+        self.rows, self.counts, self.seen, self.strict, self.retries = rows, {}, {}, False, 0
 
     def is_touched(self, name: str) -> bool:
         """Whether trials saw the parameter ``name`` used outside its own module."""
@@ -179,7 +184,7 @@ class Lifter:
         name = _name_of(func)
         if name == "__get__":
             attribute = getattr(func.__self__, "__name__", "")
-            if attribute in _VIEWS_BY_NAME:
+            if attribute in VIEWS_BY_NAME:
                 if self.trial is not None:
                     self.touched.update(t.label for t in lifted)
                 return self._shared_result(func, args, kwargs, lifted, attribute)
@@ -188,7 +193,7 @@ class Lifter:
         raw = getattr(func, "__name__", "")
         if raw == "__iter__":
             return iter(args[0].unbind(0))
-        if raw in _METADATA:
+        if raw in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
@@ -257,7 +262,7 @@ class Lifter:
         """What trials have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
         several = self.axes.differ(key)
         shapes = tuple(t.shape for t in tensors) if several else ()
-        if several and torch._C._current_graph_task_id() != -1:  # checkpointing runs a part of the forward pass again
+        if several and self.recorder.in_backward():  # checkpointing runs a part of the forward pass again
             found = [entry for met, entry in self.seen.get(key, ()) if met == shapes]
             if found:
                 return found[0] if all(entry == found[0] for entry in found) else Entry(reason=UNSTEADY)
@@ -267,8 +272,8 @@ class Lifter:
             self.names[key] = names()
         if entry is not None or not self.strict:
             return entry
-        if not self.retried:
-            self.retried = True
+        if self.retries < _RETRIES:
+            self.retries += 1
             self.recorder.try_again()
             entry = self.axes.find(key, count)
         if entry is None:

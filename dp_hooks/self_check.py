@@ -1,5 +1,6 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,9 @@ from ._tree import tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
-from .no_dropout import NoDropout
+from .no_dropout import Draws, NoDropout, other_generators_kept
+from .paths import Paths, Step, unfollowed
+from .rules.layout import Layout
 from .slots import attributes_kept, autocast_as, autocast_dtype
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
@@ -37,7 +40,12 @@ class _Observed:
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype | None]
     kind: Any = None
-    # How each output enters the loss of the check: its sample axis, "scalar", or "left out". Found in the whole run.
+    copied: bool = False
+    # Which of its outputs a backward pass came from, by number; operations it went through that no check did.
+    reached: set[int] = field(default_factory=set)
+    steps: set[Step] = field(default_factory=set)
+    draws: Draws | None = None
+    # How each output enters the loss of the check: its sample axis, "rows", "scalar", or "left out". Found in the whole run.
     plan: list[int | str] = field(default_factory=list)
     # What the whole run returned, to compare with what samples return alone.
     outputs: list[Tensor] = field(default_factory=list)
@@ -65,10 +73,13 @@ class SelfCheck:
         self._model = model
         self._params = params
         self._checked: set[tuple[Any, ...]] = set()
-        self._checked_calls: set[tuple[Any, Any]] = set()
+        self._checked_calls: dict[tuple[Any, Any], set[int]] = {}
         self._observed: list[_Observed] = []
+        self._call: _Observed | None = None
         self._overflow = False
         self._busy = False
+        self._deferred = False
+        self._paths = Paths()
         self._coarse = False  # autocast or half precision is in use
         self._criterion_call: tuple[Any, Any] | None = None
         self._state: dict[str, Tensor] = {}
@@ -78,35 +89,78 @@ class SelfCheck:
 
     def watch(self, stack: ExitStack) -> None:
         """Observe outermost calls into the model, and calls of the criterion, until ``stack`` unwinds."""
-        self._controller.observer = self._observe
+        self._controller.observer, self._controller.paths = self, self._paths
         stack.callback(self._unwatch)
         if self._criterion is not None:
             handle = self._criterion.register_forward_hook(self._observe_criterion, with_kwargs=True)
             stack.callback(handle.remove)
 
     def _unwatch(self) -> None:
-        self._controller.observer = None
+        self._controller.observer = self._controller.paths = None
+        self._paths.close()
         self._observed = []
-        self._criterion_call = None
+        self._call = self._criterion_call = None
 
-    def _observe(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kind = _kind_of(name, args, kwargs)
-        if self._busy or (self._key(2), kind) in self._checked_calls:
+    def begins(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An outermost call into the model begins: keep its inputs as they are now, if they will be needed."""
+        if self._busy:
             return
+        kind = _kind_of(name, args, kwargs)
+        new = (self._key(2), kind) not in self._checked_calls
+        device = self._params[0].device.type
+        if new:
+            if not self._observed:
+                self._state = self._written()
+            args, kwargs = private_copy((args, kwargs))
+        self._call = _Observed(module, name, args, kwargs, (device, autocast_dtype(device)), kind, new)
+
+    def ends(self, output: Any) -> None:
+        """The call is over: watch which of its outputs gradients come back from."""
+        call, self._call = self._call, None
+        if self._busy or call is None:
+            return
+        call.steps, call.draws = self._paths.taken, self._paths.draws
+        if call.copied or call.steps:
+            self._keep(call)
+        floats = [t for t in tensors_of(output) if t.is_floating_point()]
+        for index, tensor in enumerate(floats):
+            if tensor.grad_fn is not None:
+                # What is kept of the call lives as long as its graph does.
+                tensor.grad_fn.register_prehook(functools.partial(self._reach, call, index, tensor.output_nr))
+
+    def _keep(self, call: _Observed) -> None:
         if len(self._observed) == _CALLS:
             self._overflow = True
+        else:
+            self._observed.append(call)
+
+    def _reach(self, call: _Observed, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+        if self._busy or self._controller.observer is not self or grads[output_nr] is None:
             return
-        if not self._observed:
-            self._state = self._written()
-        device = self._params[0].device.type
-        copied = private_copy((args, kwargs))
-        self._observed.append(_Observed(module, name, copied[0], copied[1], (device, autocast_dtype(device)), kind))
+        call.reached.add(index)
+        if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):
+            self._keep(call)
+
+    def captured(self, samples: int) -> None:
+        """Check before ``p.grad_sample`` is written: who reads it need not take a step."""
+        if not self._deferred and self.needed(samples):
+            self.check_calls(samples)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Check nothing before the end of the block, where another check takes place."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     def _key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
         modes = tuple(module.training for module in self._model.modules())
         return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
 
+    @unfollowed
     def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._busy and torch.is_grad_enabled() and self.armed:
             self._criterion_call = private_copy((args, kwargs))
@@ -114,6 +168,7 @@ class SelfCheck:
     def new_step(self) -> None:
         """Forget calls observed before a boundary."""
         self._observed = []
+        self._paths.taken = set()
         self._state = {}
         self._overflow = False
         self._criterion_call = None
@@ -130,7 +185,19 @@ class SelfCheck:
         if samples == 0 or self._busy:
             return False
         key = self._key(samples)
-        return key not in self._checked or any((key, call.kind) not in self._checked_calls for call in self._observed)
+        return key not in self._checked or any(self._is_new(call, samples) for call in self._used())
+
+    def needed_for_function(self, samples: int) -> bool:
+        """The same for a step that a whole function was followed in."""
+        return self.needed(samples) or (samples > 0 and bool(self._paths.unverified(self._paths.taken, samples)))
+
+    def _used(self) -> list[_Observed]:
+        """The calls that gradients came back from; all, where none did: a loss may only use what is inside them."""
+        return [call for call in self._observed if call.reached] or self._observed
+
+    def _is_new(self, call: _Observed, samples: int) -> bool:
+        known = self._checked_calls.get((self._key(samples), call.kind))
+        return known is None or not call.reached <= known or bool(self._paths.unverified(call.steps, samples))
 
     def check_calls(self, samples: int) -> None:
         """Check every outermost call observed since the last boundary, with random cotangents on its outputs.
@@ -144,7 +211,7 @@ class SelfCheck:
             self.new_step()
 
     def _check_calls(self, samples: int) -> None:
-        calls = [call for call in self._observed if self._has_rows(call, samples)]
+        calls = [call for call in self._used() if self._has_rows(call, samples)]
         if self._overflow:
             raise SelfCheckError(
                 f"more than {_CALLS} separate calls into the model before one step: too many to compare. Call them from the "
@@ -167,6 +234,8 @@ class SelfCheck:
                 lambda call=call: self._loss_of_call(call, samples, None),  # type: ignore[misc]
                 lambda i, call=call: self._loss_of_call(call, samples, i),  # type: ignore[misc]
                 call.name or "the model",
+                call.steps,
+                call.draws,
             )
         if not compared:
             raise SelfCheckError(
@@ -236,11 +305,12 @@ class SelfCheck:
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
-        if self._key(2) in self._checked:
+        taken = self._paths.taken
+        if self._key(2) in self._checked and not self._paths.unverified(taken, samples):
             return  # another call than then: it is compared alone, by check_calls
         self._check_written()
         self._coarse = any(call.autocast[1] is not None for call in self._observed)
-        if not self._compare(samples, whole, alone, "the train function"):
+        if not self._compare(samples, whole, alone, "the train function", taken, self._paths.draws):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
@@ -251,7 +321,9 @@ class SelfCheck:
     def _passed(self, samples: int, calls: list[_Observed]) -> None:
         for key in {self._key(samples), self._key(1)}:
             self._checked.add(key)
-            self._checked_calls |= {(key, call.kind) for call in calls}
+            for call in calls:
+                known = self._checked_calls.setdefault((key, call.kind), set())
+                known |= call.reached or set(range(len(call.outputs)))
 
     def _loss_of_call(self, call: _Observed, samples: int, alone: int | None) -> Tensor:
         axis = self._controller.axis
@@ -261,54 +333,130 @@ class SelfCheck:
         with autocast_as(*call.autocast):
             outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point()]
         if alone is None:
-            call.plan = [self._role(out, samples) for out in outputs]
+            call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs)]
             call.outputs = [out.detach() for out in outputs]
-        total, rows = torch.zeros(()), samples if alone is None else 1
+        total = torch.zeros(())
         for out, role, whole in zip(outputs, call.plan, call.outputs, strict=True):
             if role == "left out":
                 continue
             term = out.sum()  # a loss that the model computes itself
-            if isinstance(role, int):
-                shape = [samples if d == role else size for d, size in enumerate(out.shape)]
-                weights = _cotangents(shape).to(out.device, out.dtype) / max(1.0, (out.numel() / rows) ** 0.5)
+            if role != "scalar":
+                weights = _cotangents(whole.shape).to(out.device, out.dtype) / max(
+                    1.0, (whole.numel() / samples) ** 0.5
+                )
                 if alone is not None:
-                    weights = weights.narrow(role, alone, 1)
-                    self._same_output(call, whole.narrow(role, alone, 1), out.detach(), alone)
+                    weights = self._matching(call, whole, out.detach(), weights, role, alone, samples)
                 term = (out * weights).sum()
-                if self._controller.loss_reduction == "mean":
-                    term = term / out.shape[role]
+                if self._controller.loss_reduction == "mean" and alone is None:
+                    term = term / samples
             total = total.to(term.device, torch.promote_types(total.dtype, term.dtype)) + term
         return total
 
+    def _matching(
+        self, call: _Observed, whole: Tensor, out: Tensor, weights: Tensor, role: int | str, i: int, samples: int
+    ) -> Tensor:
+        """The weights for the rows of sample ``i``, which are those where the whole output is its output alone."""
+        if isinstance(role, int):
+            self._same_output(call, whole.narrow(role, i, 1), out, i)
+            return weights.narrow(role, i, 1)
+        fitting = [
+            d for d, size in enumerate(out.shape) if whole.dim() == out.dim() and whole.shape[d] == size * samples
+        ]
+        fitting = [d for d in fitting if math.prod(whole.shape) == samples * out.numel()]
+        if not fitting:
+            raise self._mixed(call, i, f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for that sample alone")
+        ways = [layout for d in fitting for layout in (Layout(d, 1, None), Layout(d, None, 1))]
+        best = min(ways, key=lambda layout: self._difference(layout.samples(whole, samples)[i], out))
+        self._same_output(call, best.samples(whole, samples)[i], out, i)
+        return best.samples(weights, samples)[i]
+
     def _same_output(self, call: _Observed, batched: Tensor, single: Tensor, i: int) -> None:
         # Needed besides the gradients: a module without a rule is run on single samples by the engine as well.
-        batched, single = batched.double().nan_to_num(), single.double().nan_to_num()
-        off = float((batched - single).norm() / single.norm().clamp(min=1e-12))
+        off = self._difference(batched, single)
         if off > self._tolerance(call.outputs[0].dtype):
-            raise SelfCheckError(
-                f"{call.name or 'the model'} ({type(call.module).__name__}): its output for sample {i} of the batch is off by "
-                f"{off:.1e} from its output for that sample alone; nothing was released. Samples mix inside it (batch "
-                "statistics, attention over the batch axis), or it draws random numbers other than dropout and noise. Remedy: "
-                "replace what mixes them, or freeze and .eval() it."
-            )
+            raise self._mixed(call, i, f"is off by {off:.1e} from its output for that sample alone")
+
+    @staticmethod
+    def _difference(batched: Tensor, single: Tensor) -> float:
+        batched, single = batched.double().nan_to_num(), single.double().nan_to_num()
+        return float((batched - single).norm() / single.norm().clamp(min=1e-12))
+
+    @staticmethod
+    def _mixed(call: _Observed, i: int, how: str) -> SelfCheckError:
+        return SelfCheckError(
+            f"{call.name or 'the model'} ({type(call.module).__name__}): its output for sample {i} of the batch {how}; nothing was "
+            "released. Samples mix inside it (batch statistics, attention over the batch axis), or it draws random "
+            "numbers other than dropout and noise. Remedy: replace what mixes them, or freeze and .eval() it."
+        )
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return _COARSE if self._coarse else _TOLERANCE.get(dtype, _COARSE)
 
-    def _role(self, out: Tensor, samples: int) -> int | str:
+    def _role(self, call: _Observed, index: int, out: Tensor, samples: int) -> int | str:
+        if call.reached and index not in call.reached:
+            return "left out"
         # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
         axis = self._controller.axis
         along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == samples), None)
         if along is not None and out.numel() > 0:
             return along
-        return "scalar" if out.numel() == 1 else "left out"
+        if out.numel() == 1:
+            return "scalar"
+        rows = call.reached and out.numel() > 0 and any(size % samples == 0 for size in out.shape)
+        return "rows" if rows else "left out"
 
-    def _compare(self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor], what: str) -> bool:
+    def _compare(
+        self,
+        samples: int,
+        whole: Callable[[], Tensor],
+        alone: Callable[[int], Tensor],
+        what: str,
+        steps: set[Step],
+        draws: Draws | None,
+    ) -> bool:
+        """Compare; whether there was anything to compare.
+
+        Args:
+            samples: n.
+            whole: runs on the batch and returns the loss.
+            alone: runs on sample i.
+            what: for messages.
+            steps: what the pass in question went through; the check has to go there, too.
+            draws: what it drew: where random numbers led it another way than constants do, the check follows.
+        """
+        if not self._compared(samples, whole, alone, what, None):
+            return False
+        if (
+            self._unseen(steps, samples)
+            and draws is not None
+            and not self._compared(samples, whole, alone, what, draws)
+        ):
+            return False
+        if left := self._unseen(steps, samples):
+            places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
+            raise SelfCheckError(
+                f"{what}: run again on the same batch, it did not do the same as before (in {', '.join(places[:4])}), so "
+                "that could not be checked; nothing was released. Remedy: let branches depend on inputs, attributes, or random "
+                "numbers from torch, random or numpy's global generators only."
+            )
+        return True
+
+    def _unseen(self, steps: set[Step], samples: int) -> set[Step]:
+        left = self._paths.unverified(steps, samples)
+        if left:
+            classes = {name: type(module) for name, module in self._model.named_modules()}
+            left = self._paths.verify_alike(left, samples, classes)
+        return left
+
+    def _compared(
+        self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor], what: str, draws: Draws | None
+    ) -> bool:
         controller = self._controller
         picked = _some(samples)
-        with self._undisturbed(), controller.separate():
-            torch.manual_seed(0)
+        with self._undisturbed(draws) as without, controller.separate(), self._paths.apart():
+            without.begin_again()
             loss = whole()
+            seen = self._paths.taken
             if not loss.requires_grad:
                 return False
             _backward(loss, [controller.token, *controller.params])
@@ -317,10 +465,14 @@ class SelfCheck:
                 return False  # a call on something else than the batch of this step
             controller.disable_hooks()
             try:
-                expected = [self._reference(alone, i, what) for i in picked]
+                expected = []
+                for i in picked:
+                    without.begin_again()
+                    expected.append(self._reference(alone, i, what))
             finally:
                 controller.enable_hooks()
             self._judge(found, picked, expected, what)
+        self._paths.verify(seen, samples)
         return True
 
     def _written(self) -> dict[str, Tensor]:
@@ -345,7 +497,6 @@ class SelfCheck:
             )
 
     def _reference(self, alone: Callable[[int], Tensor], i: int, what: str) -> dict[nn.Parameter, Tensor]:
-        torch.manual_seed(0)
         for p in self._model.parameters():
             p.grad = None
         try:
@@ -438,7 +589,7 @@ class SelfCheck:
         )
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def _undisturbed(self, draws: Draws | None = None) -> Iterator[NoDropout]:
         """Run with dropout off, and put random state, buffers, attributes and gradients back afterwards."""
         devices = sorted({p.device.index or 0 for p in self._params if p.device.type == "cuda"})
         buffers = [(b, b.detach().clone()) for b in self._model.buffers()]
@@ -448,10 +599,11 @@ class SelfCheck:
             with (
                 attributes_kept(self._model),
                 torch.random.fork_rng(devices=devices),
+                other_generators_kept(),
                 torch.enable_grad(),
-                NoDropout(),
+                NoDropout(draws) as without,
             ):
-                yield
+                yield without
         finally:
             self._busy = False
             with torch.no_grad():

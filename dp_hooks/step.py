@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Concatenate, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec, TypeVar
 
-from ._tree import tensors_of
+from ._tree import tensors_of, tree_map
 from ._validate import bad, boolean, one_of
 from .errors import InvalidArgumentError, ScopeError
 from .hook_controller import HookController
@@ -100,11 +100,22 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         optimizer.zero_grad()
 
         def run(part: Any) -> Tensor:
-            return _checked(fn, fn(model, part, *args, **kwargs), reduction)
+            paths = controller.paths if controller.hooks_enabled else None
+            with nullcontext() if paths is None else paths.function():
+                return _checked(fn, fn(model, part, *args, **kwargs), reduction)
 
         check = scope.self_check
-        spare = None if check is None or not check.armed else private_copy(batch)  # fn may consume its batch
-        with controller.two_passes() if two_pass else nullcontext():
+        spare = batch
+        if check is not None:
+            check.new_step()  # nothing of an earlier step that was broken off
+            # fn may consume its batch
+            spare = private_copy(batch) if check.armed else tree_map(lambda leaf: leaf, batch)
+        with ExitStack() as stack:
+            stack.enter_context(_dropped_on_error(controller))
+            if two_pass:
+                stack.enter_context(controller.two_passes())
+            if check is not None:
+                stack.enter_context(check.deferred())
             loss = run(batch)
             shape_seen[:] = [loss.dim() == 1]
             _private_backward(controller, loss, _reduction_of(scope, loss, reduction), two_pass)
@@ -114,6 +125,16 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         return loss.detach()
 
     return step
+
+
+@contextmanager
+def _dropped_on_error(controller: HookController) -> Iterator[None]:
+    """A step that fails leaves no gradients of its samples behind."""
+    try:
+        yield
+    except BaseException:
+        controller.discard()
+        raise
 
 
 def _name(fn: Any) -> str:
@@ -180,7 +201,7 @@ def _self_check(
     scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, loss: Tensor, reduction: Reduction
 ) -> None:
     check, controller = scope.self_check, scope.controller
-    if check is None or controller is None or not check.needed(controller.samples):
+    if check is None or controller is None or not check.needed_for_function(controller.samples):
         return
     samples, axis, how = controller.samples, controller.axis, _reduction_of(scope, loss, reduction)
     with controller.reduced_by(how):

@@ -18,6 +18,7 @@ LAYERS = [
     {"gradients", "model_check", "sampling", "batch_axes"},
     {"lifted_gradients", "site_calls", "two_pass"},
     {"lifting"},
+    {"paths"},
     {"hook_controller"},
     {"self_check"},
     {"optimizer"},
