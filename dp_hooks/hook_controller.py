@@ -4,7 +4,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -493,7 +493,7 @@ class HookController:
         for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
             if filled.slots.filled:
                 filled.slots.restore()
-        if not self._capturing() or not any(p.requires_grad for p in site.slots.params.values()):
+        if not self._capturing() or not site.slots.trainable():
             return
         self._check_own(site)
         inputs = tensors_of((args, kwargs))
@@ -541,7 +541,7 @@ class HookController:
                 f"{site.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
-        outputs = [t for t in tensors_of(output) if t.is_floating_point() or t.is_complex()]
+        outputs = _differentiable(output)
         if self._lifter.trial is not None:
             repeated = id(site.module) in self._repeated
             if repeated:  # on each sample alone, it gives back what belongs to that sample
@@ -550,22 +550,17 @@ class HookController:
             return None
         if not outputs:
             return None
-        names = tuple(name for name, p in site.slots.params.items() if p.requires_grad)
         skeleton, inputs = split((args, kwargs))
-        make = functools.partial(
-            self._captured,
-            site,
-            site.entry,
-            self._current_rows(),
-            skeleton,
-            names,
-            autocast_dtype(outputs[0].device.type),
-        )
-        tapped = iter(self.tap(outputs, [t.detach() for t in inputs], site.name, make))
+        plain = all(type(t) is Tensor for t in (*inputs, *outputs))  # others may have something to say
+        with torch._C.DisableTorchFunction() if plain else nullcontext():
+            names = site.slots.trainable()
+            autocast = autocast_dtype(outputs[0].device.type)
+            make = functools.partial(self._captured, site, site.entry, self._current_rows(), skeleton, names, autocast)
+            tapped = iter(self.tap(outputs, [t.detach() for t in inputs], site.name, make))
         if isinstance(output, Tensor):
             return next(tapped)
         whole, tensors = split(output)
-        return join(whole, [next(tapped) if t.is_floating_point() or t.is_complex() else t for t in tensors])
+        return join(whole, [next(tapped) if any(t is o for o in outputs) else t for t in tensors])
 
     def tap(self, outputs: Sequence[Tensor], saved: list[Tensor], name: str, make: Make) -> list[Tensor]:
         """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
@@ -974,6 +969,11 @@ class HookController:
         self._depth = 0
         self._pending = []
         self._samples = None
+
+
+def _differentiable(tree: Any) -> list[Tensor]:
+    with torch._C.DisableTorchFunction():
+        return [t for t in tensors_of(tree) if t.is_floating_point() or t.is_complex()]
 
 
 def _store(param: nn.Parameter, grads: Tensor) -> None:

@@ -18,7 +18,7 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 # All that draw numbers, dropout aside.
-_DRAWS = frozenset((*_NOISE, *_DRAWN_IN_PLACE, "bernoulli", "bernoulli_", "randint", "randint_like", "random_"))
+DRAWS = frozenset((*_NOISE, *_DRAWN_IN_PLACE, "bernoulli", "bernoulli_", "randint", "randint_like", "random_"))
 
 
 def _other_generators() -> tuple[Any, Any]:
@@ -50,8 +50,8 @@ class Draws:
     _generators: tuple[Any, Any] = field(default_factory=_other_generators)
 
     def note(self, name: str, out: Any) -> None:
-        """Keep what the function ``name`` drew, if it is one number."""
-        if name in _DRAWS and isinstance(out, Tensor) and out.numel() == 1:
+        """Keep what the function ``name``, one of :data:`DRAWS`, drew, if it is one number."""
+        if isinstance(out, Tensor) and out.numel() == 1:
             self.numbers.append((name, out.detach().clone()))
 
     def begin_again(self) -> None:
@@ -93,7 +93,7 @@ class NoDropout(TorchFunctionMode):
     ) -> Any:
         out = self._without(func, args, kwargs)
         name = getattr(func, "__name__", "")
-        if self.draws is not None and name in _DRAWS and isinstance(out, Tensor) and out.numel() == 1:
+        if self.draws is not None and name in DRAWS and isinstance(out, Tensor) and out.numel() == 1:
             queue = self.draws.numbers[self._drawn :]
             if queue and queue[0][0] == name and queue[0][1].shape == out.shape:
                 self._drawn += 1

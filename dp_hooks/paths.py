@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from typing_extensions import ParamSpec, TypeVar
 
 from .lifting import METADATA, VIEWS_BY_NAME
-from .no_dropout import Draws
+from .no_dropout import DRAWS, Draws
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,14 +72,19 @@ class _Follow(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        paths = self._paths
-        paths.note(func, args, kwargs)
-        out = func(*args, **(kwargs or {}))
-        if not _paused.depth:
-            name = getattr(func, "__name__", "")
-            paths.draws.note(name, out)
-            if paths.drawn_inside is not paths.draws:
-                paths.drawn_inside.note(name, out)
+        if _paused.depth:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+            if name not in VIEWS_BY_NAME:
+                return func(*args)
+        elif name in METADATA:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        self._paths.note(name, args, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if name in DRAWS:
+            self._paths.note_draw(name, out)
         return out
 
 
@@ -180,16 +185,15 @@ class Paths:
         if len(self._frames) > 1:
             self._frames.pop()
 
-    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
-        """Keep in mind that ``func`` was called."""
-        if _paused.depth or not self._frames:
-            return
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")
-            if name not in VIEWS_BY_NAME:
-                return
-        elif name in METADATA:
+    def note_draw(self, name: str, out: Any) -> None:
+        """Keep in mind what the function ``name`` drew."""
+        self.draws.note(name, out)
+        if self.drawn_inside is not self.draws:
+            self.drawn_inside.note(name, out)
+
+    def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        """Keep in mind that the function ``name`` was called."""
+        if not self._frames:
             return
         sized = name in _SIZED
         kinds = tuple([_kind(arg, sized) for arg in args])

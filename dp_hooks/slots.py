@@ -55,9 +55,15 @@ class ParameterSlots:
         """Names of the slots that hold something else than the parameter found when the slots were made."""
         return [name for owner, key, name in self.places if owner._parameters.get(key) is not self.params[name]]
 
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters that require a gradient now."""
+        with torch._C.DisableTorchFunction():  # quick, also while operations are followed
+            return tuple(name for name, p in self.params.items() if p.requires_grad)
+
     def detach(self) -> None:
         """Store the parameters' detached selves, so that autograd computes no gradient for them."""
-        self.fill({name: param.detach() for name, param in self.params.items()})
+        with torch._C.DisableTorchFunction():
+            self.fill({name: param.detach() for name, param in self.params.items()})
 
     def restore(self) -> None:
         """Put the parameters back; harmless if they are in place."""
