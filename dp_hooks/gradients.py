@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ._tree import join, split
+from ._tree import tree_map
 from .errors import UnsupportedModelError
 from .rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum, wide
 
@@ -45,18 +45,10 @@ def scaled(grads: Tensor, scale: float) -> Tensor:
 
 
 def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
-    """Return ``call`` restricted to the samples ``rows`` and the parameters ``names``."""
-    if isinstance(rows, slice) and rows == slice(None):
-        return call if names == call.names else dataclasses.replace(call, names=names)
-    axis, n = call.batch_dim, call.samples
-    index = (slice(None),) * axis + (rows,)
-
-    def pick(t: Tensor) -> Tensor:
-        return t[index] if t.dim() > axis and t.shape[axis] == n else t
-
-    skeleton, tensors = split((call.args, call.kwargs))
-    args, kwargs = join(skeleton, [pick(t) for t in tensors])
-    count = len(range(n)[rows]) if isinstance(rows, slice) else int(rows.shape[0])
+    """Return ``call``, all of whose inputs have one row per sample, for the samples ``rows`` and the parameters ``names``."""
+    index = (slice(None),) * call.batch_dim + (rows,)
+    args, kwargs = tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+    count = len(range(call.samples)[rows]) if isinstance(rows, slice) else int(rows.shape[0])
     grads = [None if g is None else g[index] for g in call.grads]
     return dataclasses.replace(call, args=args, kwargs=kwargs, grads=grads, samples=count, names=names)
 
@@ -93,6 +85,13 @@ class Captured:
         """The parameters of the module that the call used."""
         return list(self.names)
 
+    @property
+    def _narrows(self) -> bool:
+        """Whether the call can be cut to some samples: an input after the first may be shared by all, whatever its size."""
+        axis = self.call.batch_dim
+        lone = [t.shape[axis : axis + 1] for t in self.call.inputs] == [(self.call.samples,)]
+        return not self.rule.keep and (self.rule.all_per_sample or lone)
+
     def _run(self, call: Call) -> dict[str, Tensor]:
         found = self.rule.grad_samples(call)
         for name in call.names:
@@ -111,12 +110,14 @@ class Captured:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
-        name = self.names[param]
-        if self.rule.keep:
-            if self._kept is None:
-                self._kept = self._run(self.call)
-            return scaled(self._kept[name][rows], self.scale)
-        return scaled(self._run(_narrow(self.call, rows, (name,)))[name], self.scale)
+        factors, name = self.factored(param), self.names[param]
+        if factors is not None:
+            return factors.pick(rows).grads()
+        if self._narrows:
+            return scaled(self._run(_narrow(self.call, rows, (name,)))[name], self.scale)
+        if self._kept is None:
+            self._kept = self._run(self.call)
+        return scaled(self._kept[name][rows], self.scale)
 
     def all_grads(self) -> dict[nn.Parameter, Tensor]:
         """Per-sample gradients of all parameters and samples."""
@@ -128,7 +129,7 @@ class Captured:
         if self.rule.factored is None:
             return None
         name = self.names[param]
-        found = self.rule.factored(_narrow(self.call, slice(None), (name,))).get(name)
+        found = self.rule.factored(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
         return found
@@ -136,8 +137,7 @@ class Captured:
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms by the rule's own formula, if it has one, or from its factors."""
         if self.rule.sq_norms is not None:
-            call = _narrow(self.call, slice(None), tuple(self.names[p] for p in params))
-            found = self.rule.sq_norms(call)
+            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self.names[p] for p in params)))
             return {p: found[self.names[p]] * self.scale**2 for p in params}
         factors = {p: self.factored(p) for p in params}
         return {p: outer.sq_norms([use]) for p, use in factors.items() if use is not None}
@@ -145,8 +145,9 @@ class Captured:
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weighted sums by the rule's own formula, if it has one, or from its factors."""
         chosen = slice(None) if rows is None else rows
-        if self.rule.weighted_sums is not None:
-            call = _narrow(self.call, chosen, tuple(self.names[p] for p in params))
+        if self.rule.weighted_sums is not None and (rows is None or self._narrows):
+            names = tuple(self.names[p] for p in params)
+            call = dataclasses.replace(self.call, names=names) if rows is None else _narrow(self.call, rows, names)
             found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
             return {p: found[self.names[p]] for p in params}
         uses = {p: self.factored(p) for p in params}
@@ -172,10 +173,10 @@ class Captured:
         small = tuple(name for name in call.names if call.parameter(name).numel() <= _GENEROSITY * held)
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return [self]
-        tensors = self._run(_narrow(call, slice(None), small))
+        tensors = self._run(dataclasses.replace(call, names=small))
         stored = Stored({call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale)
         rest = tuple(name for name in call.names if name not in small)
-        return [stored, Captured(_narrow(call, slice(None), rest), rule, self.scale)] if rest else [stored]
+        return [stored, Captured(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
 
 
 @dataclass(eq=False)

@@ -75,8 +75,11 @@ class Observer(Protocol):
     def begins(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An outermost call begins."""
 
-    def ends(self, output: Any) -> None:
-        """It has ended."""
+    def ends(self) -> Any:
+        """It has ended; what is returned stands for the call in :meth:`reached`."""
+
+    def reached(self, call: Any, index: int) -> None:
+        """A backward pass came to the call by its floating-point output number ``index``."""
 
     def captured(self, samples: int) -> None:
         """A backward pass over so many samples is over; may raise to refuse what it captured."""
@@ -101,6 +104,7 @@ class _Use:
     serial: int
     inputs: list[Tensor]
     make: Make
+    site: _Site | None = None
 
 
 @dataclass(eq=False)
@@ -203,6 +207,7 @@ class HookController:
         self.observer: Observer | None = None
         self.paths: Paths | None = None
         self._aside = -1
+        self._refilled: int | None = None
         self._running = 0
         self._open: dict[int, _Pass] = {}
         self._leaks: list[nn.Parameter] = []
@@ -436,16 +441,52 @@ class HookController:
         """The outermost call ends."""
         if self.paths is not None:
             self.paths.stop()
-        for site in self._sites:
-            if site.outside:
-                site.slots.restore()
+        self._empty_outside()
         self._outermost = None
         self._check_buffers()
         lowered = self._lifter.lower(output)
         result = replaced if lowered is output else lowered
-        if self.observer is not None and torch.is_grad_enabled():
-            self.observer.ends(output if result is None else result)
+        if self.hooks_enabled and torch.is_grad_enabled():
+            call = None if self.observer is None else self.observer.ends()
+            self._watch(call, output if result is None else result)
         return result
+
+    def _watch(self, call: Any, output: Any) -> None:
+        """Be told when a backward pass comes to the outputs of an outermost call."""
+        floats = [t for t in tensors_of(output) if t.is_floating_point()]
+        for index, tensor in enumerate(floats):
+            if tensor.grad_fn is not None:
+                # What is kept of the call lives as long as its graph does.
+                arrived = functools.partial(self._arrived, call, self.serial, index, tensor.output_nr)
+                tensor.grad_fn.register_prehook(arrived)
+
+    def _arrived(self, call: Any, serial: int, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+        if not self.hooks_enabled or grads[output_nr] is None:
+            return
+        if self.observer is not None:
+            self.observer.reached(call, index)
+        if self._refilled is None and any(site.lifts or site.outside for site in self._sites):
+            self._pass(serial)  # whose end is the end of this
+            self._refilled = torch._C._current_graph_task_id()
+            self._refill()
+
+    def _refill(self) -> None:
+        """Lift what was lifted in the forward pass: checkpointing runs parts of modules again, without calling those."""
+        for site in self._sites:
+            self._refill_site(site)
+
+    def _refill_site(self, site: _Site) -> None:
+        if site.lifts and not site.slots.filled and id(site.module) not in self._repeated:
+            prefix = f"{site.name}." if site.name else ""
+            site.slots.fill({n: self._lifter.lift(p, prefix + n) for n, p in site.slots.params.items()})
+        else:
+            self._lift_outside(site)
+
+    def _lifts_outside(self) -> bool:
+        """Whether parameters used outside their module are lifted now."""
+        if self._lifter.trial is not None:
+            return True
+        return self._refilled is not None if self.in_backward() else self._outermost is not None
 
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""
@@ -518,6 +559,12 @@ class HookController:
                 "place (load_state_dict without assign), or enter a new scope."
             )
 
+    def _empty_outside(self) -> None:
+        refilled, self._refilled = self._refilled is not None, None
+        for site in self._sites:
+            if site.outside or (refilled and site.slots.filled):
+                site.slots.restore()
+
     def _lift_outside(self, site: _Site) -> None:
         """Lift the parameters that are used outside their own module, for as long as the outermost call runs."""
         if site.outside and not site.slots.filled:
@@ -528,13 +575,15 @@ class HookController:
 
     @unfollowed
     def _after(self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._running or self._repeating or not site.slots.filled:
+        if self._running or self._repeating:
             return None
-        site.slots.restore()
-        if (self._depth or self._lifter.trial is not None) and not self.in_backward():
+        ran_filled = site.slots.filled
+        if ran_filled:
+            site.slots.restore()
+        if self._lifts_outside():  # also after a call without gradients, which emptied them
             for emptied in (site, *site.inner):
                 self._lift_outside(emptied)
-        if not self._capturing() or not site.captures:
+        if not ran_filled or not self._capturing() or not site.captures:
             return None
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise UnsupportedModelError(
@@ -556,7 +605,9 @@ class HookController:
             names = site.slots.trainable()
             autocast = autocast_dtype(outputs[0].device.type)
             make = functools.partial(self._captured, site, site.entry, self._current_rows(), skeleton, names, autocast)
-            tapped = iter(self.tap(outputs, [t.detach() for t in inputs], site.name, make))
+            tapped = iter(
+                self._tap(outputs, _Use(self, site.name, self.serial, [t.detach() for t in inputs], make, site))
+            )
         if isinstance(output, Tensor):
             return next(tapped)
         whole, tensors = split(output)
@@ -564,7 +615,10 @@ class HookController:
 
     def tap(self, outputs: Sequence[Tensor], saved: list[Tensor], name: str, make: Make) -> list[Tensor]:
         """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
-        return list(_Tap.apply(self.token, _Use(self, name, self.serial, saved, make), *outputs))
+        return self._tap(outputs, _Use(self, name, self.serial, saved, make))
+
+    def _tap(self, outputs: Sequence[Tensor], use: _Use) -> list[Tensor]:
+        return list(_Tap.apply(self.token, use, *outputs))
 
     # ---------------------------------------------------------------- trials
 
@@ -725,7 +779,6 @@ class HookController:
             )
         if not torch._C._will_engine_execute_node(self._token_node):
             return  # torch.autograd.grad(loss, something else)
-        sources = use.make(saved(), [None if g is None else g.detach() for g in grads])
         opened = self._pass(use.serial)
         if use.serial != opened.serial or (self._samples is not None and use.serial != self._serial):
             raise ScopeError(
@@ -733,9 +786,22 @@ class HookController:
                 "Call opt.step() for every batch, or opt.zero_grad() to drop them. For large batches set a larger "
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
-        for source in sources:
-            opened.sizes.add((source.name, source.samples))
-            opened.found.extend(self._reduced(source))
+        with self._own_parameters(use.site):
+            for source in use.make(saved(), [None if g is None else g.detach() for g in grads]):
+                opened.sizes.add((source.name, source.samples))
+                opened.found.extend(self._reduced(source))
+
+    @contextmanager
+    def _own_parameters(self, site: _Site | None) -> Iterator[None]:
+        """Rules find the parameters of a module in the module, also while they are lifted for a part that is run again."""
+        filled = [] if site is None or self._refilled is None else [s for s in (site, *site.inner) if s.slots.filled]
+        for one in filled:
+            one.slots.restore()
+        try:
+            yield
+        finally:
+            for one in filled:
+                self._refill_site(one)
 
     def _reduced(self, source: _Contribution) -> list[Source]:
         """Work out at once what is wanted at once, or what takes no more memory afterwards, and let go of what it came from."""
@@ -784,6 +850,8 @@ class HookController:
 
     def _finish_pass(self, task: int) -> None:
         """Runs at the end of a backward pass; one that was broken off never gets here."""
+        if task == self._refilled:
+            self._empty_outside()
         finished = self._open.pop(task, None)
         if finished is None:
             return
@@ -916,8 +984,9 @@ class HookController:
             "_unreached",
             "_twice",
             "_aside",
+            "_refilled",
         )
-        kept = {name: getattr(self, name) for name in names}
+        kept, lifter = {name: getattr(self, name) for name in names}, self._lifter.state()
         samples = {p: vars(p)["grad_sample"] for p in self.params if "grad_sample" in vars(p)}
         for p in samples:
             _clear(p)
@@ -928,8 +997,11 @@ class HookController:
             yield
         finally:
             self.discard()
+            self._lifter.set_state(lifter)
             for name, value in kept.items():
                 setattr(self, name, value)
+            if self._refilled is not None:
+                self._refill()
             for p, grads in samples.items():
                 _store(p, grads)
 
@@ -960,7 +1032,7 @@ class HookController:
     def _reset(self) -> None:
         if self._outermost is not None and self.paths is not None:  # the pass was interrupted
             self.paths.stop()
-        self._outermost = None
+        self._outermost = self._refilled = None
         for site in self._sites:
             if site.slots.filled:  # an interrupted forward could not put the parameters back
                 site.slots.restore()

@@ -172,6 +172,14 @@ class Lifter:
         """An outermost call begins, on ``rows`` samples."""
         self.rows, self.counts, self.seen, self.strict, self.retries = rows, {}, {}, False, 0
 
+    def state(self) -> tuple[Any, ...]:
+        """What belongs to the forward pass that is running, or was last."""
+        return (self.rows, self.counts, self.seen, self.strict, self.retries)
+
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        """Go on with an earlier forward pass."""
+        self.rows, self.counts, self.seen, self.strict, self.retries = state
+
     def is_touched(self, name: str) -> bool:
         """Whether trials saw the parameter ``name`` used outside its own module."""
         return hash((name, True)) in self.touched

@@ -295,16 +295,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _check_params(self) -> None:
         managed = {id(p) for p in self.params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and id(p) not in managed:
-                    name = self._controller.name_of(p)
-                    p.grad = None  # it is of private samples, and without noise
-                    raise UnsupportedModelError(
-                        f"{name}: became trainable after the scope began, so its gradient was neither clipped nor noised. "
-                        "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
-                        "accountant=scope.accountant."
-                    )
+        params = [p for group in self.param_groups for p in group["params"]]
+        unmanaged = [p for p in params if p.requires_grad and id(p) not in managed]
+        for p in unmanaged:
+            p.grad = None  # it is of private samples, and without noise
+        if unmanaged:
+            names = ", ".join(self._controller.name_of(p) for p in unmanaged[:8])
+            raise UnsupportedModelError(
+                f"{names}: became trainable after the scope began, so gradients were neither clipped nor noised. "
+                "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
+                "accountant=scope.accountant."
+            )
 
     def _check_step(self) -> None:
         part = self._part

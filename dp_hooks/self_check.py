@@ -1,6 +1,5 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
-import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -114,19 +113,15 @@ class SelfCheck:
             args, kwargs = private_copy((args, kwargs))
         self._call = _Observed(module, name, args, kwargs, (device, autocast_dtype(device)), kind, new)
 
-    def ends(self, output: Any) -> None:
-        """The call is over: watch which of its outputs gradients come back from."""
+    def ends(self) -> _Observed | None:
+        """The call is over."""
         call, self._call = self._call, None
         if self._busy or call is None:
-            return
+            return None
         call.steps, call.draws = self._paths.taken, self._paths.draws
         if call.copied or call.steps:
             self._keep(call)
-        floats = [t for t in tensors_of(output) if t.is_floating_point()]
-        for index, tensor in enumerate(floats):
-            if tensor.grad_fn is not None:
-                # What is kept of the call lives as long as its graph does.
-                tensor.grad_fn.register_prehook(functools.partial(self._reach, call, index, tensor.output_nr))
+        return call
 
     def _keep(self, call: _Observed) -> None:
         if len(self._observed) == _CALLS:
@@ -134,8 +129,9 @@ class SelfCheck:
         else:
             self._observed.append(call)
 
-    def _reach(self, call: _Observed, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        if self._busy or self._controller.observer is not self or grads[output_nr] is None:
+    def reached(self, call: _Observed | None, index: int) -> None:
+        """Gradients come back from output number ``index`` of the call."""
+        if self._busy or call is None:
             return
         call.reached.add(index)
         if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):

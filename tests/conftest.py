@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from . import models
+
 torch.set_num_threads(1)
 
 
@@ -14,10 +16,5 @@ def _seed() -> None:
 
 @pytest.fixture
 def loader_of():
-    """Return a function that makes a loader with all rows of ``tensors`` in one batch, in order."""
-
-    def make(tensors, batch_size=None):
-        dataset = torch.utils.data.TensorDataset(*tensors)
-        return torch.utils.data.DataLoader(dataset, batch_size=batch_size or len(dataset))
-
-    return make
+    """Return a function that makes a loader with all rows of some tensors in one batch, in order."""
+    return models.loader_of

@@ -1,8 +1,12 @@
-"""Small models that all map ``[n, 4]`` to logits, a reference for clipped sums, and snapshots of everything a user owns."""
+"""Small models that all map ``[n, 4]`` to logits, scopes over them, and what a step in one has to do.
 
-from collections.abc import Callable, Iterable
+Also snapshots of everything a user owns.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +15,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivateTraining, private_training
 
+from . import reference
+
 MODES = ("ghost", "hooks", "functorch")
+BOUND = 0.5
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+class Net(nn.Module):
+    """Runs ``fn(self, *inputs)`` over the given submodules, parameters and buffers."""
+
+    def __init__(self, fn: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.fn = (fn,)
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn[0](self, *args, **kwargs)
 
 
 class ConvNet(nn.Module):
@@ -100,16 +125,30 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         return BUILDERS[name]().to(dtype)
 
 
+def drawn(seed: int = 0) -> torch.Generator:
+    """Return a seeded generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
 def examples(n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return inputs ``[n, 4]`` and class labels ``[n]`` from a fixed seed."""
-    generator = torch.Generator().manual_seed(2)
+    generator = drawn(2)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64) * 2
     return x.to(dtype), torch.randint(0, 3, (n,), generator=generator)
 
 
+def loader_of(tensors: Sequence[Tensor], batch_size: int | None = None) -> DataLoader[Any]:
+    """Return a loader that hands out the rows of ``tensors`` in their order, by default in one batch."""
+    return DataLoader(TensorDataset(*tensors), batch_size=batch_size or len(tensors[0]))
+
+
 def in_order(n: int = 6, batch_size: int | None = None) -> DataLoader[Any]:
     """Return a loader that hands out :func:`examples` in their order."""
-    return DataLoader(TensorDataset(*examples(n)), batch_size=batch_size or n)
+    return loader_of(examples(n), batch_size)
 
 
 def scope_over(
@@ -120,7 +159,7 @@ def scope_over(
     **options: Any,
 ) -> PrivateTraining:
     """Return a scope without noise in which one step of size 1 moves the parameters by the clipped sum."""
-    options = {"noise_multiplier": 0.0, "max_grad_norm": 0.5, "poisson_sampling": False, **options}
+    options = {"noise_multiplier": 0.0, "max_grad_norm": BOUND, "poisson_sampling": False, **options}
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
     return private_training(model, optimizer, loader or in_order(), **options)
 
@@ -130,12 +169,7 @@ def sample_gradients(
 ) -> list[list[Tensor]]:
     """Return, for every sample, its gradient for each parameter by plain autograd on that sample alone."""
     loss = loss or (lambda m, a, b: F.cross_entropy(m(a), b))
-    params = list(model.parameters())
-    rows = []
-    for i in range(len(x)):
-        found = torch.autograd.grad(loss(model, x[i : i + 1], y[i : i + 1]), params, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)])
-    return rows
+    return [list(row) for row in zip(*reference.sample_grads(model, loss, x, y).values(), strict=True)]
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -145,12 +179,21 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
 
 def clipped_sum(rows: list[list[Tensor]], bound: float | list[float]) -> list[Tensor]:
     """Clip every sample by hand, over all parameters or (with a list of bounds) one by one, and add up."""
-    total = [torch.zeros_like(g) for g in rows[0]]
-    for row in rows:
-        for k, g in enumerate(row):
-            factor = bound / norm_of(row) if isinstance(bound, float) else bound[k] / g.norm()
-            total[k] += g * min(1.0, float(factor))
-    return total
+    grads = {k: torch.stack(column) for k, column in enumerate(zip(*rows, strict=True))}
+    if isinstance(bound, float):
+        return list(reference.clipped_sum(grads, bound).values())
+    return [reference.clipped_sum({k: g}, bound[k])[k] for k, g in grads.items()]
+
+
+def expected_move(model: nn.Module, *, factor: float = 1.0, divided_by: int = 6) -> list[Tensor]:
+    """Return the clipped sum, by hand, of ``factor`` times the gradients of the six examples, divided."""
+    rows = [[factor * g for g in row] for row in sample_gradients(model, *examples())]
+    return [g / divided_by for g in clipped_sum(rows, BOUND)]
+
+
+def charges(scope: PrivateTraining) -> int:
+    """Return the number of releases the accountant was charged with."""
+    return sum(steps for _, _, steps in scope.accountant.history)
 
 
 def values(model: nn.Module) -> list[Tensor]:
@@ -161,6 +204,17 @@ def values(model: nn.Module) -> list[Tensor]:
 def moved(before: list[Tensor], model: nn.Module) -> list[Tensor]:
     """Return by how much the parameters went down since ``before``."""
     return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+def equal_trees(a: Any, b: Any) -> bool:
+    """Whether two nested structures hold equal tensors and values."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_trees(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal_trees(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-9) -> None:

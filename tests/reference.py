@@ -1,6 +1,17 @@
-"""Per-sample gradients and clipped sums by plain autograd, one sample at a time: what everything is compared with."""
+"""Losses, per-sample gradients and clipped sums by plain autograd, one sample at a time: what everything is compared with."""
 
 import torch
+
+
+def per_sample(out):
+    """Per-sample losses that weigh every output differently."""
+    out = out.flatten(1)
+    return (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).sin().sum(1)
+
+
+def losses_of(model, *inputs):
+    """The same of what ``model`` returns."""
+    return per_sample(model(*inputs))
 
 
 def sample_grads(model, losses_of, *batch):
@@ -13,6 +24,17 @@ def sample_grads(model, losses_of, *batch):
         for (name, p), grad in zip(params.items(), grads, strict=True):
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
     return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def rows_by_backward(model, losses, retain_graph=False):
+    """Return, for each of the ``losses`` (one per sample), a list of gradients: by ``backward()``, as checkpoints may need."""
+    rows = []
+    for loss in losses:
+        model.zero_grad()
+        loss.backward(retain_graph=retain_graph)
+        rows.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+    model.zero_grad()
+    return rows
 
 
 def clipped_sum(grads, bound):

@@ -19,11 +19,13 @@ from dp_hooks.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping,
 from dp_hooks.errors import InvalidArgumentError, ScopeError
 from dp_hooks.noise import GaussianNoise
 
+from .gaussian import NEVER, Wide, fits, noise_of
 from .models import (
     BUILDERS,
-    MODES,
     assert_same,
     build,
+    drawn,
+    each_mode,
     examples,
     in_order,
     moved,
@@ -32,15 +34,6 @@ from .models import (
     scope_over,
     values,
 )
-
-each_mode = pytest.mark.parametrize("mode", MODES)
-NEVER = 1e-12  # a sample rate at which every batch is empty
-COUNT = 20_000
-
-
-def drawn(seed: int = 0) -> torch.Generator:
-    """Return a seeded generator."""
-    return torch.Generator().manual_seed(seed)
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -247,44 +240,6 @@ def test_a_sample_without_a_usable_norm_is_dropped_everywhere(kind: str) -> None
 # ---------------------------------------------------------------- noise
 
 
-class Wide(nn.Module):
-    """Two weights, of COUNT numbers and of half as many."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(COUNT // 2, 2, bias=False)
-        self.b = nn.Linear(COUNT // 2, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x).sum(1) + self.b(x).sum(1)
-
-
-def noise_of_an_empty_batch(**options: Any) -> Tensor:
-    """Return the noise on the weight ``a`` in one step with sum reduction."""
-    model = Wide()
-    nn.init.zeros_(model.a.weight)
-    data = DataLoader(TensorDataset(torch.zeros(10, COUNT // 2)), batch_size=4)
-    options = {
-        "loss_reduction": "sum",
-        "accountant": "rdp",
-        "sample_rate": NEVER,
-        "noise_generator": drawn(),
-        **options,
-    }
-    with private_training(model, torch.optim.SGD(model.parameters(), lr=1.0), data, **options) as (opt, loader):
-        next(iter(loader))
-        opt.step()
-    return -model.a.weight.detach()
-
-
-def fits(numbers: Tensor, std: float) -> bool:
-    """A chi-square test of N(0, std^2), and of its mean, at 4.5 standard deviations."""
-    numbers = numbers.flatten().double()
-    n = numbers.numel()
-    chi = (numbers.square().sum().item() / std**2 - n) / math.sqrt(2 * n)
-    return abs(chi) < 4.5 and abs(numbers.sum().item()) / (std * math.sqrt(n)) < 4.5
-
-
 @pytest.mark.parametrize(
     ("options", "std", "wrong"),
     [
@@ -304,7 +259,7 @@ def fits(numbers: Tensor, std: float) -> bool:
 )
 def test_noise_is_scaled_by_the_sensitivity(options: dict[str, Any], std: float, wrong: tuple[float, ...]) -> None:
     """At sigma 1 the released noise has the declared sensitivity as its std, and no other fits."""
-    noise = noise_of_an_empty_batch(noise_multiplier=1.0, **options)
+    noise = noise_of(Wide(), **options)["a.weight"]
     assert fits(noise, std)
     for other in (*wrong, std * 1.2, std / 1.2, std * 1.05):
         assert not fits(noise, other)
@@ -350,6 +305,12 @@ def adaptive(model: nn.Module, norms: list[float] | Tensor, batch: int, **kwargs
     data = DataLoader(TensorDataset(rows_with(norms)), batch_size=batch)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     return private_training(model, sgd, data, clipping="adaptive", clipping_options=options, **kwargs)
+
+
+def over_many_rows(model: nn.Module, **kwargs: Any) -> PrivateTraining:
+    """Return a scope over 160 rows in Poisson batches of 40."""
+    data = DataLoader(TensorDataset(rows_with(NORMS * 20)), batch_size=40)
+    return private_training(model, torch.optim.SGD(model.parameters(), lr=0.1), data, max_grad_norm=1.0, **kwargs)
 
 
 def run(model: nn.Module, scope: PrivateTraining, passes: int = 1) -> list[float]:
@@ -547,15 +508,7 @@ def test_the_accountant_is_charged_with_the_stated_noise_multiplier() -> None:
     histories, epsilons = [], []
     for clipping in ("flat", "adaptive"):
         model = Rows()
-        scope = private_training(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            DataLoader(TensorDataset(rows_with(NORMS * 20)), batch_size=40),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            clipping=clipping,
-            accountant="rdp",
-        )
+        scope = over_many_rows(model, noise_multiplier=1.0, clipping=clipping, accountant="rdp")
         run(model, scope, passes=2)
         histories.append(scope.accountant.history)
         epsilons.append(scope.get_epsilon(1e-5))
@@ -570,16 +523,8 @@ def test_a_target_epsilon_buys_the_same_noise_multiplier_as_without() -> None:
     found = {}
     for clipping in ("flat", "adaptive"):
         model = Rows()
-        scope = private_training(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            DataLoader(TensorDataset(rows_with(NORMS * 20)), batch_size=40),
-            target_epsilon=4.0,
-            target_delta=1e-5,
-            epochs=3,
-            max_grad_norm=1.0,
-            clipping=clipping,
-            accountant="gdp",
+        scope = over_many_rows(
+            model, target_epsilon=4.0, target_delta=1e-5, epochs=3, clipping=clipping, accountant="gdp"
         )
         run(model, scope, passes=4)
         found[clipping] = (scope.noise_multiplier, scope.steps, scope.get_epsilon(1e-5))

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import HookController, errors
 
-from .reference import sample_grads
-from .test_rules import N, Wrap, assert_close, losses_of, randn
+from .models import Net, assert_same, each_mode, loader_of, moved, randn, scope_over, values
+from .reference import losses_of, sample_grads
+from .test_rules import N, assert_captured, assert_close
 
 T = 5
 
@@ -61,7 +62,7 @@ def test_disabled_hooks_leave_ordinary_training_alone():
     controller.cleanup()
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+@each_mode
 def test_a_graph_that_outlives_the_controller_is_inert(mode):
     """Backward through a graph built before removal records nothing and disturbs no gradient of the input."""
     model = model_of(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -108,23 +109,64 @@ def test_batch_norm_switched_to_training_later_is_refused():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant, mode):
     """Checkpointed parts, reentrant or not, give the gradients of single samples."""
-    model = Wrap(
+    model = Net(
         lambda s, x: s.b(checkpoint(s.a, s.first(x), use_reentrant=use_reentrant)),
         first=nn.Linear(4, 4),
         a=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
         b=nn.Linear(4, 2),
     ).double()
     x = randn(N, 4)
-    plain = Wrap(lambda s, x: s.b(s.a(s.first(x))), first=model.first, a=model.a, b=model.b)
+    plain = Net(lambda s, x: s.b(s.a(s.first(x))), first=model.first, a=model.a, b=model.b)
+    assert_captured(sample_grads(plain, losses_of, x), model, x, mode=mode)
+
+
+def _reading_the_owner(use_reentrant):
+    """Checkpoints around functions that read parameters of the module around them, once with a layer in between."""
+
+    def part(s, h):
+        return s.a(h * s.gain + s.positions).tanh() * s.gain
+
+    def run(function, h):
+        return function(h) if use_reentrant is None else checkpoint(function, h, use_reentrant=use_reentrant)
+
+    def forward(s, x):
+        h = s.first(x)
+        for function in (lambda h: part(s, h), lambda h: h * s.gain, lambda h: part(s, h)):
+            h = run(function, h)
+        return s.b((h + F.linear(h, s.a.weight)) * s.gain)
+
+    return Net(
+        forward,
+        first=nn.Linear(4, 4),
+        a=nn.Linear(4, 4),
+        b=nn.Linear(4, 2),
+        gain=nn.Parameter(torch.randn(4)),
+        positions=nn.Parameter(torch.randn(3, 4)),
+    ).double()
+
+
+@each_mode
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_functions_may_read_parameters_of_the_module_around_them(use_reentrant, checked, mode):
+    """A parameter read inside a checkpoint by closure is right, and the module holds its own parameters afterwards."""
+    model, plain, x = _reading_the_owner(use_reentrant), _reading_the_owner(None), randn(N, 3, 4)
+    plain.load_state_dict(model.state_dict())
+    own = list(model.parameters())
     expected = sample_grads(plain, losses_of, x)
-    controller = HookController(model, grad_sample_mode=mode)
-    losses_of(model, x).mean().backward()
-    found = controller.take()
-    assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
-    controller.cleanup()
+    if checked:
+        with scope_over(model, loader=loader_of([x]), grad_sample_mode=mode, max_grad_norm=1e9) as (opt, loader):
+            start = values(model)
+            losses_of(model, *next(iter(loader))).mean().backward()
+            assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+            opt.step()
+        assert_same(moved(start, model), [expected[n].mean(0) for n, _ in model.named_parameters()])
+    else:
+        assert_captured(expected, model, x, mode=mode)
+    assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+@each_mode
 def test_keyword_inputs_and_nested_outputs(mode):
     """Modules called with keywords only, and modules that return dictionaries and tuples, are captured whole."""
 
@@ -148,12 +190,7 @@ def test_keyword_inputs_and_nested_outputs(mode):
             return out["sum"].tanh() + out["parts"][0] * out["parts"][1][0]
 
     model, x = Uses(), randn(N, 4)
-    expected = sample_grads(model, losses_of, x)
-    controller = HookController(model, grad_sample_mode=mode)
-    losses_of(model, x).mean().backward()
-    found = controller.take()
-    assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
-    controller.cleanup()
+    assert_captured(sample_grads(model, losses_of, x), model, x, mode=mode)
 
 
 def test_two_passes_over_the_same_samples_add_up_and_other_sizes_are_refused():
@@ -174,7 +211,7 @@ def test_two_passes_over_the_same_samples_add_up_and_other_sizes_are_refused():
 
 def test_a_weight_used_elsewhere_is_named():
     """A weight read outside the model raises from backward, with its name, and its gradient is dropped."""
-    model = Wrap(lambda s, x: s.a(x), a=nn.Linear(4, 4), b=nn.Linear(4, 2)).double()
+    model = Net(lambda s, x: s.a(x), a=nn.Linear(4, 4), b=nn.Linear(4, 2)).double()
     controller = HookController(model)
     with pytest.raises(errors.UnsupportedModelError, match=r"^b\.weight: used where no hook saw it"):
         F.linear(model(randn(N, 4)), model.b.weight).mean().backward()
@@ -210,7 +247,7 @@ def test_an_input_that_was_shared_once_stays_shared():
             return x + self.scale * positions
 
     positions = randn(T, 4)
-    model = Wrap(lambda s, x: s.b(x, positions), b=Bias())
+    model = Net(lambda s, x: s.b(x, positions), b=Bias())
     controller = HookController(model)
     for rows in (T + 1, T, T - 1):
         x = randn(rows, T, 4)

@@ -15,15 +15,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import HookController, PrivateTraining, private_training
 from dp_hooks.clipping import FlatClipping
-from dp_hooks.errors import DPHooksError, InvalidArgumentError, ScopeError, UnsupportedModelError
+from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 
 from .models import (
+    BOUND,
     BUILDERS,
-    MODES,
     assert_same,
     build,
+    charges,
     clipped_sum,
+    each_mode,
     examples,
+    expected_move,
     in_order,
     moved,
     norm_of,
@@ -31,10 +34,6 @@ from .models import (
     scope_over,
     values,
 )
-
-BOUND = 0.5
-
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -48,17 +47,6 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, loader: DataLoader[Any])
         opt.zero_grad()
         backward(model, x, y)
         opt.step()
-
-
-def expected_move(name: str = "mlp", n: int = 6, factor: float = 1.0) -> list[Tensor]:
-    """Return the mean over ``n`` of the clipped gradients of the freshly built model, by hand."""
-    rows = [[factor * g for g in row] for row in sample_gradients(build(name), *examples(n))]
-    return [g / n for g in clipped_sum(rows, BOUND)]
-
-
-def charges(scope: PrivateTraining) -> int:
-    """Return the number of releases the accountant was charged with."""
-    return sum(steps for _, _, steps in scope.accountant.history)
 
 
 def poisson(model: nn.Module, **options: Any) -> PrivateTraining:
@@ -152,7 +140,7 @@ def test_physical_parts_add_up_to_the_logical_batch(mode: str) -> None:
         with scope as (opt, loader):
             train(model, opt, loader)
         assert scope.steps == 1
-        assert_same(moved(start, model), expected_move())
+        assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 def test_only_parameters_of_the_optimizer_count_and_move() -> None:
@@ -383,7 +371,7 @@ def test_a_closure_is_evaluated_once(mode: str) -> None:
                 returned = opt.step(closure)
     assert len(losses) == 1
     assert returned is losses[0]
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 def test_optimizers_that_evaluate_several_times_are_refused() -> None:
@@ -428,7 +416,7 @@ def test_stepping_the_original_optimizer_inside_is_an_error(after_backward: bool
         train(model, opt, loader)
         with pytest.raises(ScopeError, match="original optimizer"):
             original.step()
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
     original.step()
 
 
@@ -460,7 +448,7 @@ def test_zero_grad_discards_a_batch_that_is_not_stepped(clear: str, mode: str) -
             opt.zero_grad() if clear == "opt" else opt.zero_grad(set_to_none=False)
             backward(model, x, y)
             opt.step()
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 @each_mode
@@ -477,7 +465,7 @@ def test_a_batch_left_with_continue_is_neither_released_nor_charged(mode: str) -
                     continue
                 opt.step()
     assert charges(scope) == 1
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 @each_mode
@@ -488,7 +476,7 @@ def test_stale_gradients_of_an_earlier_batch_are_never_released(mode: str) -> No
     with scope as (opt, loader):
         backward(model, *next(iter(loader)))
         next(iter(loader))
-        with pytest.raises(ScopeError):
+        with pytest.raises(ScopeError, match="earlier batch"):
             opt.step()
     assert charges(scope) == 0
     assert_same(values(model), start)
@@ -496,7 +484,7 @@ def test_stale_gradients_of_an_earlier_batch_are_never_released(mode: str) -> No
 
 @each_mode
 def test_a_part_never_counts_twice_in_its_logical_batch(mode: str) -> None:
-    """A second backward pass on a part that was stepped already is refused or dropped, never added to the next part."""
+    """What a second backward pass on a part that was stepped already left is refused at the step of the next part."""
     model, start = build("mlp"), values(build("mlp"))
     with scope_over(model, max_physical_batch_size=3, loss_reduction="sum", grad_sample_mode=mode) as (opt, loader):
         parts = iter(loader)
@@ -505,34 +493,23 @@ def test_a_part_never_counts_twice_in_its_logical_batch(mode: str) -> None:
         opt.step()
         (1e6 * F.cross_entropy(model(x), y, reduction="sum")).backward()
         next(parts)
-        try:
+        with pytest.raises(ScopeError, match="earlier batch"):
             opt.step()
-        except ScopeError:
-            assert_same(values(model), start)
-    rows = sample_gradients(build("mlp"), x, y, lambda m, a, b: 1e6 * F.cross_entropy(m(a), b))
-    assert norm_of(moved(start, model)) <= norm_of(clipped_sum(rows, BOUND)) * (1 + 1e-9)
+    assert_same(values(model), start)
 
 
 @each_mode
 def test_parts_of_different_logical_batches_never_add_up(mode: str) -> None:
-    """With two interleaved passes, an example that is in both contributes at most C to one release."""
+    """Two interleaved passes, by which an example could count twice in one release, are refused."""
     model, start = build("mlp"), values(build("mlp"))
     options = {"max_physical_batch_size": 2, "loss_reduction": "sum", "grad_sample_mode": mode}
-    with poisson(model, **options) as (opt, loader):
+    with poisson(model, **options) as (_, loader):
         one, two = iter(loader), iter(loader)
         next(one)
         next(two)
-        try:
-            for parts in (one, two):  # the second part of each, which has the same two examples
-                x, y = next(parts)
-                opt.zero_grad()
-                (1e6 * F.cross_entropy(model(x[:1]), y[:1], reduction="sum")).backward()
-                opt.step()
+        with pytest.raises(ScopeError, match="interleaved"):
             next(one)
-            opt.step()
-        except ScopeError:
-            assert_same(values(model), start)
-    assert norm_of(moved(start, model)) <= BOUND * (1 + 1e-9)
+    assert_same(values(model), start)
 
 
 # ---------------------------------------------------------------- P5, P8: empty batches and other loops
@@ -619,7 +596,7 @@ def test_accumulating_over_two_logical_batches_is_refused(mode: str) -> None:
         leaves_untouched(model, scope, start)
         opt.zero_grad()
         train(model, opt, loader)
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 @each_mode
@@ -664,7 +641,7 @@ def test_a_training_forward_without_backward_changes_nothing(mode: str) -> None:
             kept.append(model(x))
             opt.step()
     assert len(kept) == 4
-    assert_same(moved(start, model), expected_move())
+    assert_same(moved(start, model), expected_move(build("mlp")))
 
 
 @each_mode
@@ -672,7 +649,7 @@ def test_a_training_forward_without_backward_changes_nothing(mode: str) -> None:
 def test_unfreezing_inside_the_scope_is_refused_by_name(frozen: str, mode: str) -> None:
     """A parameter that becomes trainable after entering is refused at the step, which names it (G14)."""
     model = build("mlp")
-    late = [model[0].bias] if frozen == "bias" else list(model[0].parameters())
+    late, name = ([model[0].bias], "bias") if frozen == "bias" else (list(model[0].parameters()), "weight")
     for p in late:
         p.requires_grad_(False)
     scope, start = poisson(model, grad_sample_mode=mode), values(model)
@@ -680,8 +657,8 @@ def test_unfreezing_inside_the_scope_is_refused_by_name(frozen: str, mode: str) 
         x, y = next(iter(loader))
         for p in late:
             p.requires_grad_(True)
-        with pytest.raises(UnsupportedModelError, match=r"0\."):  # noqa: PT012
-            backward(model, x, y)
+        backward(model, x, y)
+        with pytest.raises(UnsupportedModelError, match=rf"^0\.{name}.*: became trainable"):
             opt.step()
         assert_same(values(model), start)
         assert charges(scope) == 0
@@ -696,13 +673,11 @@ def test_a_raw_gradient_of_a_parameter_unfrozen_for_a_while_is_never_applied(mod
     with scope_over(model, grad_sample_mode=mode) as (opt, loader):
         x, y = next(iter(loader))
         model[0].bias.requires_grad_(True)
-        try:
-            backward(model, x, y)
-            model[0].bias.requires_grad_(False)
-            opt.step()
-        except DPHooksError:
-            pass
+        backward(model, x, y)
+        model[0].bias.requires_grad_(False)
+        opt.step()
     assert torch.equal(model[0].bias.detach(), start)
+    assert model[0].bias.grad is None
 
 
 @each_mode
@@ -738,7 +713,7 @@ def test_two_backward_passes_are_one_contribution(name: str, passes: str, mode: 
                 (50 * F.cross_entropy(model(x), y)).backward()
             opt.step()
     assert norm_of(moved(start, model)) <= BOUND
-    assert_same(moved(start, model), expected_move(name, factor=100.0))
+    assert_same(moved(start, model), expected_move(build(name), factor=100.0))
 
 
 @each_mode
@@ -797,11 +772,11 @@ def test_a_weight_used_outside_its_module_is_refused_by_name(mode: str) -> None:
     """A gradient that reaches a weight where no hook saw it is an error that names the weight (G5, G26)."""
     model = BorrowingNet().double()
     scope, start = poisson(model, grad_sample_mode=mode), values(model)
-    with scope as (opt, loader):
+    with scope as (_, loader):
         x, y = next(iter(loader))
-        with pytest.raises(UnsupportedModelError, match=r"first\.weight"):  # noqa: PT012
-            (F.cross_entropy(model(x), y) + F.linear(x, model.first.weight).mean()).backward()
-            opt.step()
+        loss = F.cross_entropy(model(x), y) + F.linear(x, model.first.weight).mean()
+        with pytest.raises(UnsupportedModelError, match=r"first\.weight"):
+            loss.backward()
         leaves_untouched(model, scope, start)
 
 

@@ -14,8 +14,8 @@ from dp_hooks import dp_step, errors, private_training
 from dp_hooks.hook_controller import MODES
 from dp_hooks.self_check import SelfCheck
 
+from .models import Net, randn
 from .reference import sample_grads
-from .test_rules import Wrap, randn
 
 N, T, D = 6, 4, 5
 STYLES = ("bare loop", "dp_step")
@@ -113,7 +113,7 @@ SWITCHES = {
 
 
 def _switching(name):
-    model = Wrap(SWITCHES[name], a=nn.Linear(D, D), b=nn.Linear(D, 3), child=_Roll()).double()
+    model = Net(SWITCHES[name], a=nn.Linear(D, D), b=nn.Linear(D, 3), child=_Roll()).double()
     model.switch = False
     return model
 
@@ -166,7 +166,7 @@ def test_a_sound_branch_costs_one_more_check(mode, style, loader_of, checks):
         h = s.a(x)
         return s.b((h * s.g).sigmoid().mean(1) if s.switch else h.mean(1))
 
-    model = Wrap(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3), g=nn.Parameter(torch.ones(D))).double()
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3), g=nn.Parameter(torch.ones(D))).double()
     model.switch, step, counts = False, _stepper(style), []
     with _enter(model, loader_of, mode) as (opt, loader):
         for index, (x,) in enumerate(loader):
@@ -179,7 +179,7 @@ def test_a_sound_branch_costs_one_more_check(mode, style, loader_of, checks):
 @pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come from")
 def test_what_changes_from_batch_to_batch_is_no_other_way(loader_of, checks):
     """Other numbers of samples and tokens, and another learning rate or temperature, cause no further check."""
-    model = Wrap(lambda s, x: s.b((s.a(x) * s.heat).flatten(0, 1)).view(*x.shape[:2], -1).mean(1))
+    model = Net(lambda s, x: s.b((s.a(x) * s.heat).flatten(0, 1)).view(*x.shape[:2], -1).mean(1))
     model.a, model.b, model.heat = nn.Linear(D, D).double(), nn.Linear(D, 3).double(), 0.7
     with _enter(model, loader_of, "ghost") as (opt, _):
         for index, (n, t) in enumerate([(6, 4), (8, 4), (7, 9), (12, 1), (9, 9), (4, 7), (6, 4)]):
@@ -210,9 +210,9 @@ def _tossing(s, x):
 
 def _tossing_model(coin):
     blocks = nn.ModuleList(
-        Wrap(lambda s, x: (s.a(x) * s.g).tanh(), a=nn.Linear(D, D), g=nn.Parameter(torch.ones(D))) for _ in range(3)
+        Net(lambda s, x: (s.a(x) * s.g).tanh(), a=nn.Linear(D, D), g=nn.Parameter(torch.ones(D))) for _ in range(3)
     )
-    model = Wrap(_tossing, blocks=blocks, b=nn.Linear(D, 3), g=nn.Parameter(torch.ones(D))).double()
+    model = Net(_tossing, blocks=blocks, b=nn.Linear(D, 3), g=nn.Parameter(torch.ones(D))).double()
     model.coin = COINS[coin]
     return model
 
@@ -241,7 +241,7 @@ def test_checks_draw_nothing_from_the_users_generators(coin, loader_of):
         torch.manual_seed(1)
         random.seed(1)
         numpy.random.seed(1)
-        model = Wrap(
+        model = Net(
             lambda s, x: s.b((s.a(x).tanh() if s.coin() else s.a(x).relu()).mean(1)),
             a=nn.Linear(D, D),
             b=nn.Linear(D, 3),
@@ -264,7 +264,7 @@ def test_a_pass_that_cannot_be_repeated_is_refused(loader_of):
         return s.b((h.tanh() if len(calls) == late else h.relu()).mean(1))
 
     calls, late = [], -1
-    model = Wrap(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     with _enter(model, loader_of, "ghost") as (opt, loader):
         batches = iter(loader)
         _losses(model, *next(batches)).mean().backward()
@@ -296,7 +296,7 @@ def test_nothing_is_left_on_the_stack_of_function_modes(loader_of):
             raise KeyboardInterrupt
         return s.b(s.a(x).mean(1))
 
-    model = Wrap(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     model.switch = False
     with _Counting() as mine:
         with _enter(model, loader_of, "ghost") as (opt, loader):
@@ -334,7 +334,7 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode, loader_of):
         out = s.b(h.mean(1))
         return (out.softmax(0) if "loss" in reading else out).square().mean()
 
-    model = Wrap(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     with _enter(model, loader_of, mode) as (opt, loader):
         (x,) = next(iter(loader))
         if reading != "sound":
@@ -367,7 +367,7 @@ def _two_outputs(s, x):
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_that_the_loss_does_not_use_may_mix_samples(mode, loader_of):
     """A model that also returns similarities of all pairs can be trained on its embeddings, but not on those."""
-    model = Wrap(_two_outputs, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = Net(_two_outputs, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     with _enter(model, loader_of, mode) as (opt, loader):
         batches = iter(loader)
         for _ in range(2):
@@ -390,7 +390,7 @@ def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first, lo
         h = h - h.mean(0) if mixed else h
         return s.b((h.transpose(0, 1) if time_first else h).flatten(0, 1))
 
-    model = Wrap(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     with _enter(model, loader_of, "ghost") as (opt, loader):
         model(*next(iter(loader))).square().mean().backward()
         if mixed:
@@ -403,8 +403,8 @@ def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first, lo
 @pytest.mark.parametrize("flat_first", [False, True])
 def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first, loader_of):
     """A part that gets frames flattened into the batch from the model, and single frames from the loop, stays right."""
-    encoder = Wrap(lambda s, x: (s.a(x) * s.g).tanh(), a=nn.Linear(D, D), g=nn.Parameter(torch.ones(D)))
-    model = Wrap(lambda s, x: s.b(s.encoder(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)), b=nn.Linear(D, 3))
+    encoder = Net(lambda s, x: (s.a(x) * s.g).tanh(), a=nn.Linear(D, D), g=nn.Parameter(torch.ones(D)))
+    model = Net(lambda s, x: s.b(s.encoder(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)), b=nn.Linear(D, 3))
     model.encoder = encoder
     model.double()
     with _enter(model, loader_of, "hooks") as (opt, loader):

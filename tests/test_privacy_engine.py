@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dp_hooks import PrivacyEngineHookBased
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 
+from .models import drawn, equal_trees
+
 DELTA = 1e-5
 ACCOUNTANTS = ["prv", "rdp", "gdp"]
 
@@ -66,12 +68,8 @@ class _Tied(nn.Module):
         return self.head(self.layer(torch.tanh(self.layer(x))))
 
 
-def _drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def _data(model: nn.Module, n: int = 12) -> TensorDataset:
-    g = _drawn(1)
+    g = drawn(1)
     if isinstance(model, _Net):
         x = torch.randint(0, 10, (n, 5), generator=g)
     elif isinstance(model, _Conv):
@@ -90,7 +88,7 @@ def _sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
 
 
 def _make(engine: Any, model: nn.Module, **kwargs: Any) -> Any:
-    kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "noise_generator": _drawn(5), **kwargs}
+    kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "noise_generator": drawn(5), **kwargs}
     objects = {"module": model, "optimizer": _sgd(model), "data_loader": _loader(model)}
     return engine.make_private(**{**objects, **kwargs})
 
@@ -107,16 +105,6 @@ def _no_hooks(model: nn.Module) -> bool:
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "__getstate__" in vars(m)
         for m in model.modules()
     ) and not any(vars(p) or p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 # ---------------------------------------------------------------- interface
@@ -353,7 +341,7 @@ def _opacus(model: nn.Module, wrap: bool, accountant: str) -> Any:
     engine = opacus.PrivacyEngine(accountant=accountant)
     kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "poisson_sampling": False, "wrap_model": wrap}
     out, opt, loader = engine.make_private(
-        module=model, optimizer=_sgd(model), data_loader=_loader(model), noise_generator=_drawn(), **kwargs
+        module=model, optimizer=_sgd(model), data_loader=_loader(model), noise_generator=drawn(), **kwargs
     )
     return engine, out, opt, loader
 
@@ -390,8 +378,8 @@ def test_checkpoint_of_opacus_loads_here_and_back(wrap: bool, accountant: str) -
             path=first, module=fresh, optimizer=our_opt, noise_scheduler=our_noise, grad_clip_scheduler=our_clip
         )
         assert rest["epoch"] == 7
-        assert _same(dict(fresh.state_dict()), dict(model.state_dict()))
-        assert _same(our_opt.state_dict(), opt.state_dict())
+        assert equal_trees(dict(fresh.state_dict()), dict(model.state_dict()))
+        assert equal_trees(our_opt.state_dict(), opt.state_dict())
         assert [tuple(entry) for entry in ours.accountant.history] == theirs.accountant.history
         assert ours.get_epsilon(DELTA) == theirs.get_epsilon(DELTA)
         assert our_noise.state_dict() == noise.state_dict()
@@ -411,16 +399,16 @@ def test_checkpoint_of_opacus_loads_here_and_back(wrap: bool, accountant: str) -
     # The keys are those of the bare model, which is also there when Opacus has wrapped it.
     rest = back.load_checkpoint(path=second, module=third, optimizer=opt_back, noise_scheduler=noise_back)
     assert rest["epoch"] == 8
-    assert _same(dict(third.state_dict()), dict(model.state_dict()))
-    assert _same(opt_back.state_dict(), opt.state_dict())
+    assert equal_trees(dict(third.state_dict()), dict(model.state_dict()))
+    assert equal_trees(opt_back.state_dict(), opt.state_dict())
     assert back.accountant.history == theirs.accountant.history
     assert noise_back.state_dict() == noise.state_dict()
 
 
 def test_checkpoint_keys_have_no_prefix_and_no_random_state(tmp_path: Any) -> None:
     """A checkpoint holds plain keys, optimizer and accountant, and no generator state of noise or sampling."""
-    model, path, generator = _Net(), tmp_path / "checkpoint.pt", _drawn(5)
-    data = DataLoader(_data(model), batch_size=4, generator=_drawn(6))
+    model, path, generator = _Net(), tmp_path / "checkpoint.pt", drawn(5)
+    data = DataLoader(_data(model), batch_size=4, generator=drawn(6))
     with PrivacyEngineHookBased() as engine:
         _, opt, loader = _make(engine, model, noise_generator=generator, data_loader=data)
         _train(model, opt, loader)
@@ -443,7 +431,7 @@ def test_checkpoint_keys_have_no_prefix_and_no_random_state(tmp_path: Any) -> No
     assert not any(state.numpy().tobytes() in raw for state in states)
     plain = _Net()
     plain.load_state_dict(saved["module_state_dict"])
-    assert _same(dict(plain.state_dict()), dict(model.state_dict()))
+    assert equal_trees(dict(plain.state_dict()), dict(model.state_dict()))
 
 
 class _Payload:
@@ -460,11 +448,11 @@ def test_checkpoint_with_an_object_is_refused_by_default(tmp_path: Any) -> None:
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(Exception, match=r"(?i)weights.only"):
         engine.load_checkpoint(path=path, module=fresh)
-    assert _same(dict(before), dict(fresh.state_dict()))
+    assert equal_trees(dict(before), dict(fresh.state_dict()))
     assert engine.accountant.history == [(2.0, 0.1, 3)]
     rest = engine.load_checkpoint(path=path, module=fresh, torch_load_kwargs={"weights_only": False})
     assert isinstance(rest["mine"], _Payload)
-    assert _same(dict(model.state_dict()), dict(fresh.state_dict()))
+    assert equal_trees(dict(model.state_dict()), dict(fresh.state_dict()))
     assert engine.accountant.history == [(2.0, 0.1, 3)]  # spent stays spent
 
 
@@ -476,7 +464,7 @@ def test_checkpoint_of_another_accountant_changes_nothing() -> None:
     before = copy.deepcopy(fresh.state_dict())
     with pytest.raises(ValueError, match="rdp"):
         PrivacyEngineHookBased(accountant="prv").load_checkpoint(path=file, module=fresh)
-    assert _same(dict(before), dict(fresh.state_dict()))
+    assert equal_trees(dict(before), dict(fresh.state_dict()))
 
 
 @pytest.mark.parametrize("part", ["optimizer", "noise_scheduler", "grad_clip_scheduler"])
@@ -516,7 +504,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(tmp_path: Any) -> None:
     passes(whole, 2)
     passes(half, 1, save=True)
     passes(rest, 1, load=True)
-    assert _same(dict(whole.state_dict()), dict(rest.state_dict()))
+    assert equal_trees(dict(whole.state_dict()), dict(rest.state_dict()))
 
 
 # ---------------------------------------------------------------- parity

@@ -29,7 +29,8 @@ from dp_hooks import PrivateDataLoader, private_training
 from dp_hooks.errors import InvalidArgumentError, ScopeError
 from dp_hooks.sampling import PoissonSampler
 
-NEVER = 1e-12  # a sample rate at which every batch is empty
+from .gaussian import NEVER
+from .models import drawn
 
 
 class Pair(NamedTuple):
@@ -107,10 +108,6 @@ def _scope_over(loader: Any, model: nn.Module | None = None, **kwargs: Any) -> A
     model = nn.Linear(3, 1) if model is None else model
     kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **kwargs}
     return private_training(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, **kwargs)
-
-
-def _drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _leaves(batch: Any) -> list[Any]:
@@ -256,7 +253,7 @@ def test_workers_with_prefetching_deliver_every_part_in_order() -> None:
 
     def passes(workers: int) -> list[tuple[int, int, bool, list[float]]]:
         more = {"num_workers": workers, "prefetch_factor": 3} if workers else {}
-        loader = DataLoader(Rows(12), batch_size=4, collate_fn=_as_tensor, generator=_drawn(3), **more)
+        loader = DataLoader(Rows(12), batch_size=4, collate_fn=_as_tensor, generator=drawn(3), **more)
         rows = []
         scope = _scope_over(loader, max_physical_batch_size=2)
         with scope as (_, private):
@@ -296,7 +293,7 @@ def test_empty_batches_come_out_of_workers() -> None:
 def test_breaking_off_with_workers_leaves_the_next_pass_aligned() -> None:
     """After a pass is broken off amid prefetched parts, the next pass starts with part 0 of a new logical batch."""
     loader = DataLoader(
-        Rows(8), batch_size=8, collate_fn=_as_tensor, num_workers=2, persistent_workers=True, generator=_drawn()
+        Rows(8), batch_size=8, collate_fn=_as_tensor, num_workers=2, persistent_workers=True, generator=drawn()
     )
     scope = _scope_over(loader, max_physical_batch_size=2, sample_rate=1.0)
     with scope as (_, private):
@@ -312,7 +309,7 @@ def test_breaking_off_with_workers_leaves_the_next_pass_aligned() -> None:
 
 def test_loader_settings_are_kept() -> None:
     """Dataset, workers, pinning, time-out, generator and worker settings are those of the original loader."""
-    generator, dataset = _drawn(), Rows(4)
+    generator, dataset = drawn(), Rows(4)
     original = DataLoader(
         dataset,
         batch_size=2,
@@ -347,8 +344,8 @@ def test_generator_of_the_loader_repeats_the_batches_and_no_generator_does_not()
         with _scope_over(loader) as (_, private):
             return [batch[:, 0].tolist() for batch in private]
 
-    assert indices(_drawn(5)) == indices(_drawn(5))
-    assert indices(_drawn(5)) != indices(_drawn(6))
+    assert indices(drawn(5)) == indices(drawn(5))
+    assert indices(drawn(5)) != indices(drawn(6))
     assert indices(None) != indices(None)
 
 
@@ -396,7 +393,7 @@ N, Q, DRAWS = 60, 0.15, 3000
 @pytest.fixture(scope="module")
 def inclusions() -> Tensor:
     """0/1 matrix [draw, example] of many logical batches."""
-    sampler = PoissonSampler(N, Q, DRAWS, _drawn(11))
+    sampler = PoissonSampler(N, Q, DRAWS, drawn(11))
     counts = torch.zeros(DRAWS, N, dtype=torch.float64)
     for row, indices in zip(counts, sampler, strict=True):
         assert all(a < b for a, b in pairwise(indices))
@@ -450,7 +447,7 @@ def test_pairs_of_examples_and_of_batches_are_uncorrelated(inclusions: Tensor) -
 
 def test_loader_draws_what_the_sampler_draws() -> None:
     """Batches of the private loader, not only of the sampler inside, have the rate q and reject q / 2 and 2 q."""
-    loader = DataLoader(TensorDataset(torch.arange(50)), batch_size=5, generator=_drawn(2))
+    loader = DataLoader(TensorDataset(torch.arange(50)), batch_size=5, generator=drawn(2))
     with _scope_over(loader) as (_, private):
         sizes = [len(batch[0]) for _ in range(30) for batch in private]
     assert len(sizes) == 300
@@ -467,7 +464,7 @@ def test_physical_parts_are_small_and_their_union_is_the_logical_batch(largest: 
     ends: list[int] = []
 
     def loader() -> DataLoader:
-        return DataLoader(Rows(40), batch_size=8, collate_fn=_as_tensor, generator=_drawn(4))
+        return DataLoader(Rows(40), batch_size=8, collate_fn=_as_tensor, generator=drawn(4))
 
     scope = _scope_over(loader(), max_physical_batch_size=largest)
     with scope as (_, private):

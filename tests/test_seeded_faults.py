@@ -12,36 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import PrivateTraining, dp_step, private_training
+from dp_hooks import PrivateTraining, dp_step
 from dp_hooks.errors import SelfCheckError, UnsupportedModelError
 from dp_hooks.rules import registry
 from dp_hooks.rules.linear import LINEAR
 from dp_hooks.rules.rule import Call, Rule
 
-from .models import assert_same, values
+from . import models
+from .models import Net, assert_same, loader_of, randn, values
+from .reference import per_sample
 
 N, T, D = 6, 4, 5
 
 Step = Callable[[Any, Any, Any], Any]
-
-
-class Net(nn.Module):
-    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
-
-    def __init__(self, fn: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.fn = (fn,)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn[0](self, *args, **kwargs)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -53,12 +37,6 @@ def net(middle: Callable[[Tensor], Tensor] = torch.tanh) -> nn.Module:
     return Net(lambda s, x: s.b(middle(s.a(x))), a=linear(), b=linear()).double()
 
 
-def per_sample(out: Tensor) -> Tensor:
-    """Per-sample losses that weigh every output differently."""
-    flat = out.flatten(1)
-    return (flat * torch.linspace(0.5, 1.5, flat.shape[1], dtype=flat.dtype)).sin().sum(1)
-
-
 def bare(model: nn.Module, opt: Any, batch: Any) -> None:
     """Take a step as bare loops do."""
     per_sample(model(*batch)).mean().backward()
@@ -67,9 +45,8 @@ def bare(model: nn.Module, opt: Any, batch: Any) -> None:
 
 def scope_over(model: nn.Module, data: list[Tensor], **options: Any) -> PrivateTraining:
     """Return a scope without noise whose batches hold every example."""
-    loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]))
-    options = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "accountant": "rdp", **options}
-    return private_training(model, torch.optim.SGD(model.parameters(), lr=1.0), loader, **options)
+    options = {"max_grad_norm": 1.0, "poisson_sampling": True, "accountant": "rdp", **options}
+    return models.scope_over(model, loader=loader_of(data), **options)
 
 
 def released(model: nn.Module, data: list[Tensor], step: Step, **options: Any) -> Exception | None:

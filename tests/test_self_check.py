@@ -6,25 +6,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dp_hooks import dp_step, errors, private_training
+from dp_hooks import dp_step, errors
 from dp_hooks.hook_controller import HookController
 from dp_hooks.rules import registry
 from dp_hooks.rules.rule import Rule
 
-from .test_rules import Wrap, randn
+from .models import Net, each_mode, randn, scope_over
 
 N, T = 6, 4
 
 
 def mlp(mix=None):
     """A small network; ``mix`` is applied to its hidden layer."""
-    model = Wrap(lambda s, x: s.b((mix or torch.tanh)(s.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    model = Net(lambda s, x: s.b((mix or torch.tanh)(s.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
     return model.double()
 
 
 def enter(model, loader_of, inputs, **kwargs):
-    arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "poisson_sampling": False, **kwargs}
-    return private_training(model, torch.optim.SGD(model.parameters(), lr=1.0), loader_of(inputs), **arguments)
+    return scope_over(model, loader=loader_of(inputs), **{"max_grad_norm": 1.0, **kwargs})
 
 
 def released(model, scope, step):
@@ -54,7 +53,7 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+@each_mode
 @pytest.mark.parametrize("name", MIXING)
 def test_models_that_mix_samples_are_stopped(name, mode, loader_of):
     """Whatever couples the samples of a batch inside the model is refused before any parameter moves."""
@@ -148,7 +147,7 @@ def test_broken_rules_are_stopped(rule, loader_of, monkeypatch):
 
 def test_a_shared_input_with_as_many_rows_as_the_batch_is_stopped(loader_of):
     """An input of the model that all samples share is refused when it has as many rows as the batch."""
-    model = Wrap(lambda s, x, i: s.a(x) + s.p(i), a=nn.Linear(5, 4), p=nn.Embedding(N, 4)).double()
+    model = Net(lambda s, x, i: s.a(x) + s.p(i), a=nn.Linear(5, 4), p=nn.Embedding(N, 4)).double()
 
     def step(opt, batch):
         model(*batch, torch.arange(N)).square().flatten(1).mean(1).mean().backward()
@@ -162,7 +161,7 @@ def test_a_shared_input_with_as_many_rows_as_the_batch_is_stopped(loader_of):
 
 def test_a_wrong_sample_axis_is_stopped(loader_of):
     """Time-first data under batch_first=True is refused, also when time and batch have the same length."""
-    model = Wrap(lambda s, x: s.r(x)[0].sum(0), r=nn.LSTM(5, 3)).double()
+    model = Net(lambda s, x: s.r(x)[0].sum(0), r=nn.LSTM(5, 3)).double()
 
     def step(opt, batch):
         model(batch[0].transpose(0, 1)).square().mean(1).mean().backward()
@@ -471,7 +470,7 @@ def test_every_one_of_many_calls_is_checked(loader_of):
 def test_checkpointing_with_dropout_passes(use_reentrant, loader_of):
     """Gradient checkpointing around dropout, reentrant or not, is no reason for an alarm."""
     body = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 8))
-    model = Wrap(
+    model = Net(
         lambda s, x: s.out(checkpoint(s.body, s.first(x), use_reentrant=use_reentrant)),
         first=nn.Linear(5, 8),
         body=body,
@@ -509,7 +508,7 @@ def test_random_numbers_are_no_reason_for_an_alarm(name, loader_of):
         "stochastic depth": StochasticDepth(),
         "noise": Sampled(),
         "frozen encoder": nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True).requires_grad_(False),
-        "frozen lstm": Wrap(lambda s, x: s.r(x)[0], r=nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True)).requires_grad_(
+        "frozen lstm": Net(lambda s, x: s.r(x)[0], r=nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True)).requires_grad_(
             False
         ),
         "dropout": nn.Dropout(0.5),
@@ -604,10 +603,10 @@ def _a_table_and_the_tokens(s, x):
     return torch.einsum("ntd,pd->ntp", h, s.scale * s.proj(s.table))
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+@each_mode
 def test_uses_that_are_skipped_later_are_not_taken_for_one_another(mode, loader_of):
     """Once one of two different uses of a parameter is left out, the step is refused by name, whatever the shapes."""
-    model = Wrap(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5))).double()
+    model = Net(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5))).double()
     model.register_buffer("table", randn(N, 5))  # as many rows as samples
     model.skips = False
     data = [randn(N, N, 5)]
@@ -630,7 +629,7 @@ def test_different_uses_under_checkpointing(use_reentrant, loader_of):
     """Blocks that use parameters for tokens and for a shared table may be checkpointed, one after the other."""
 
     def block():
-        made = Wrap(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5)))
+        made = Net(_a_table_and_the_tokens, proj=nn.Linear(5, 5), scale=nn.Parameter(torch.rand(5)))
         made.table, made.skips = nn.Parameter(torch.rand(5, 5)), False
         return made
 
@@ -639,7 +638,7 @@ def test_different_uses_under_checkpointing(use_reentrant, loader_of):
             s.two, checkpoint(s.one, s.first(x), use_reentrant=use_reentrant), use_reentrant=use_reentrant
         )
 
-    model = Wrap(forward, first=nn.Linear(5, 5), one=block(), two=block()).double()
+    model = Net(forward, first=nn.Linear(5, 5), one=block(), two=block()).double()
 
     def step(opt, batch):
         _plain(model, batch).mean().backward()

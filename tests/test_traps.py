@@ -7,41 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import PrivateTraining, dp_step, private_training
+from dp_hooks import PrivateTraining, dp_step
 from dp_hooks.errors import DPHooksError
 
-from .models import MODES, Snapshot, assert_same, clipped_sum, moved, norm_of, values
+from . import models
+from .models import Net, Snapshot, assert_same, clipped_sum, each_mode, loader_of, moved, norm_of, randn, values
+from .reference import losses_of as losses
+from .reference import rows_by_backward
 
 N, T, D = 3, 4, 4
 
 Losses = Callable[..., Tensor]
-
-
-class Net(nn.Module):
-    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
-
-    def __init__(self, fn: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.fn = (fn,)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn[0](self, *args, **kwargs)
-
-
-def losses(model: Callable[..., Any], *batch: Any) -> Tensor:
-    """Per-sample losses ``[n]`` that weigh every output differently."""
-    out = model(*batch).flatten(1)
-    return (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).sin().sum(1)
 
 
 @dataclass
@@ -100,10 +85,6 @@ class Trap:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def tokens() -> list[Tensor]:
     return [randn(N, T, D)]
 
@@ -142,7 +123,6 @@ def relative(length: int) -> nn.Module:
 
 def transformer(kind: str) -> nn.Module:
     """A tiny model of the transformers library that maps ids to one row of numbers per token."""
-    transformers = pytest.importorskip("transformers")
     off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     small = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     made: nn.Module
@@ -299,7 +279,6 @@ class LoRA(nn.Module):
 
 
 def peft_model() -> nn.Module:
-    peft = pytest.importorskip("peft")
     base: Any = Net(lambda s, x: s.b(s.a(x).tanh()), a=linear(), b=linear())
     base.config = {"tie_word_embeddings": False}
     config = peft.LoraConfig(r=2, target_modules=["a"], modules_to_save=["b"])
@@ -596,7 +575,7 @@ TRAPS: dict[str, Trap] = {
     "G19 peft": Trap(peft_model, tokens),
     "G19 weight norm": Trap(lambda: nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh(), linear()), tokens),
     "G20 autocast": Trap(
-        mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-2
+        mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-3
     ),
     "G20 gradient scaler": Trap(mlp, tokens, loop=scaled, refused="GradScaler"),
     "G20 gradient scaler, unscaled": Trap(mlp, tokens, loop=unscaled, refused="GradScaler"),
@@ -606,9 +585,7 @@ TRAPS: dict[str, Trap] = {
     "G21 reentrant checkpointing of the last layers": Trap(lambda: checkpointed(True, last=True), tokens),
     "G22 gradient of the input": Trap(mlp, tokens, loop=adversarial),
     "G23 gradient penalty": Trap(mlp, tokens, loop=penalised, refused="create_graph"),
-    "G24 means of 1e4": Trap(
-        lambda: nn.Linear(64, 64), far_off, losses=cancelling, dtype=torch.float32, exact=False, tolerance=1e-3
-    ),
+    "G24 means of 1e4": Trap(lambda: nn.Linear(64, 64), far_off, losses=cancelling, dtype=torch.float32, exact=False),
     "G25 input written later": Trap(
         lambda: Net(written_later, a=linear(), b=linear()), tokens, error=RuntimeError, refused="modified by an inplace"
     ),
@@ -637,24 +614,17 @@ def made(name: str) -> tuple[Trap, nn.Module, list[Tensor]]:
 def gradients(name: str) -> list[list[Tensor]]:
     """Return every sample's gradient for each parameter by plain autograd: one sample at a time, or all in one graph."""
     trap, model, data = made(name)
-    params = list(model.parameters())
-    rows = []
-    whole = trap.losses(model, *data) if trap.together else None
-    for i in range(len(data[0])):
-        for p in params:
-            p.grad = None
-        loss = trap.losses(model, *(t[i : i + 1] for t in data)) if whole is None else whole[i]
-        loss.sum().backward(retain_graph=trap.together)
-        rows.append([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-    return rows
+    if trap.together:
+        return rows_by_backward(model, trap.losses(model, *data), retain_graph=True)
+    return rows_by_backward(
+        model, (trap.losses(model, *(t[i : i + 1] for t in data)).sum() for i in range(len(data[0])))
+    )
 
 
 def scope_over(trap: Trap, model: nn.Module, data: list[Tensor], bound: float, mode: str) -> PrivateTraining:
     """Return a scope without noise whose batches hold every example, in order."""
-    loader = DataLoader(TensorDataset(*data), batch_size=len(data[0]))
-    options = {"noise_multiplier": 0.0, "max_grad_norm": bound, "accountant": "rdp", **trap.options}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return private_training(model, optimizer, loader, grad_sample_mode=mode, **options)
+    options = {"max_grad_norm": bound, "poisson_sampling": True, "accountant": "rdp", **trap.options}
+    return models.scope_over(model, loader=loader_of(data), grad_sample_mode=mode, **options)
 
 
 def summed(name: str, bound: float, mode: str, without: int | None = None) -> list[Tensor]:
@@ -677,7 +647,7 @@ def test_every_trap_has_a_row() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")
 @pytest.mark.filterwarnings("ignore:the loss did not reach")
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 @pytest.mark.parametrize("name", [name for name, trap in TRAPS.items() if not trap.refused])
 def test_a_trap_is_passed(name: str, mode: str) -> None:
     """The step moves by the sum of clipped single-sample gradients, and no sample contributes more than 1.001 C."""
@@ -699,7 +669,7 @@ def test_a_trap_is_passed(name: str, mode: str) -> None:
     assert contribution > 0.9 * bound
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_mode
 @pytest.mark.parametrize("name", [name for name, trap in TRAPS.items() if trap.refused])
 def test_a_trap_is_refused(name: str, mode: str) -> None:
     """The error says what is wrong and where; nothing moved, nothing was charged, and nothing is left on the model."""
@@ -723,6 +693,6 @@ def test_a_trap_is_refused(name: str, mode: str) -> None:
     assert_same(values(model), start)
     assert not charged
     for p, was in zip(model.parameters(), trainable, strict=True):
-        assert p.grad is None or not was  # what the loop unfroze is no business of the scope
+        assert p.grad is None  # also of those that the loop unfroze
         p.requires_grad_(was)
     assert before.differences() == []

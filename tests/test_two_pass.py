@@ -25,6 +25,7 @@ from .models import (
     scope_over,
     values,
 )
+from .reference import rows_by_backward
 
 
 class Checkpointed(nn.Module):
@@ -85,13 +86,8 @@ def test_checkpointed_models_with_a_block_that_is_called_twice(use_reentrant):
 def sample_gradients_by_backward(model):
     """As ``sample_gradients``, through ``backward()``, which reentrant checkpoints insist on."""
     x, y = examples()
-    rows = []
-    for i in range(len(x)):
-        model.zero_grad()
-        F.cross_entropy(model(x[i : i + 1].requires_grad_()), y[i : i + 1]).backward()
-        rows.append([p.grad.clone() for p in model.parameters()])
-    model.zero_grad()
-    return rows
+    alone = zip(x.split(1), y.split(1), strict=True)
+    return rows_by_backward(model, (F.cross_entropy(model(a.requires_grad_()), b) for a, b in alone))
 
 
 @pytest.mark.parametrize("physical", [1, 4])

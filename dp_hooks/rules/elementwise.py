@@ -34,4 +34,4 @@ def _bilinear(call: Call) -> dict[str, Tensor]:
     return out
 
 
-BILINEAR = Rule("Bilinear", _bilinear, subclasses=True, any_rank=True)
+BILINEAR = Rule("Bilinear", _bilinear, subclasses=True, all_per_sample=True, any_rank=True)

@@ -121,7 +121,6 @@ EMBEDDING_BAG = Rule(
     factored=bag_factored,
     parameters=frozenset({"weight"}),
     batch_dim=0,
-    keep=True,  # flat ids cannot be narrowed to some samples, even if there are as many as samples
 )
 
 

@@ -15,7 +15,8 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _applies(module: nn.Module) -> bool:
-    # Opacus's convolution sampler ignores padding_mode and its EmbeddingBag sampler is wrong for repeated ids.
+    # The layers themselves have rules of their own and never come here; subclasses for which a user registered Opacus's
+    # sampler do. The one of convolutions ignores padding_mode, the one of EmbeddingBag is wrong for repeated ids.
     return not (isinstance(module, _CONV) and module.padding_mode != "zeros") and not isinstance(
         module, nn.EmbeddingBag
     )

@@ -120,6 +120,7 @@ class Rule:
         applies: whether the rule is right for this very module (padding modes and the like).
         batch_dim: the sample axis, where the layer fixes it; None: as declared by the user.
         keep: per-sample gradients are too dear to compute twice; hold them between norm and sum.
+        all_per_sample: every input has one row per sample; else only the first one is known to have.
         whole_subtree: the rule differentiates the module together with everything below it.
         any_rank: the rule allows any number of dimensions between samples and features.
     """
@@ -135,6 +136,7 @@ class Rule:
     applies: Callable[[nn.Module], bool] = _always
     batch_dim: int | None = None
     keep: bool = False
+    all_per_sample: bool = False
     whole_subtree: bool = False
     any_rank: bool = False
 

@@ -1,0 +1,67 @@
+"""Whether what a step released is N(0, std^2): a model with numbers enough to tell, and a test of them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dp_hooks import PrivateTraining, private_training
+
+from .models import drawn
+
+COUNT = 20_000
+NEVER = 1e-12  # a sample rate at which every batch is empty
+
+
+class Wide(nn.Module):
+    """One weight of COUNT numbers and one of half as many."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a = nn.Linear(COUNT // 2, 2, bias=False, dtype=dtype)
+        self.b = nn.Linear(COUNT // 2, 1, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).sum(1) + self.b(x).sum(1)
+
+
+def wide_scope(model: nn.Module, **kwargs: Any) -> PrivateTraining:
+    """Return a scope over ten rows of zeros, in which a step moves the parameters by the noise on their sum."""
+    data = TensorDataset(torch.zeros(10, COUNT // 2, dtype=next(model.parameters()).dtype))
+    kwargs = {
+        "noise_multiplier": 1.0,
+        "max_grad_norm": 1.0,
+        "noise_generator": drawn(),
+        "loss_reduction": "sum",
+        "accountant": "rdp",
+        **kwargs,
+    }
+    params = [p for p in model.parameters() if p.requires_grad]
+    return private_training(model, torch.optim.SGD(params, lr=1.0), DataLoader(data, batch_size=4), **kwargs)
+
+
+def released(model: nn.Module, opt: Any) -> dict[str, Tensor]:
+    """What one step subtracts, by parameter name, with the model's own zero inputs as the batch."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt.step()
+    return {name: before[name].double() - p.detach().double() for name, p in model.named_parameters()}
+
+
+def noise_of(model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+    """The noise of one step on an empty batch."""
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    with wide_scope(model, sample_rate=NEVER, **kwargs) as (opt, loader):
+        next(iter(loader))
+        return released(model, opt)
+
+
+def fits(numbers: Tensor, std: float) -> bool:
+    """A chi-square test of N(0, std^2), and of its mean, at 4.5 standard deviations."""
+    numbers = numbers.flatten().double()
+    n = numbers.numel()
+    chi = (numbers.square().sum().item() / std**2 - n) / math.sqrt(2 * n)
+    mean = numbers.sum().item() / (std * math.sqrt(n))
+    return abs(chi) < 4.5 and abs(mean) < 4.5
