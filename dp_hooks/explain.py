@@ -1,6 +1,5 @@
 """What private training would do with a model: how each parameter's gradients are separated, or why they cannot be."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from .gradients import Captured, SampleGradients, Source, Stored
 from .hook_controller import MODES, HookController
 from .lifted_gradients import MeetingGradients, SharedGradients
 from .model_check import check_is_module, check_model, located_problems, mixes_samples
+from .no_dropout import other_generators_kept
 from .rules import Dims, Outer, Rule, outer
 from .rules.generic import grad_samples as generic
 from .rules.generic import needs_loop
@@ -236,20 +236,18 @@ def _origin(source: Any) -> _Origin:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back everything of ``model``, and the random state of Python and PyTorch, as it was before the block."""
+    """Put back everything of ``model``, and the random state of PyTorch, Python and NumPy, as it was before the block."""
     params = list(model.parameters())
     values = [*model.buffers(), *(p for p in params if not p.requires_grad)]
     kept = [(t, t.detach().clone()) for t in values]
     own = [(p, p.grad, dict(vars(p)), p._post_accumulate_grad_hooks) for p in params]
     devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
-    drawn = random.getstate()
     for p in params:
         vars(p).pop("grad_sample", None)  # another library's, which the controller would add to
     try:
-        with attributes_kept(model), torch.random.fork_rng(devices=devices):
+        with attributes_kept(model), torch.random.fork_rng(devices=devices), other_generators_kept():
             yield
     finally:
-        random.setstate(drawn)
         with torch.no_grad():
             for tensor, value in kept:
                 if not torch.equal(tensor, value):

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ._tree import join, split, tensors_of, tree_map
 from ._validate import boolean, one_of
 from .batch_axes import BatchAxes, Entry, Trial, gradients_wanted, numbers_of_rows, rows_for_trial
+from .eager import eager
 from .errors import DPHooksError, ScopeError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .lifting import Lifted, Lifter, Make
@@ -232,6 +233,7 @@ class HookController:
             return
         with ExitStack() as stack:
             stack.callback(self._forget)
+            stack.enter_context(eager())
             self._sites = list(self._find_sites(self._module, "", set()))
             for site in self._sites:
                 stack.callback(site.slots.restore)
@@ -862,8 +864,8 @@ class HookController:
             raise UnsupportedModelError(
                 f"{names}: used where no hook saw it, so its gradient arrived summed over the batch. It was dropped, and "
                 "nothing was released. This happens when a weight is used outside its module's forward "
-                "(F.linear(h, other.weight)), or when the model was compiled and run before the scope began. Remedy: use "
-                "the weight through its module, enter the scope before compiling, or freeze it."
+                "(F.linear(h, other.weight)) in a way that could not be followed. Remedy: use the weight through its module, or "
+                "freeze it."
             )
         sizes = {samples for _, samples in finished.sizes}
         if self._samples is not None:

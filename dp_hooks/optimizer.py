@@ -267,6 +267,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
             UnsupportedModelError: a trainable parameter was added or unfrozen inside the scope.
             In each case before anything was released or charged.
         """
+        return self._step(closure, empty=False)
+
+    def step_empty(self) -> None:
+        """Take the step of a batch without examples: nothing was back-propagated, and noise alone is released and charged.
+
+        Raises:
+            ScopeError, BudgetExhaustedError, UnsupportedModelError: as :meth:`step`.
+        """
+        self._step(None, empty=True)
+
+    # ---------------------------------------------------------------- inside
+
+    def _step(self, closure: Callable[[], Any] | None, *, empty: bool) -> Any:
         self._check_open()
         foreign = self._part is None
         finishes = self._part is None or self._part.last
@@ -277,14 +290,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_step()
+        self._check_step(empty=empty)
         self._add_part(self._controller.take())
         self._part_done = True
         if finishes:
             self._release(foreign)
         return loss
-
-    # ---------------------------------------------------------------- inside
 
     def _check_open(self) -> None:
         if self._closed:
@@ -307,14 +318,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "accountant=scope.accountant."
             )
 
-    def _check_step(self) -> None:
+    def _check_step(self, *, empty: bool) -> None:
         part = self._part
         if part is not None and self._part_done:
             raise ScopeError(
                 "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
                 "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
             )
-        empty = part is not None and part.size == 0
+        empty = empty or (part is not None and part.size == 0)
         if self._controller.is_stale:
             raise ScopeError(
                 "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "

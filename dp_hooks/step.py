@@ -95,7 +95,8 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                 f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
             )
         if _is_empty(scope, batch):
-            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.step_empty()
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
         optimizer.zero_grad()
 

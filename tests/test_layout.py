@@ -14,7 +14,7 @@ PACKAGE = Path(dp_hooks.__file__).parent
 LAYERS = [
     {"errors"},
     {"_validate", "_tree"},
-    {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout"},
+    {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout", "eager"},
     {"gradients", "model_check", "sampling", "batch_axes"},
     {"lifted_gradients", "site_calls", "two_pass"},
     {"lifting"},

@@ -256,6 +256,32 @@ def test_an_empty_batch_is_a_step_of_noise(kind: str, mode: str) -> None:
     assert_same(moved(start, model), noise)
 
 
+@each_mode
+@pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come from")
+@pytest.mark.parametrize("drawn_first", [True, False])
+def test_a_batch_emptied_by_the_user_is_a_step_of_noise(drawn_first: bool, mode: str) -> None:
+    """A batch whose rows were all filtered out, or an empty one from elsewhere, releases noise alone and is charged."""
+    model, start = build("mlp"), values(build("mlp"))
+    step = loss_on("tuple", [])
+    scope = scope_over(
+        model,
+        poisson_sampling=True,
+        loss_reduction="sum",
+        noise_multiplier=2.0,
+        noise_generator=torch.Generator().manual_seed(5),
+        accountant="rdp",
+        grad_sample_mode=mode,
+    )
+    with scope as (_, loader):
+        x, y = next(iter(loader)) if drawn_first else examples()
+        F.cross_entropy(model(x), y).backward()  # nothing of this may be released
+        step(model, (x[:0], y[:0]))
+    assert charges(scope) == 1
+    replay = torch.Generator().manual_seed(5)
+    noise = [torch.empty_like(p).normal_(0.0, 2.0 * BOUND, generator=replay) for p in start]
+    assert_same(moved(start, model), noise)
+
+
 # ---------------------------------------------------------------- where it may be called
 
 

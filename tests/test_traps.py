@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="no-any-return"
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -434,11 +435,31 @@ def compiled_before(model: nn.Module, data: list[Tensor]) -> Any:
     return compiled
 
 
+def compiled_in_place(model: nn.Module, data: list[Tensor]) -> Any:
+    """The same, with the model's own ``compile``."""
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    losses(model, *data).mean().backward()
+    model.zero_grad()
+    return model
+
+
+def compiled_inside(run: Run) -> None:
+    """Compile the model in the scope, and train with that."""
+    torch._dynamo.reset()
+    compiled(dataclasses.replace(run, prepared=torch.compile(run.model, backend="eager")))
+
+
 def compiled(run: Run) -> None:
-    """Train with what was compiled and run before the scope."""
+    """Train with what was compiled."""
     for batch in run.loader:
         run.losses(run.prepared, *batch).mean().backward()
         run.opt.step()
+
+
+def times_own(self: Any, x: Tensor) -> Tensor:
+    """A network on inputs times a parameter of its owner."""
+    return self.net(x * self.g)
 
 
 def far_off() -> list[Tensor]:
@@ -589,7 +610,9 @@ TRAPS: dict[str, Trap] = {
     "G25 input written later": Trap(
         lambda: Net(written_later, a=linear(), b=linear()), tokens, error=RuntimeError, refused="modified by an inplace"
     ),
-    "G26 compiled and run before": Trap(mlp, tokens, before=compiled_before, loop=compiled, refused=r"0\.weight"),
+    "G26 compiled and run before": Trap(mlp, tokens, before=compiled_before, loop=compiled),
+    "G26 compiled in place and run before": Trap(mlp, tokens, before=compiled_in_place, loop=compiled),
+    "G26 compiled inside": Trap(lambda: Net(times_own, net=mlp(), g=param(D)), tokens, loop=compiled_inside),
     "P6 the loss of the output object": Trap(
         with_loss, tokens, loop=own_loss, losses=lambda m, x: m(x)["logits"].square().flatten(1).sum(1)
     ),
@@ -633,10 +656,11 @@ def summed(name: str, bound: float, mode: str, without: int | None = None) -> li
     if without is not None:
         data = [torch.cat([t[:without], t[without + 1 :]]) for t in data]
     prepared = trap.before(model, data)
-    start = values(model)
+    start, own = values(model), [set(vars(p)) for p in model.parameters()]
     with scope_over(trap, model, data, bound, mode) as (opt, loader):
         trap.loop(Run(model, opt, loader, trap.losses, prepared))
-        assert all(vars(p).keys() <= {"grad_sample", "__getstate__"} for p in model.parameters())
+        for p, before in zip(model.parameters(), own, strict=True):
+            assert vars(p).keys() - before <= {"grad_sample", "__getstate__"}
     return [len(data[0]) * change for change in moved(start, model)]
 
 
