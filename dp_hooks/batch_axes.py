@@ -1,9 +1,11 @@
 """Where the batch is in every tensor that parameters meet: seen by running the model on another number of rows."""
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ._tree import tensors_of, tree_map
+from .errors import UnsupportedModelError
 from .rules.layout import Layout
 
 # Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
@@ -25,6 +28,7 @@ ROUTED = "it met rows that were picked or sorted by their values"
 UNCLEAR = "it met a tensor whose rows follow no fixed order of the samples"
 UNTRIED = "it is used in a way that no run so far has shown (a branch of the model that was taken for the first time)"
 UNSTEADY = "it met tensors whose layout changes from run to run"
+BYPASSED = "it goes into a custom autograd function, where it cannot be followed"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Entry:
 
     ``inputs`` and ``outputs`` hold the layout of each tensor that is not lifted, or None where it has no sample
     axis; ``shared`` tells that nothing in it has one. ``reason``: why samples cannot be told apart. ``frames``: the calls of
-    modules that it was made in, as numbers of the trial.
+    modules that it was made in, as numbers of the trial. ``params``: the parameters behind the shared tensors.
     """
 
     inputs: tuple[Layout | None, ...] = ()
@@ -42,6 +46,7 @@ class Entry:
     reason: str | None = None
     frames: tuple[int, ...] = field(default=(), compare=False)
     sizes: tuple[float, ...] = field(default=(), compare=False)
+    params: tuple[nn.Parameter, ...] = field(default=(), compare=False)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -51,7 +56,7 @@ class Entry:
     @property
     def is_routed(self) -> bool:
         """Whether running the module around it on each sample alone would tell the samples apart."""
-        return self.reason in (ROUTED, UNCLEAR, UNSTEADY)
+        return self.reason in (ROUTED, UNCLEAR, UNSTEADY, BYPASSED)
 
 
 @dataclass(eq=False)
@@ -119,12 +124,22 @@ class _Watch(TorchFunctionMode):
 
 @dataclass(eq=False)
 class Trial:
-    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows."""
+    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows.
+
+    With ``tints``, what the samples share is marked where it is first laid out for each of them, so that it shows when rows
+    of it end up with other samples. They hold the same values there, but gradients go back to the row that a value came from.
+    ``orders``: also compare rows where there is one per sample.
+    """
 
     rows: int
     telling: bool
+    tints: bool = False
+    orders: bool = False
     entries: dict[Any, list[Entry]] = field(default_factory=dict)
     frames: list[_Frame] = field(default_factory=list)
+    strayed: list[int] = field(default_factory=list)  # calls out of which rows came in no order, first the inner ones
+    flat_bag: str | None = None
+    _given: list[Tensor] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -163,12 +178,14 @@ class Trial:
         """Whether the rows after the first, which all hold the same sample, hold the same numbers."""
         if not self.telling:
             return outer == 1
-        with torch._C.DisableTorchFunctionSubclass():
+        if not tensor.numel():
+            return True
+        with torch._C.DisableTorchFunction():
             flat = tensor.detach().movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
             flat = flat[:, : max(1, _COMPARED // max(1, flat.shape[0]))]
             rows = flat.reshape(outer, self.rows, inner, -1)[:, 1:]
             rows = (rows.to(torch.float64) if not rows.is_complex() else torch.view_as_real(rows)).nan_to_num()
-            size = float(rows.abs().max()) if rows.numel() else 0.0
+            size = float(rows.abs().max())
             rough = tensor.dtype in (torch.float16, torch.bfloat16)
             return float((rows - rows[:, :1]).abs().max()) <= (3e-2 if rough else 1e-4) * size
 
@@ -183,12 +200,38 @@ class Trial:
     def _sizes(self, reason: str | None, tensors: Sequence[Tensor]) -> tuple[float, ...]:
         return tuple(size / self.rows for t in tensors for size in t.shape) if reason in (MIXED, UNCLEAR) else ()
 
+    def bypassed(self, params: Sequence[nn.Parameter]) -> Entry:
+        """The entry for a custom autograd function that got tensors made from ``params``."""
+        return Entry(reason=BYPASSED, frames=tuple(self._open), params=tuple(params))
+
     def results(self, entry: Entry, tensors: Sequence[Tensor]) -> Entry:
         """The entry, completed by the results of the use."""
         found = [self.layout(t) for t in tensors]
         reason = entry.reason or next((why for _, why in found if why is not None), None)
         sizes = entry.sizes or self._sizes(reason, tensors)
         return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
+
+    def tinted(self, tensor: Tensor) -> Tensor:
+        """``tensor``, in which all samples have the same rows, with other ones for the first sample."""
+        layout, _ = self.layout(tensor)
+        with torch._C.DisableTorchFunction():
+            if (
+                not tensor.numel()
+                or not self.tints
+                or layout is None
+                or not tensor.is_floating_point()
+                or not bool(tensor.isfinite().all())
+            ):
+                return tensor
+            wave = torch.linspace(1, 2, tensor.shape[-1], device=tensor.device, dtype=tensor.dtype).sin()
+            first = torch.zeros(self.rows, device=tensor.device, dtype=tensor.dtype)
+            first[0] = 0.1 * float(tensor.abs().max()) or 0.1
+            outer, inner = layout.factors(tensor.shape[layout.axis], self.rows) or (1, 1)
+            shape = [1] * tensor.dim()
+            shape[layout.axis] = -1
+            return tensor + first.repeat_interleave(inner).repeat(outer).reshape(shape) * (
+                wave if tensor.dim() > 1 else 1
+            )
 
     def note(self, key: Any, entry: Entry) -> None:
         """Keep ``entry``."""
@@ -251,19 +294,52 @@ class Trial:
 
     def enter(self, name: str, module: nn.Module, tree: Any) -> None:
         """A module is called."""
+        if not self.frames:
+            self._given = tensors_of(tree)
+        if isinstance(module, nn.EmbeddingBag) and self._is_flat(module, *tree):
+            self.flat_bag = name
         found = [self.layout(t) for t in tensors_of(tree)]
         self.frames.append(
             _Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
         )
         self._open.append(len(self.frames) - 1)
 
+    def _is_flat(self, bag: nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether ``bag`` got ids and offsets of different number that are the model's own inputs."""
+        ids = args[0] if args else kwargs.get("input")
+        offsets = args[1] if len(args) > 1 else kwargs.get("offsets")
+        if not isinstance(ids, Tensor) or not isinstance(offsets, Tensor):
+            return False
+        return len(ids) != len(offsets) - bag.include_last_offset and any(ids is t for t in self._given)
+
+    def check_inputs(self) -> None:
+        """Refuse inputs whose rows are not samples.
+
+        Raises:
+            UnsupportedModelError: flat ids and offsets of an ``EmbeddingBag``, from which no rows can be taken.
+        """
+        if self.flat_bag is not None:
+            raise UnsupportedModelError(
+                f"{self.flat_bag or 'the model'} (EmbeddingBag): the model was called with flat ids and offsets, so its inputs "
+                "have no sample axis, and single samples cannot be taken from them. Remedy: pass ids of shape [samples, longest] "
+                "without offsets, filled up with the padding_idx of the bag, which it leaves out; or flatten such ids inside the "
+                "model."
+            )
+
     def leave(self, tree: Any) -> None:
         """The call of a module ends."""
         if not self._open:
             return
-        frame = self.frames[self._open.pop()]
+        index = self._open.pop()
+        frame = self.frames[index]
         tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
         outputs = [self.layout(t, marks=False) for t in tensors]
+        if (
+            (self.tints or self.orders)
+            and frame.clean
+            and not all(self._keeps_order(t, at) for t, (at, _) in zip(tensors, outputs, strict=True))
+        ):
+            self.strayed.append(index)
         frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
         if frame.ragged:
             self._leave_ragged(tree, tensors)
@@ -289,6 +365,17 @@ class Trial:
             self.frames[self._open[-1]].ragged = True
         self.mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
 
+    def _keeps_order(self, tensor: Tensor, layout: Layout | None) -> bool:
+        if layout is None:
+            return not self.counts_rows(tensor)
+        return not layout.is_plain or self._in_order(tensor, layout.axis, 1, 1)
+
+    def led_astray(self, untinted: "Trial") -> list[tuple[str, nn.Module]]:
+        """Calls, inner ones first, that put what is shared into rows of other samples: it shows in this trial only."""
+        seen = {untinted.frames[index].name for index in untinted.strayed}
+        frames = [self.frames[index] for index in self.strayed]
+        return [(frame.name, frame.module) for frame in frames if frame.name not in seen and frame.batched]
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch operations inside the block."""
@@ -296,10 +383,13 @@ class Trial:
             yield
 
     def repeated_module(self, entry: Entry) -> tuple[str, nn.Module] | None:
-        """The innermost call around ``entry`` that samples go into and come out of in a known order."""
+        """The innermost call around ``entry`` that samples go into and come out of in a known order.
+
+        The parameters are to be found in its module: others would stay out of what is repeated.
+        """
         for index in reversed(entry.frames):
             frame = self.frames[index]
-            if frame.clean and frame.batched:
+            if frame.clean and frame.batched and {*entry.params} <= {*frame.module.parameters()}:
                 return frame.name, frame.module
         return None
 
@@ -422,15 +512,42 @@ def gradients_wanted(trial: Trial | None) -> bool:
 
     In a trial also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
     """
-    if torch.is_grad_enabled():
-        return True
-    frame = sys._getframe() if trial is not None else None
+    return torch.is_grad_enabled() or (trial is not None and next(_custom_forwards(), None) is not None)
+
+
+def arguments_of_functions() -> Iterator[list[Any]]:
+    """What each custom autograd function that is running was called with: autograd takes gradients straight to it."""
+    for frame in _custom_forwards():
+        code = frame.f_code
+        named = code.co_argcount + code.co_kwonlyargcount
+        several = bool(code.co_flags & inspect.CO_VARARGS)
+        values = [frame.f_locals.get(name) for name in code.co_varnames[: named + several]]
+        yield [*values[:named], *(values[named] or () if several else ())]
+
+
+def _custom_forwards() -> Iterator[FrameType]:
+    """The ``forward`` of each custom autograd function that is running, innermost first."""
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        first = frame.f_code.co_varnames[:1]
-        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get(first[0] if first else ""), FunctionCtx):
-            return True
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, FunctionCtx) or (
+                not isinstance(first, nn.Module) and code in _forwards_without_context(torch.autograd.Function)
+            ):
+                yield frame
         frame = frame.f_back
-    return False
+
+
+def _forwards_without_context(function: Any) -> set[CodeType]:
+    """The code of ``forward`` in all classes below ``function`` that set up their context elsewhere."""
+    found: set[CodeType] = set()
+    for below in function.__subclasses__():
+        forward = inspect.unwrap(below.forward)
+        if below.setup_context is not torch.autograd.Function.setup_context:
+            found.add(forward.__code__)
+        found |= _forwards_without_context(below)
+    return found
 
 
 def guessed(tensor: Tensor, axis: int, rows: int) -> Layout | None:

@@ -662,7 +662,13 @@ class HookController:
         counts = numbers_of_rows(self._module, (args, kwargs))
         done = False
         while not done:
-            trial = self._try(module, args, kwargs, rows, counts[len(trials)], draws)
+            count, tints = counts[len(trials)], rows > 1 and len(trials) == 1
+            trial = self._try(module, args, kwargs, rows, count, draws, tints=tints)
+            if tints and (trial is None or trial.strayed):
+                tinted, trial = trial, self._try(module, args, kwargs, rows, count, draws, orders=True)
+                if tinted is not None and trial is not None and self._repeat_one(tinted.led_astray(trial)):
+                    trials = []
+                    continue
             if trial is None:
                 return
             trials.append(trial)
@@ -692,6 +698,14 @@ class HookController:
                 new = True
         return new
 
+    def _repeat_one(self, calls: Sequence[tuple[str, nn.Module]]) -> bool:
+        """Have the first of ``calls`` repeated that is not yet; whether there is one."""
+        for name, module in calls:
+            if id(module) not in self._repeated:
+                self._repeat(name, module)
+                return True
+        return False
+
     def _repeat(self, name: str, module: nn.Module) -> None:
         """From now on, repeat ``module`` on each sample, whatever is inside."""
         below = {id(m) for m in module.modules()}
@@ -708,11 +722,14 @@ class HookController:
         rows: int,
         count: int,
         draws: Draws | None,
+        *,
+        tints: bool = False,
+        orders: bool = False,
     ) -> Trial | None:
         """Run ``module`` on ``count`` rows, without gradients or random numbers, and leave no trace."""
         lifter = self._lifter
         kept = (lifter.rows, lifter.counts, self._repeating)
-        trial = Trial(count, telling=rows > 1)
+        trial = Trial(count, telling=rows > 1, tints=tints, orders=orders)
         few = tree_map(
             lambda leaf: rows_for_trial(leaf, rows, count, self.axis) if isinstance(leaf, Tensor) else leaf,
             (args, kwargs),
@@ -736,6 +753,7 @@ class HookController:
                         self._lift_outside(site)
                 module(*few[0], **few[1])
         except _CANNOT_RUN:
+            trial.check_inputs()
             return None
         finally:
             for site in self._sites:
@@ -748,6 +766,7 @@ class HookController:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+        trial.check_inputs()
         return trial
 
     # ---------------------------------------------------------------- backward

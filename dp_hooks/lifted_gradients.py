@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._tree import join, tensors_of
 from .errors import UnsupportedModelError
 from .gradients import scaled
-from .rules import Outer, sum_of_squares, wide
+from .rules import Outer, sum_of_squares
 from .rules.layout import Layout
 from .slots import autocast_as
 
@@ -33,11 +33,13 @@ class Shared:
     """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
 
     ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
+    ``custom``: custom autograd functions made it, whose backward need not be linear: sums are not taken before it.
     """
 
     value: Tensor
     roots: tuple[Root, ...]
     keeps_norm: bool = False
+    custom: bool = False
 
     @property
     def is_parameter(self) -> bool:
@@ -49,6 +51,8 @@ class Shared:
         (root,) = (root for root in self.roots if root.param is param)
         if self.is_parameter:
             return grad
+        if not self.value.requires_grad:  # a custom function gave it back as not differentiable
+            return torch.zeros_like(root.leaf)
         (found,) = torch.autograd.grad(
             self.value, [root.leaf], grad.to(self.value.dtype), retain_graph=True, allow_unused=True
         )
@@ -61,6 +65,8 @@ class Shared:
         if grads.shape[0] == 0:
             return grads.new_zeros((0, *param.shape))
         (root,) = (root for root in self.roots if root.param is param)
+        if not self.value.requires_grad:
+            return grads.new_zeros((grads.shape[0], *param.shape))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -75,6 +81,11 @@ class Shared:
         except _FAILS:  # an operation without a batching rule
             return torch.stack([self.to_parameter(param, grad) for grad in grads])
         return grads.new_zeros((grads.shape[0], *param.shape)) if found is None else found
+
+    def scaled_rows_to_parameter(self, param: nn.Parameter, grads: Tensor, scale: float) -> Tensor:
+        """``scale`` times that, in at least float32; before it where the way back need not be linear."""
+        before, after = (scale, 1.0) if self.custom else (1.0, scale)
+        return scaled(self.rows_to_parameter(param, scaled(grads, before)), after)
 
 
 def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
@@ -111,7 +122,7 @@ class SharedGradients:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the chosen samples."""
-        return scaled(self.shared.rows_to_parameter(param, wide(self.rows[rows])), self.scale)
+        return self.shared.scaled_rows_to_parameter(param, self.rows[rows], self.scale)
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """None: not a sum of outer products, as far as is known."""
@@ -128,7 +139,7 @@ class SharedGradients:
     ) -> dict[nn.Parameter, Tensor] | None:
         """Weight the rows first: one pass back to the parameter instead of one per sample."""
         chosen = slice(None) if rows is None else rows
-        if self.samples == 0:
+        if self.samples == 0 or self.shared.custom:
             return None
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
         total = torch.tensordot(factors[chosen].to(dtype) * self.scale, self.rows[chosen].to(dtype), dims=1)
@@ -283,10 +294,10 @@ class MeetingGradients:
         total = None
         for i, shared in self.meeting.shared.items():
             if any(root.param is param for root in shared.roots):
-                part = wide(shared.rows_to_parameter(param, wide(found[i])))
+                part = shared.scaled_rows_to_parameter(param, found[i], self.scale)
                 total = part if total is None else total + part
         assert total is not None
-        return scaled(total, self.scale)
+        return total
 
     def factored(self, param: nn.Parameter) -> Outer | None:
         """None: not a sum of outer products, as far as is known."""
@@ -302,7 +313,8 @@ class MeetingGradients:
         """Weight the output gradients: one ordinary backward pass through the operation."""
         tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.meeting.shared.values())]
         halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.meeting.autocast is not None
-        if self.samples == 0 or halves:  # autograd would round the sum over samples before the noise is in
+        custom = any(s.custom for s in self.meeting.shared.values())
+        if self.samples == 0 or custom or halves:  # autograd would round the sum over samples before the noise is in
             return None
         weights = factors
         if rows is not None:

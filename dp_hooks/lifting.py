@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._tree import join, split, tensors_of, tree_map
-from .batch_axes import UNSTEADY, UNTRIED, BatchAxes, Entry, Trial, gradients_wanted, guessed
+from .batch_axes import UNSTEADY, UNTRIED, BatchAxes, Entry, Trial, arguments_of_functions, gradients_wanted, guessed
 from .errors import UnsupportedModelError
 from .lifted_gradients import Meeting, MeetingGradients, Root, Shared, SharedGradients, refused, sum_to
 from .no_dropout import is_dropout
@@ -35,6 +35,7 @@ METADATA = frozenset(
     "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
     "__deepcopy__ __reduce_ex__ __repr__ __dlpack__".split()
 )
+_TO_ELSEWHERE = frozenset("detach numpy tolist item data_ptr untyped_storage array dlpack".split())
 _REARRANGEMENTS = frozenset(
     "T mT view reshape permute transpose t unsqueeze squeeze flatten unflatten contiguous movedim swapaxes select narrow".split()
 )
@@ -77,12 +78,31 @@ def _name_of(function: Any) -> str:
     return name.removeprefix("__").removesuffix("__").rstrip("_") if name != "__get__" else name
 
 
+def _attribute(function: Any) -> str:
+    return str(getattr(getattr(function, "__self__", None), "__name__", ""))
+
+
 class Lifted(torch.Tensor):
     """A tensor that all samples share, computed from parameters only; reports each operation on it to its lifter."""
 
     lifter: "Lifter"
-    shared: Shared
     label: int
+
+    @property
+    def shared(self) -> Shared:
+        """What it holds, and how it came from parameters."""
+        found: Shared = vars(self)["_shared"]
+        if found.custom and not found.value.requires_grad:
+            # What a custom function returned gets its history after the fact: autograd adds it to the same object.
+            with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+                if self.requires_grad:
+                    found = Shared(self.as_subclass(torch.Tensor), found.roots, custom=True)
+                    self.shared = found
+        return found
+
+    @shared.setter
+    def shared(self, shared: Shared) -> None:
+        vars(self)["_shared"] = shared
 
     @classmethod
     def __torch_function__(
@@ -146,7 +166,7 @@ class Lifter:
         """Follow an ordinary tensor from now on: a shared one has been written into it."""
         shared = Shared(tensor.as_subclass(torch.Tensor), roots)
         tensor.__class__ = Lifted
-        vars(tensor).update(lifter=self, shared=shared, label=label)
+        vars(tensor).update(lifter=self, _shared=shared, label=label)
 
     def lower(self, tree: Any) -> Any:
         """Return ``tree`` with ordinary tensors in the place of lifted ones; their gradients count as leaked."""
@@ -190,8 +210,11 @@ class Lifter:
         """Run ``func`` on arguments some of which are lifted."""
         lifted = [t for t in tensors if isinstance(t, Lifted)]
         name = _name_of(func)
+        inside = [] if torch.is_grad_enabled() else self._function_arguments()
+        if inside and (name in _TO_ELSEWHERE or _attribute(func) == "data"):
+            self._note_bypassed(inside)
         if name == "__get__":
-            attribute = getattr(func.__self__, "__name__", "")
+            attribute = _attribute(func)
             if attribute in VIEWS_BY_NAME:
                 if self.trial is not None:
                     self.touched.update(t.label for t in lifted)
@@ -205,13 +228,16 @@ class Lifter:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
-        if constant or not gradients_wanted(self.trial) or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
+        wanted = bool(inside) or gradients_wanted(self.trial)
+        if constant or not wanted or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
             return self._on_values(func, skeleton, tensors)
         if is_dropout(name) and len(tensors) == 1:
             return self._shared_result(func, args, kwargs, lifted, name)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
         others = [t for t in tensors if not isinstance(t, Lifted)]
+        if name in _LOOKS_ONLY[:2] and len(others) == 1:  # it only asks for the type
+            return tensors[0].to(others[0].device, others[0].dtype)
         labels = tuple(t.label for t in lifted)
         key = (name, tuple(sorted(set(labels))) if name in _LISTS else labels, len(others))
         count = self.counts.get(key, 0)
@@ -220,10 +246,15 @@ class Lifter:
             result = None
             if entry.reason is None and not any(entry.inputs):
                 result = self._shared_result(func, args, kwargs, lifted, name)
+                if inside and not isinstance(result, (Lifted, tuple, list)):
+                    self._note_bypassed(inside)
                 if not any(self.trial.counts_rows(t) for t in tensors_of(result)):
                     self._note(key, entry)
                     return result
-                result = tree_map(lambda leaf: _plain(leaf) if isinstance(leaf, Tensor) else leaf, result)
+                trial = self.trial
+                result = tree_map(lambda leaf: trial.tinted(_plain(leaf)) if isinstance(leaf, Tensor) else leaf, result)
+            if inside:
+                self._note_bypassed(inside)
             if result is None:
                 result = self._on_values(func, skeleton, tensors)
             made = [t for t in tensors_of(result) if _is_float(t)]
@@ -233,12 +264,14 @@ class Lifter:
             key, count, others, lambda: _names([root for t in lifted for root in t.shared.roots])
         ) or self._guess(others)
         if probe.shared:
-            if any(t.requires_grad for t in others):
+            if any(t.requires_grad for t in (*others, *(t for t in inside if not isinstance(t, Lifted)))):
                 probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
             else:
                 self.counts[key] = count + 1
                 return self._shared_result(func, args, kwargs, lifted, name)
         self.counts[key] = count + 1
+        if inside:  # to be found out, since the gradient goes to the arguments
+            return self._on_values(func, skeleton, tensors)
         return self._meet(func, name, key, probe, skeleton, tensors)
 
     def _note(self, key: Any, entry: Entry) -> None:
@@ -246,6 +279,24 @@ class Lifter:
         self.counts[key] = self.counts.get(key, 0) + 1
         self.trial.note(key, entry)
         self.touched.update(key[1])
+
+    def _function_arguments(self) -> list[Tensor]:
+        """The arguments of the custom autograd function that is running, if some of them are lifted."""
+        for arguments in arguments_of_functions():
+            tensors = [t for t in arguments if isinstance(t, Tensor)]
+            if any(isinstance(t, Lifted) for t in tensors):
+                others = [t for t in tensors if not isinstance(t, Lifted)]
+                if self.trial is not None and any(self.trial.layout(t) != (None, None) for t in others):
+                    self._note_bypassed(tensors)
+                return tensors
+        return []
+
+    def _note_bypassed(self, arguments: list[Tensor]) -> None:
+        """Keep that a custom autograd function takes gradients straight to its arguments, past all that is followed."""
+        if self.trial is not None:
+            lifted = [t for t in arguments if isinstance(t, Lifted)]
+            params = {root.param: True for t in lifted for root in t.shared.roots}
+            self._note(("autograd function", tuple(t.label for t in lifted)), self.trial.bypassed(list(params)))
 
     def _on_values(self, func: Any, skeleton: Any, tensors: list[Tensor]) -> Any:
         args, kwargs = join(skeleton, [_plain(t) for t in tensors])
@@ -293,13 +344,16 @@ class Lifter:
         """Keep what a trial saw of a call of the module ``name``.
 
         Of a module that is ``repeated`` on each sample, outputs may be of any layout as long as the loss does not
-        depend on them: that is seen when gradients come back.
+        depend on them: that is seen when gradients come back. At the end there may be any number of those, as in a list with
+        one for each sample.
         """
         assert self.trial is not None
         if entry is not None:
             found = self.trial.results(entry, outputs)
             if repeated and entry.reason is None:
-                found = replace(found, reason=None)
+                known = found.outputs or ()
+                last = max((i for i, at in enumerate(known) if at is not None), default=-1)
+                found = replace(found, reason=None, outputs=known[: last + 1])
             self.trial.note(("call", name), found)
 
     def note_shared(self, name: str, entry: Entry | None) -> None:
@@ -326,15 +380,18 @@ class Lifter:
             self._adopt(target, roots, hash(label))
             return out
         position = iter(range(1 << 30))
+        inside = not torch.is_grad_enabled()  # only what a custom function does is followed then
+        custom = inside or any(t.shared.custom for t in lifted)
 
         def wrap(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or isinstance(leaf, Lifted) or not _is_float(leaf):
                 return leaf
-            if self.trial is None and not leaf.requires_grad:
+            if self.trial is None and not leaf.requires_grad and not inside:
                 return leaf
             same = is_dropout(name)  # trials run without it
             wrapped = self._wrap(leaf, roots, lifted[0].label if same else hash((label, next(position))))
-            wrapped.shared.keeps_norm = self.trial is None and _rearranges(name, args, kwargs, lifted)
+            wrapped.shared.custom = custom
+            wrapped.shared.keeps_norm = self.trial is None and not custom and _rearranges(name, args, kwargs, lifted)
             return wrapped
 
         return tree_map(wrap, out)

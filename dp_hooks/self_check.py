@@ -332,7 +332,13 @@ class SelfCheck:
             call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs)]
             call.outputs = [out.detach() for out in outputs]
         total = torch.zeros(())
-        for out, role, whole in zip(outputs, call.plan, call.outputs, strict=True):
+        last = max((k for k, role in enumerate(call.plan) if role != "left out"), default=-1)
+        if len(outputs) <= last:
+            raise self._mixed(
+                call, alone or 0, f"are {len(call.plan)} tensors, and {len(outputs)} for that sample alone"
+            )
+        used = slice(last + 1)  # behind that there may be a list with one for each sample
+        for out, role, whole in zip(outputs[used], call.plan[used], call.outputs[used], strict=True):
             if role == "left out":
                 continue
             term = out.sum()  # a loss that the model computes itself
@@ -604,7 +610,8 @@ class SelfCheck:
             self._busy = False
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # a graph may have saved it, and would notice
+                        buffer.copy_(value)
             for p, grad in grads:
                 p.grad = grad
 

@@ -8,6 +8,7 @@ from ._tree import join, split
 from .batch_axes import Entry
 from .errors import UnsupportedModelError
 from .rules import Call, Rule
+from .rules.embedding import has_flat_ids
 from .rules.layout import Layout
 
 
@@ -22,6 +23,10 @@ def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
     if entry.reason is not None:
         raise _refusal(call, entry.reason)
     ins, outs = entry.inputs, entry.outputs or ()
+    if has_flat_ids(call) and outs == (Layout(0),):
+        return rule, call  # one bag for each sample, wherever its ids are
+    if rule.whole_subtree:  # of outputs at the end that have no sample axis there may be any number
+        outs = (*outs, *(None for _ in call.grads[len(outs) :]))
     if len(ins) != len(inputs) or len(outs) != len(call.grads):
         raise _refusal(
             call, "it was called with other inputs or gave other outputs than in the runs that showed its layout"

@@ -44,7 +44,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -362,10 +362,21 @@ def _outputs(found: Any) -> list[Tensor]:
     return tensors + nested
 
 
-def losses(model: nn.Module, inputs: Mapping[str, Tensor], samples: int) -> Tensor:
-    """Return one loss per sample: all outputs with a row per sample, weighted by numbers without pattern."""
-    outputs = _outputs(model(**inputs))
-    outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad and t.dim() and t.shape[0] == samples]
+def _has_rows(output: Tensor, samples: int) -> bool:
+    return output.is_floating_point() and output.requires_grad and output.dim() > 0 and output.shape[0] == samples
+
+
+def losses(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    samples: int,
+    among: Callable[[list[Tensor]], Iterable[Tensor]] = list,
+) -> Tensor:
+    """Return one loss per sample: all outputs with a row per sample, weighted by numbers without pattern.
+
+    ``among`` picks outputs to look at: of those for one sample, some may have a single row for other reasons.
+    """
+    outputs = [t for t in among(_outputs(model(**inputs))) if _has_rows(t, samples)]
     if not outputs:
         raise ValueError("no output has a row per sample and depends on the parameters")
     total = torch.zeros(samples)
@@ -516,7 +527,9 @@ def judge(model: nn.Module, inputs: dict[str, Tensor]) -> Record:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     steady = NoDropout if _draws(model, inputs) else nullcontext
     with steady():
-        alone = [_grads(losses(model, _one(inputs, i), 1).sum(), params) for i in range(SAMPLES)]
+        rows = [_has_rows(t, SAMPLES) for t in _outputs(model(**inputs))]
+        among = functools.partial(itertools.compress, selectors=rows)
+        alone = [_grads(losses(model, _one(inputs, i), 1, among).sum(), params) for i in range(SAMPLES)]
         batch = _grads(losses(model, inputs, SAMPLES).sum(), params)
     norms = torch.stack([torch.stack([g.double().norm() for g in one.values()]).norm() for one in alone])
     if not bool(torch.isfinite(norms).all()) or float(norms.max()) == 0:

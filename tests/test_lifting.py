@@ -42,6 +42,182 @@ def ids(*shape):
     return torch.randint(0, 7, shape)
 
 
+def windows_with_a_class_token():
+    """The windows of a sample follow each other, but their class tokens are laid out window by window."""
+
+    def embed(s, x):
+        tokens = s.token.expand(len(x), -1, -1).repeat(2, 1, 1)
+        return torch.cat([tokens, s.proj(x).reshape(2 * len(x), 2, 4)], 1)
+
+    inner = Net(embed, token=param(1, 1, 4), proj=nn.Linear(4, 4))
+    return Net(
+        lambda s, x: s.head(torch.tanh(s.inner(x))).reshape(len(x), 6, 3), inner=inner, head=nn.Linear(4, 3, bias=False)
+    )
+
+
+def class_tokens_of_the_first_rows():
+    """Each frame gets a class token, and the first rows of all frames are taken for those of the samples."""
+
+    def embed(s, x):
+        frames = torch.cat([s.token.expand(len(x) * 2, -1, -1), s.proj(x).reshape(2 * len(x), 2, 4)], 1)
+        return torch.cat([frames[: len(x), :1], frames[:, 1:].reshape(len(x), 4, 4)], 1)
+
+    inner = Net(embed, token=param(1, 1, 4), proj=nn.Linear(4, 4))
+    return Net(lambda s, x: s.head(torch.tanh(s.inner(x))), inner=inner, head=nn.Linear(4, 3))
+
+
+def one_output_for_each_sample():
+    """A module that is repeated on each sample, since it picks rows, also returns a list that is as long as the batch."""
+
+    def inner(s, x):
+        picked = x[..., 0] > 0
+        x = x.masked_scatter(picked[..., None].expand_as(x), x[picked] * s.scale)
+        return x, list(s.last(x))
+
+    return Net(
+        lambda s, x: s.head(s.inner(x)[0]),
+        inner=Net(inner, scale=param(4), last=nn.Linear(4, 4)),
+        head=nn.Linear(4, 3),
+    )
+
+
+def flat_bags():
+    """Ids of all samples in one row, with offsets, and more than one id for each sample."""
+    return Net(
+        lambda s, i: s.head(s.bag(i.flatten(), torch.arange(0, i.numel(), i.shape[1]))),
+        bag=nn.EmbeddingBag(7, 4),
+        head=nn.Linear(4, 3),
+    )
+
+
+class Product(torch.autograd.Function):
+    """``a * b``, differentiated by hand."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return (grad * b).sum_to_size(a.shape), (grad * a).sum_to_size(b.shape)
+
+
+class ProductInTwoParts(Product):
+    """The same, in the form whose ``forward`` gets no context."""
+
+    @staticmethod
+    def forward(a, b):
+        return a * b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+class Scaled(Product):
+    """``first * rest[0]``, of any number of arguments."""
+
+    @staticmethod
+    def forward(ctx, *factors):
+        return Product.forward(ctx, *factors)
+
+
+class ScaledInTwoParts(ProductInTwoParts):
+    """``first * rest[0]``, of any number of arguments."""
+
+    @staticmethod
+    def forward(*factors):
+        return factors[0] * factors[1]
+
+
+class Clamped(torch.autograd.Function):
+    """A copy whose gradient is cut off: the gradients of samples do not add up to that of the batch."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.1, 0.1)
+
+
+class Weighed(torch.autograd.Function):
+    """A copy of parameters, whose gradient depends on what it was called with besides."""
+
+    @staticmethod
+    def forward(ctx, a, x):
+        ctx.save_for_backward(x)
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.square().sum(), None
+
+
+class OutOfSight(torch.autograd.Function):
+    """What it gives back was computed elsewhere than in PyTorch."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return torch.from_numpy(a.detach().numpy() * 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Constant(torch.autograd.Function):
+    """Not differentiable."""
+
+    @staticmethod
+    def forward(ctx, a):
+        out = a * 2
+        ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def function_of_parameters(product, scaled):
+    """Its result only meets what is not trained, and other parameters, before a layer without any."""
+    return Net(
+        lambda s, x: s.head(torch.tanh(F.linear(x, s.base + product.apply(s.a, s.b) * s.c))),
+        a=param(4, 4),
+        b=param(4, 4),
+        c=param(4),
+        base=torch.ones(4, 4),
+        head=nn.Linear(4, 3),
+    )
+
+
+def function_of_results(product, scaled):
+    inner = Net(lambda s, x: x @ scaled.apply(s.a.exp(), s.b + s.a.t()), a=param(4, 4), b=param(4, 4))
+    return Net(lambda s, x: s.head(s.inner(s.first(x))), first=nn.Linear(4, 4), inner=inner, head=nn.Linear(4, 3))
+
+
+def function_of_the_batch(product, scaled):
+    inner = Net(lambda s, x: product.apply(x, s.a) + scaled.apply(x, s.b), a=param(5, 4), b=param(4))
+    return Net(lambda s, x: s.head(s.inner(s.first(x))), first=nn.Linear(4, 4), inner=inner, head=nn.Linear(4, 3))
+
+
+def function_of_another_module(product, scaled):
+    """A module uses what is owned elsewhere: repeating that module alone would leave it out."""
+    last = nn.Linear(4, 4)
+    inner = Net(
+        lambda s, x: s.last(x @ product.apply(s.other[0].weight, s.a) + product.apply(x, s.other[0].bias)),
+        a=param(4, 4),
+        last=nn.Linear(4, 4),
+    )
+    inner.other = (last,)
+    return Net(lambda s, x: s.last(s.inner(s.first(x))), first=nn.Linear(4, 4), inner=inner, last=last)
+
+
 def cls_token(dropout):
     def forward(s, x):
         x = torch.cat([s.cls.expand(x.shape[0], -1, -1), s.proj(x)], 1) + s.pos
@@ -294,6 +470,23 @@ CASES = {
     "attention-mask-bias": (attention_mask_bias, lambda: [randn(N, 3, 4)]),
     "weight-of-another-module": (Square, lambda: [ids(N, 5)]),
     "cls-token": (lambda: cls_token(0.0), lambda: [randn(N, 5, 4)]),
+    "windows-with-a-class-token": (windows_with_a_class_token, lambda: [randn(N, 4, 4)]),
+    "class-tokens-of-the-first-rows": (class_tokens_of_the_first_rows, lambda: [randn(N, 4, 4)]),
+    "nothing-besides": (
+        lambda: Net(
+            lambda s, x: s.head(s.inner(x)[0]),
+            inner=Net(
+                lambda s, x: (
+                    s.l(x.transpose(0, 1).flatten(0, 1)).view(5, len(x), 4).transpose(0, 1),
+                    x[:, :0],
+                ),
+                l=nn.Linear(4, 4),
+            ),
+            head=nn.Linear(4, 3),
+        ),
+        lambda: [randn(N, 5, 4)],
+    ),
+    "flat-bags": (flat_bags, lambda: [ids(N, 5)]),
     "repeated-token": (repeated_token, lambda: [randn(N, 2, 4)]),
     "layer-scale": (
         lambda: Net(
@@ -336,6 +529,10 @@ CASES = {
         ),
         lambda: [randn(N, 5, 4)],
     ),
+    "types-of-the-batch": (
+        lambda: Net(lambda s, x: F.linear(x, s.w.to(x) * s.v.type_as(x)), w=param(4, 4), v=param(4, 4)),
+        lambda: [randn(N, 5, 4)],
+    ),
     "slopes": (prelu_scale, lambda: [randn(N, 5, 4)]),
     "time-first": (
         lambda: Net(lambda s, x: s.n(s.l(x.transpose(0, 1))).transpose(0, 1), l=nn.Linear(4, 4), n=nn.LayerNorm(4)),
@@ -363,6 +560,35 @@ CASES = {
         ),
         lambda: [randn(N, 5, 4)],
     ),
+}
+
+
+CASES |= {
+    f"{function.__name__.lower()}-function": (
+        lambda f=function, arguments=arguments: Net(
+            lambda s, x: s.head(torch.tanh(F.linear(x, f.apply(s.a * 2, *arguments(x)) * s.b))),
+            a=param(4, 4),
+            b=param(4),
+            head=nn.Linear(4, 3),
+        ),
+        lambda: [randn(N, 5, 4)],
+    )
+    for function, arguments in (
+        (Clamped, lambda x: []),
+        (Weighed, lambda x: [x]),
+        (OutOfSight, lambda x: []),
+        (Constant, lambda x: []),
+    )
+}
+CASES |= {
+    f"{kind}-function-{where}": (lambda f=f, g=g, make=make: make(f, g), lambda: [randn(N, 5, 4)])
+    for kind, (f, g) in {"plain": (Product, Scaled), "two-part": (ProductInTwoParts, ScaledInTwoParts)}.items()
+    for where, make in {
+        "of-parameters": function_of_parameters,
+        "of-results": function_of_results,
+        "of-the-batch": function_of_the_batch,
+        "of-another-module": function_of_another_module,
+    }.items()
 }
 
 
@@ -656,6 +882,51 @@ def test_checkpointed_owner(mode, use_reentrant):
     assert_close(
         {controller.name_of(p): found.grads(p) for p in found.params}, {k: torch.stack(g) for k, g in expected.items()}
     )
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_a_list_that_is_as_long_as_the_batch(mode):
+    """What a repeated module returns besides, with one entry for each sample, is left out, as long as the loss leaves it out."""
+    torch.manual_seed(1)
+    model = one_output_for_each_sample().double()
+    controller = HookController(model, grad_sample_mode=mode)
+    for n in (3, 5):
+        x = randn(n, 5, 4)
+        controller.disable_hooks()
+        expected = sample_grads(model, losses_of, x)
+        controller.enable_hooks()
+        losses_of(model, x).mean().backward()
+        found = controller.take()
+        assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
+    model.fn = (lambda s, x: torch.stack(s.inner(x)[1]),)
+    loss = losses_of(model, x).mean()
+    with pytest.raises(errors.UnsupportedModelError, match="inner"):
+        loss.backward()
+    controller.cleanup()
+
+
+@pytest.mark.parametrize("flat", [5, 12])
+@pytest.mark.parametrize("last", [True, False])
+def test_flat_ids_as_inputs_of_the_model_are_refused_with_what_to_do(flat, last):
+    """A batch of flat ids and offsets has no rows to take samples from: the error says so, and how to pass them instead."""
+    bag = nn.EmbeddingBag(7, 4, include_last_offset=last)
+    model = Net(lambda s, i, o: s.head(s.bag(i, o)), bag=bag, head=nn.Linear(4, 3))
+    controller = HookController(model)
+    with pytest.raises(
+        errors.UnsupportedModelError, match=r"bag \(EmbeddingBag\).*offsets.*\[samples, longest\].*padding_idx"
+    ):
+        model(torch.arange(flat) % 7, torch.tensor([0, 1, 3] + [flat] * last))
+    controller.cleanup()
+
+
+def test_a_custom_function_next_to_random_numbers_is_refused():
+    """Where parameters meet the batch in a function and the module around draws numbers, repeating it would draw others."""
+    model = Net(lambda s, x: F.dropout(Product.apply(x, s.a), 0.5), a=param(4)).double()
+    controller = HookController(model)
+    loss = losses_of(model, randn(N, 4)).mean()
+    with pytest.raises(errors.UnsupportedModelError, match="it draws random numbers"):
+        loss.backward()
     controller.cleanup()
 
 

@@ -574,6 +574,7 @@ PEFT: dict[str, Builder] = {
     "prefix-llama": adapted(LLAMA, lambda: peft.PrefixTuningConfig(**VIRTUAL)),
     "p-tuning-llama": adapted(LLAMA, lambda: peft.PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8)),
     "vera-llama": adapted(LLAMA, lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], init_weights=False)),
+    "loha-llama": adapted(LLAMA, lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)),
     "lokr-llama": adapted(LLAMA, lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"], init_weights=False)),
     "oft-llama": adapted(LLAMA, lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])),
     "layernorm-tuning-llama": adapted(LLAMA, lambda: peft.LNTuningConfig(target_modules=["norm"])),
@@ -723,12 +724,6 @@ COUPLED: dict[str, Builder] = {
     "batch-mean": plain(
         lambda s, x: s.head(torch.tanh(s.body(x) - x.mean(0))), sequence, body=lambda: nn.Linear(8, 8), head=head
     ),
-}
-
-# ---------------------------------------------------------------- what cannot be told apart
-
-OPAQUE: dict[str, Builder] = {
-    "loha-llama": adapted(LLAMA, lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)),
 }
 
 # ---------------------------------------------------------------- building

@@ -46,10 +46,15 @@ def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
 
 
 def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor:
-    """Return ``sum(output * grad)`` over all outputs: its gradient is the vector-Jacobian product."""
+    """Return ``sum(output * grad)`` over all outputs: its gradient is the vector-Jacobian product.
+
+    Behind the last output that got a gradient there may be any number of others: a list with one for each sample.
+    """
     found = _differentiable(outputs)
-    if len(found) != len(grads):
+    last = max((i for i, grad in enumerate(grads) if grad is not None), default=-1)
+    if len(found) <= last:
         raise RuntimeError(f"the repeated call returned {len(found)} tensors, the first one {len(grads)}")
+    found, grads = found[: last + 1], grads[: last + 1]
     if any(grad is not None and grad.shape != out.shape for out, grad in zip(found, grads, strict=True)):
         raise RuntimeError("the repeated call returned tensors of other shapes than the first one")
     terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
