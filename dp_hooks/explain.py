@@ -22,7 +22,8 @@ from .rules import Dims, Outer, Rule, outer
 from .rules.generic import grad_samples as generic
 from .rules.generic import needs_loop
 from .self_check import SelfCheck, _backward, _Observed, private_copy
-from .slots import attributes_kept, autocast_dtype
+from .slots import attributes_kept
+from .surroundings import Surroundings
 
 STRATEGIES = {
     "ghost": "norms and sums from what was captured; no gradient per sample is written out",
@@ -364,7 +365,7 @@ def _run(
     """Run forwards and backwards as training does; what was captured, or None."""
     model = watcher._module
     device = next((t.device.type for t in (*model.parameters(), *tensors_of((args, kwargs)))), "cpu")
-    call = _Observed(model, "", args, kwargs, (device, autocast_dtype(device)))
+    call = _Observed(model, "", args, kwargs, Surroundings.now(device))
     loss = check._loss_of_call(call, samples, None)
     if not loss.requires_grad:
         if watcher.params and not watcher.notes.refusals:

@@ -17,7 +17,8 @@ from .hook_controller import HookController
 from .no_dropout import Draws, NoDropout, other_generators_kept
 from .paths import Paths, Step, unfollowed
 from .rules.layout import Layout
-from .slots import attributes_kept, autocast_as, autocast_dtype
+from .slots import attributes_kept
+from .surroundings import Surroundings
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 _ALONE = 4
@@ -37,7 +38,7 @@ class _Observed:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autocast: tuple[str, torch.dtype | None]
+    around: Surroundings
     kind: Any = None
     copied: bool = False
     # Which of its outputs a backward pass came from, by number; operations it went through that no check did.
@@ -111,7 +112,7 @@ class SelfCheck:
             if not self._observed:
                 self._state = self._written()
             args, kwargs = private_copy((args, kwargs))
-        self._call = _Observed(module, name, args, kwargs, (device, autocast_dtype(device)), kind, new)
+        self._call = _Observed(module, name, args, kwargs, Surroundings.now(device), kind, new)
 
     def ends(self) -> _Observed | None:
         """The call is over."""
@@ -224,7 +225,7 @@ class SelfCheck:
         self._check_written()
         compared = 0
         for call in calls:
-            self._coarse = call.autocast[1] is not None
+            self._coarse = call.around.autocast is not None
             compared += self._compare(
                 samples,
                 lambda call=call: self._loss_of_call(call, samples, None),  # type: ignore[misc]
@@ -305,7 +306,7 @@ class SelfCheck:
         if self._key(2) in self._checked and not self._paths.unverified(taken, samples):
             return  # another call than then: it is compared alone, by check_calls
         self._check_written()
-        self._coarse = any(call.autocast[1] is not None for call in self._observed)
+        self._coarse = any(call.around.autocast is not None for call in self._observed)
         if not self._compare(samples, whole, alone, "the train function", taken, self._paths.draws):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
@@ -326,7 +327,7 @@ class SelfCheck:
         args, kwargs = (call.args, call.kwargs)
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
-        with autocast_as(*call.autocast):
+        with call.around.again():
             outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point()]
         if alone is None:
             call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs)]

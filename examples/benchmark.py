@@ -339,11 +339,11 @@ def train(training: Training) -> Iterator[float]:
             yield time.perf_counter() - start
 
 
-def begin(workload: Workload, engine: str, stack: ExitStack) -> tuple[Iterator[float], float]:
-    """Prepare training with ``engine``, take the steps that are not counted, and tell how long the last one took."""
+def begin(workload: Workload, engine: str, stack: ExitStack) -> tuple[Iterator[float], list[float]]:
+    """Prepare training with ``engine``, take the steps that are not counted, and tell how long they took."""
     workload.model.train()
     steps = train(ENGINES[engine](workload, stack))
-    return steps, [next(steps) for _ in range(WARM_UP)][-1]
+    return steps, [next(steps) for _ in range(WARM_UP)]
 
 
 # ---------------------------------------------------------------- the measured process
@@ -400,9 +400,10 @@ def serve(name: str, engine: str, tiny: bool) -> None:
             before = resident("VmRSS")
             torch.manual_seed(0)
             workload = WORKLOADS[name](tiny)
-            steps, seconds = begin(workload, engine, stack)
+            steps, warm_up = begin(workload, engine, stack)
             answer(
-                seconds=seconds,
+                first=warm_up[0],
+                seconds=warm_up[-1],
                 batch=workload.batch_size,
                 parameters=sum(p.numel() for p in workload.model.parameters()),
                 trainable=sum(p.numel() for p in workload.trainable()),
@@ -485,6 +486,10 @@ class Result:
         plain = baseline.seconds()
         around = [(a + b) / 2 for a, b in pairwise(plain)]
         return [mine / other for mine, other in zip(self.seconds(), around, strict=False)]
+
+    def first(self, baseline: "Result") -> float:
+        """What the first step takes beyond the first one of ``baseline``, in its steps: learning the layout, self-check."""
+        return float(self.facts["first"] - baseline.facts["first"]) / statistics.median(baseline.seconds())
 
     def memory(self, baseline: "Result") -> float | None:
         """What the training needs at its peak, relative to ``baseline``."""
@@ -630,6 +635,13 @@ def table(results: Results, engines: list[str]) -> str:
             else "Memory is measured on Linux only."
         )
     )
+    for engine in [engine for engine in engines if engine.startswith("dp_hooks")]:
+        pairs = {name: (r[engine], r[BASELINE]) for name, r in results.items() if r[engine].failure is None}
+        firsts = [f"{name} {mine.first(plain):.1f}" for name, (mine, plain) in pairs.items()]
+        lines.append(
+            f"\nThe first step with {engine}, which checks itself, takes so many ordinary steps more: {', '.join(firsts)}."
+        )
+    lines.append("")
     for name, result in results.items():
         for engine in engines:
             if result[engine].failure is not None:

@@ -127,6 +127,9 @@ def test_benchmark_compares_processes(tmp_path, monkeypatch, capsys):
     assert (len(plain), len(private)) == (3, 2)
     ratios = [private[i] / (plain[i] + plain[i + 1]) * 2 for i in range(2)]
     assert f"| {sum(ratios) / 2:.2f} (" in line
+    firsts = [results[engine]["facts"]["first"] for engine in ("dp_hooks", "ordinary")]
+    more = (firsts[0] - firsts[1]) / sorted(plain)[1]
+    assert f"takes so many ordinary steps more: resnet18 {more:.1f}." in out
     assert picture.exists() == bool(draw)
     if sys.platform == "linux":
         assert results["dp_hooks"]["peak"] > results["dp_hooks"]["before"] > 0

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"_validate", "_tree"},
     {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout", "eager"},
-    {"gradients", "model_check", "sampling", "batch_axes"},
+    {"gradients", "model_check", "sampling", "batch_axes", "surroundings"},
     {"lifted_gradients", "site_calls", "two_pass"},
     {"lifting"},
     {"paths"},

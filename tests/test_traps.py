@@ -473,6 +473,15 @@ def cancelling(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) * signs).sum((1, 2)) * 1e3
 
 
+def saved_on_cpu(run: Run) -> None:
+    """Keep everything that the backward pass needs in the memory of the CPU."""
+    for batch in run.loader:
+        with torch.autograd.graph.save_on_cpu():
+            loss = run.losses(run.model, *batch).mean()
+        loss.backward()
+        run.opt.step()
+
+
 def written_later(s: Any, x: Tensor) -> Tensor:
     """Change the input of a layer in place after the layer has used it."""
     h = x.exp()
@@ -529,6 +538,8 @@ TRAPS: dict[str, Trap] = {
     "G11 attention": Trap(attention, tokens),
     "G12 checkpointing": Trap(lambda: checkpointed(False), tokens),
     "G12 reentrant checkpointing": Trap(lambda: checkpointed(True), tokens),
+    "G12 activations saved on the CPU": Trap(mlp, tokens, loop=saved_on_cpu),
+    "G12 checkpointing, and the rest saved on the CPU": Trap(lambda: checkpointed(False), tokens, loop=saved_on_cpu),
     "G13 forward passes without backward": Trap(mlp, tokens, loop=forward_only),
     "G14 unfreezing": Trap(
         lambda: nn.Sequential(linear().requires_grad_(False), linear()), tokens, loop=unfreezing, refused=r"0\.weight"
