@@ -193,21 +193,11 @@ class _Watcher(HookController):
             self.notes.refusals.append(str(error))
         self.notes.refused.append(where)
 
-    def _record(self, use: Any, saved: Callable[[], list[Tensor]], grads: list[Tensor | None]) -> None:
-        try:
-            super()._record(use, saved, grads)
-        except UnsupportedModelError as error:
-            self._note(error, use.name)
-
-    def _finish_pass(self, task: int) -> None:
-        leaked, opened = sorted({self.name_of(p) for p in self._leaks}), self._open.get(task)
-        try:
-            super()._finish_pass(task)
-        except UnsupportedModelError as error:
-            self._note(error, ", ".join(leaked))
-            if opened is not None:
-                self._open[task] = opened
-                super()._finish_pass(task)
+    def _refuse(self, opened: Any, error: UnsupportedModelError, where: str) -> None:
+        if self.notes.on:
+            self._note(error, where)
+        else:
+            super()._refuse(opened, error, where)
 
     def _reduced(self, source: Any) -> list[Source]:
         origin = _origin(source)

@@ -115,6 +115,7 @@ class _Pass:
     serial: int
     found: list[Source] = field(default_factory=list)
     sizes: set[tuple[str, int]] = field(default_factory=set)
+    refusals: list[UnsupportedModelError] = field(default_factory=list)
 
 
 class _Tap(torch.autograd.Function):
@@ -373,7 +374,10 @@ class HookController:
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the qualified name of ``param`` in the model."""
-        return next((name for name, p in self._module.named_parameters() if p is param), "<not in the model>")
+        named = dict(self._module.named_parameters())
+        for site in self._sites:  # where other tensors may be in place now
+            named |= {f"{site.name}.{name}" if site.name else name: p for name, p in site.slots.params.items()}
+        return next((name for name, p in named.items() if p is param), "<not in the model>")
 
     # ---------------------------------------------------------------- forward
 
@@ -808,9 +812,17 @@ class HookController:
                 "batch_size in the loader and max_physical_batch_size in the scope."
             )
         with self._own_parameters(use.site):
-            for source in use.make(saved(), [None if g is None else g.detach() for g in grads]):
-                opened.sizes.add((source.name, source.samples))
-                opened.found.extend(self._reduced(source))
+            try:
+                for source in use.make(saved(), [None if g is None else g.detach() for g in grads]):
+                    opened.sizes.add((source.name, source.samples))
+                    opened.found.extend(self._reduced(source))
+            except UnsupportedModelError as error:
+                self._refuse(opened, error, use.name)
+
+    def _refuse(self, opened: _Pass, error: UnsupportedModelError, where: str) -> None:
+        """Go on to the end of the pass, so that all that stands in the way is named."""
+        if str(error) not in map(str, opened.refusals):
+            opened.refusals.append(error)
 
     @contextmanager
     def _own_parameters(self, site: _Site | None) -> Iterator[None]:
@@ -880,12 +892,15 @@ class HookController:
         if self._leaks:
             leaks, self._leaks = self._leaks, []
             names = ", ".join(sorted({self.name_of(p) for p in leaks}))
-            raise UnsupportedModelError(
+            leaked = UnsupportedModelError(
                 f"{names}: used where no hook saw it, so its gradient arrived summed over the batch. It was dropped, and "
                 "nothing was released. This happens when a weight is used outside its module's forward "
                 "(F.linear(h, other.weight)) in a way that could not be followed. Remedy: use the weight through its module, or "
                 "freeze it."
             )
+            self._refuse(finished, leaked, names)
+        if finished.refusals:
+            raise _all_of(finished.refusals)
         sizes = {samples for _, samples in finished.sizes}
         if self._samples is not None:
             sizes.add(self._samples)
@@ -1062,6 +1077,13 @@ class HookController:
         self._depth = 0
         self._pending = []
         self._samples = None
+
+
+def _all_of(refusals: list[UnsupportedModelError]) -> UnsupportedModelError:
+    if len(refusals) == 1:
+        return refusals[0]
+    listing = "\n".join(f"  - {error}" for error in refusals)
+    return UnsupportedModelError(f"the model cannot be trained privately, for {len(refusals)} reasons:\n{listing}")
 
 
 def _differentiable(tree: Any) -> list[Tensor]:

@@ -257,7 +257,7 @@ class SelfCheck:
                 "training loop calls, or leave criterion out (the report then says: loss not verified)."
             )
         axis, call = self._controller.axis, self._criterion_call
-        with self._undisturbed():
+        with self._controller.separate(), self._undisturbed():
             whole = self._criterion_gradients(call)
             if self._controller.loss_reduction == "mean":
                 whole = [g * samples for g in whole]
@@ -456,7 +456,7 @@ class SelfCheck:
     ) -> bool:
         controller = self._controller
         picked = _some(samples)
-        with self._undisturbed(draws) as without, controller.separate(), self._paths.apart():
+        with controller.separate(), self._undisturbed(draws) as without, self._paths.apart():
             without.begin_again()
             loss = whole()
             seen = self._paths.taken

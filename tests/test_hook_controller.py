@@ -159,11 +159,31 @@ def test_checkpointed_functions_may_read_parameters_of_the_module_around_them(us
             start = values(model)
             losses_of(model, *next(iter(loader))).mean().backward()
             assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+            assert all(p.grad is None for p in own)
             opt.step()
         assert_same(moved(start, model), [expected[n].mean(0) for n, _ in model.named_parameters()])
     else:
         assert_captured(expected, model, x, mode=mode)
     assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+
+
+@each_mode
+def test_the_first_batch_names_everything_that_is_in_the_way(mode):
+    """Parts that can only be refused when they run are listed together, each with its reason and remedy."""
+
+    def pairs():
+        return Net(lambda s, x: (x @ x.mT * s.heat) @ x, heat=nn.Parameter(torch.ones(())))
+
+    model = Net(lambda s, x: s.b(s.second(s.first(s.a(x)))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)).double()
+    model.first, model.second = pairs().double(), pairs().double()
+    controller = HookController(model, grad_sample_mode=mode)
+    with pytest.raises(errors.UnsupportedModelError, match="for 2 reasons") as caught:
+        losses_of(model, randn(N, 4)).mean().backward()
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["  - second.heat", "  - first.heat"]
+    assert all("samples mix" in line and "Remedy" in line for line in lines)
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    controller.cleanup()
 
 
 @each_mode
