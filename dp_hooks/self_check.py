@@ -79,7 +79,9 @@ class SelfCheck:
         self._overflow = False
         self._busy = False
         self._deferred = False
+        self._came_back = False
         self._paths = Paths()
+        self._criterion_paths = Paths()
         self._coarse = False  # autocast or half precision is in use
         self._criterion_call: tuple[Any, Any] | None = None
         self._state: dict[str, Tensor] = {}
@@ -92,12 +94,15 @@ class SelfCheck:
         self._controller.observer, self._controller.paths = self, self._paths
         stack.callback(self._unwatch)
         if self._criterion is not None:
-            handle = self._criterion.register_forward_hook(self._observe_criterion, with_kwargs=True)
-            stack.callback(handle.remove)
+            before = self._criterion.register_forward_pre_hook(self._follow_criterion, prepend=True)
+            stack.callback(before.remove)
+            after = self._criterion.register_forward_hook(self._observe_criterion, with_kwargs=True, always_call=True)
+            stack.callback(after.remove)
 
     def _unwatch(self) -> None:
         self._controller.observer = self._controller.paths = None
         self._paths.close()
+        self._criterion_paths.close()
         self._observed = []
         self._call = self._criterion_call = None
 
@@ -134,6 +139,7 @@ class SelfCheck:
         """Gradients come back from output number ``index`` of the call."""
         if self._busy or call is None:
             return
+        self._came_back = True
         call.reached.add(index)
         if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):
             self._keep(call)
@@ -157,14 +163,22 @@ class SelfCheck:
         modes = tuple(module.training for module in self._model.modules())
         return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
 
+    def _follow_criterion(self, criterion: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled() and not self._deferred and not self._controller.in_backward():
+            sized = [t.shape[self._controller.axis] for t in tensors_of(args) if t.dim() > self._controller.axis]
+            self._criterion_paths.start("", sized[0] if sized else None)
+
     @unfollowed
     def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._busy and torch.is_grad_enabled() and self.armed:
+        self._criterion_paths.stop()
+        if not self._busy and torch.is_grad_enabled() and (self.armed or self._criterion_paths.taken):
             self._criterion_call = private_copy((args, kwargs))
 
     def new_step(self) -> None:
         """Forget calls observed before a boundary."""
         self._observed = []
+        self._came_back = False
+        self._criterion_paths.taken = set()
         self._paths.taken = set()
         self._state = {}
         self._overflow = False
@@ -181,8 +195,12 @@ class SelfCheck:
         """Whether a batch of this size may not be released before a check: nothing like it, or not every call, was checked."""
         if samples == 0 or self._busy:
             return False
-        key = self._key(samples)
-        return key not in self._checked or any(self._is_new(call, samples) for call in self._used())
+        if self._key(samples) not in self._checked or self._new_criterion(samples):
+            return True
+        return any(self._is_new(call, samples) for call in self._used())
+
+    def _new_criterion(self, samples: int) -> bool:
+        return bool(self._criterion_paths.unverified(self._criterion_paths.taken, samples))
 
     def needed_for_function(self, samples: int) -> bool:
         """The same for a step that a whole function was followed in."""
@@ -190,7 +208,7 @@ class SelfCheck:
 
     def _used(self) -> list[_Observed]:
         """The calls that gradients came back from; all, where none did: a loss may only use what is inside them."""
-        return [call for call in self._observed if call.reached] or self._observed
+        return [call for call in self._observed if call.reached] if self._came_back else self._observed
 
     def _is_new(self, call: _Observed, samples: int) -> bool:
         known = self._checked_calls.get((self._key(samples), call.kind))
@@ -215,6 +233,8 @@ class SelfCheck:
                 "forward of one module, or train with a @dp_step function, which is checked whole."
             )
         before = self._key(samples) in self._checked  # now it is about calls that were not made then
+        if self._criterion is not None and (not before or self._new_criterion(samples)):
+            self._check_criterion(samples)
         if before and not calls:
             return
         if not calls:
@@ -240,8 +260,6 @@ class SelfCheck:
                 "Remedy: declare the sample axis (batch_first), or train with a @dp_step function, which is checked whole."
             )
         if not before:
-            if self._criterion is not None:
-                self._check_criterion(samples)
             self.loss_verified = self._criterion is not None and samples > 1
         self._passed(samples, calls)
 
@@ -257,8 +275,9 @@ class SelfCheck:
                 "training loop calls, or leave criterion out (the report then says: loss not verified)."
             )
         axis, call = self._controller.axis, self._criterion_call
-        with self._controller.separate(), self._undisturbed():
+        with self._controller.separate(), self._undisturbed(), self._criterion_paths.apart():
             whole = self._criterion_gradients(call)
+            seen = self._criterion_paths.taken
             if self._controller.loss_reduction == "mean":
                 whole = [g * samples for g in whole]
             for i in _some(samples):
@@ -276,6 +295,7 @@ class SelfCheck:
                             f"loss_reduction={self._controller.loss_reduction!r} is not how it reduces. Remedy: reduce within each "
                             "sample first, or declare the reduction."
                         )
+        self._criterion_paths.verify(seen, samples)
 
     def _criterion_gradients(self, call: tuple[Any, Any]) -> list[Tensor]:
         assert self._criterion is not None

@@ -156,6 +156,43 @@ def test_a_loss_that_couples_samples_later_is_noticed(mode, loader_of):
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+class _Criterion(nn.Module):
+    """Mean squared outputs, from some time on with a term over the whole batch."""
+
+    late = False
+
+    def forward(self, out):
+        loss = out.square().mean(1)
+        return (loss + out.mean(0).square().sum() if self.late else loss).mean()
+
+
+class _PerSample(nn.Module):
+    def forward(self, out):
+        return out.square().mean(1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_criterion_that_couples_samples_later_is_noticed(mode, loader_of):
+    """A loss module given as criterion is checked again when it does something else; a train function covers its own."""
+    model, criterion = _switching("a factor that was zero"), _Criterion()
+    with _enter(model, loader_of, mode, criterion=criterion) as (opt, loader):
+        for index, (x,) in enumerate(loader):
+            criterion.late = index == 2
+            before = [p.detach().clone() for p in model.parameters()]
+            loss = criterion(model(x))
+            if criterion.late:
+                with pytest.raises(errors.SelfCheckError, match="criterion"):
+                    _stepped(loss, opt)
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                break
+            _stepped(loss, opt)
+    model, criterion = _switching("a factor that was zero"), _PerSample()
+    step = dp_step(lambda m, x: criterion(m(x)))
+    with _enter(model, loader_of, mode, criterion=criterion) as (opt, loader):
+        for (x,) in loader:
+            step(model, x)
+
+
 @pytest.mark.filterwarnings("ignore:the loss did not reach g")
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mode", MODES)
