@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,10 +81,15 @@ class _Follow(TorchFunctionMode):
                 return func(*args)
         elif name in METADATA:
             return func(*args, **kwargs) if kwargs else func(*args)
-        self._paths.note(name, args, kwargs)
+        paths = self._paths
+        constant = paths.is_constant(name, args, kwargs)
+        if not constant:
+            paths.note(name, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
+        if constant:
+            paths.note_constant(name, args, kwargs, out)
         if name in DRAWS:
-            self._paths.note_draw(name, out)
+            paths.note_draw(name, out)
         return out
 
 
@@ -95,9 +100,11 @@ class Paths:
     What is learned from one batch (where the samples are, that they do not mix) holds for the operations that batch
     went through. Python code may take another branch later: a flag, a schedule, an option of the call. Per module
     every pair of operations in sequence is remembered, with dimensions, switches and whether a factor is 0 or 1; sizes
-    and the data itself are not looked at.
+    and the data itself are not looked at. What is made of constants and buffers alone (masks, position codes, often kept
+    for later) counts only where it has an axis as long as the batch.
     """
 
+    buffers: Callable[[], Iterable[Tensor]] = tuple
     rows: int | None = None
     # What the present pass, or the last one, went through and no checked pass of several samples did.
     taken: set[Step] = field(default_factory=set)
@@ -108,6 +115,11 @@ class Paths:
     _known: set[Step] = field(default_factory=set)
     _whole: bool = False
     _frames: list[list[Any]] = field(default_factory=list)
+    # Tensors that depend on neither inputs nor parameters, by identity; held, so that identities stay theirs.
+    _constants: dict[int, Tensor] = field(default_factory=dict)
+    _from_constants: set[Step] = field(default_factory=set)
+    _own_buffers: dict[int, Tensor] | None = None
+    _stale: bool = False
     # Modes that were there when ours was put on top; None while it is not.
     _below: list[TorchFunctionMode] | None = None
     _mode: _Follow = field(init=False)
@@ -122,6 +134,7 @@ class Paths:
     @contextmanager
     def function(self) -> Iterator[None]:
         """Follow a whole function, the calls of modules in it included."""
+        self._stale = bool(self.taken)
         self.rows, self.taken, self.draws = None, set(), Draws()
         self._open(None)
         self._whole = True
@@ -137,6 +150,7 @@ class Paths:
         if self._whole:
             self.enter(name)
             return
+        self._stale = bool(self.taken)
         self.taken, self.draws = set(), self.drawn_inside
         self._open(name)
 
@@ -149,13 +163,15 @@ class Paths:
 
     def _open(self, frame: str | None) -> None:
         self.close()
-        self._frames = [[frame, None]]
+        if self._own_buffers is None or self._stale:
+            self._own_buffers = {id(b): b for b in self.buffers()}
+        self._frames, self._constants = [[frame, None]], dict(self._own_buffers)
         self._below = _get_current_function_mode_stack()
         _push_mode(self._mode)
 
     def close(self) -> None:
         """Follow nothing any more."""
-        self._frames = []
+        self._frames, self._constants = [], {}
         below, self._below = self._below, None
         if below is None:
             return
@@ -204,6 +220,34 @@ class Paths:
             where = (len(shape), shape.index(self.rows) if self.rows in shape else self._multiple(shape))
         named = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
         self._note((name, where, kinds, named))
+        for target in (first, kwargs.get("out") if kwargs else None):
+            self._constants.pop(id(target), None)  # it may have been written to
+
+    def is_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether all tensors among the arguments are constant; of some functions only shape and type count."""
+        if name.startswith("new_") or name.endswith("_like"):
+            return True
+        known = self._constants
+        for arg in (*args, *(kwargs.values() if kwargs else ())):
+            if isinstance(arg, Tensor):
+                if id(arg) not in known:
+                    return False
+            elif isinstance(arg, (tuple, list)) and any(isinstance(t, Tensor) and id(t) not in known for t in arg):
+                return False
+        return True
+
+    def note_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Keep in mind that ``out`` was made of constants."""
+        if not self._frames:
+            return
+        made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        self._constants.update((id(t), t) for t in made)
+        if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
+            frame = self._frames[-1]
+            step = (frame[0], frame[1], (name, *(_kind(arg, name in _SIZED) for arg in args)))
+            self._from_constants.add(step)
+            if step not in self._known:
+                self.taken.add(step)
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""
@@ -218,6 +262,10 @@ class Paths:
             self.taken.add(step)
 
     # ---------------------------------------------------------------- what is known
+
+    def repeatable(self, steps: set[Step]) -> set[Step]:
+        """Those of ``steps`` that a repetition of the pass has to go through; what is constant may be kept from the first."""
+        return steps - self._from_constants
 
     def unverified(self, steps: set[Step], samples: int) -> set[Step]:
         """Those of ``steps`` that no check on as many samples (one, or several) went through."""

@@ -17,7 +17,7 @@ from .hook_controller import HookController
 from .no_dropout import Draws, NoDropout, other_generators_kept
 from .paths import Paths, Step, unfollowed
 from .rules.layout import Layout
-from .slots import attributes_kept
+from .slots import Attributes, attributes_kept
 from .surroundings import Surroundings
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
@@ -45,6 +45,7 @@ class _Observed:
     reached: set[int] = field(default_factory=set)
     steps: set[Step] = field(default_factory=set)
     draws: Draws | None = None
+    attributes: Attributes | None = None
     # How each output enters the loss of the check: its sample axis, "rows", "scalar", or "left out". Found in the whole run.
     plan: list[int | str] = field(default_factory=list)
     # What the whole run returned, to compare with what samples return alone.
@@ -80,7 +81,8 @@ class SelfCheck:
         self._busy = False
         self._deferred = False
         self._came_back = False
-        self._paths = Paths()
+        self._paths = Paths(model.buffers)
+        self._attributes: Attributes | None = None
         self._criterion_paths = Paths()
         self._coarse = False  # autocast or half precision is in use
         self._criterion_call: tuple[Any, Any] | None = None
@@ -118,6 +120,8 @@ class SelfCheck:
                 self._state = self._written()
             args, kwargs = private_copy((args, kwargs))
         self._call = _Observed(module, name, args, kwargs, Surroundings.now(device), kind, new)
+        if not self._deferred:
+            self._call.attributes = Attributes(self._model)
 
     def ends(self) -> _Observed | None:
         """The call is over."""
@@ -151,12 +155,12 @@ class SelfCheck:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Check nothing before the end of the block, where another check takes place."""
-        self._deferred = True
+        """Check nothing before the end of the block, where another check takes place: of a whole function, from its start."""
+        self._deferred, self._attributes = True, Attributes(self._model)
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred, self._attributes = False, None
 
     def _key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
@@ -253,6 +257,7 @@ class SelfCheck:
                 call.name or "the model",
                 call.steps,
                 call.draws,
+                call.attributes or self._attributes,
             )
         if not compared:
             raise SelfCheckError(
@@ -327,7 +332,7 @@ class SelfCheck:
             return  # another call than then: it is compared alone, by check_calls
         self._check_written()
         self._coarse = any(call.around.autocast is not None for call in self._observed)
-        if not self._compare(samples, whole, alone, "the train function", taken, self._paths.draws):
+        if not self._compare(samples, whole, alone, "the train function", taken, self._paths.draws, self._attributes):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
@@ -436,6 +441,7 @@ class SelfCheck:
         what: str,
         steps: set[Step],
         draws: Draws | None,
+        attributes: Attributes | None,
     ) -> bool:
         """Compare; whether there was anything to compare.
 
@@ -446,13 +452,14 @@ class SelfCheck:
             what: for messages.
             steps: what the pass in question went through; the check has to go there, too.
             draws: what it drew: where random numbers led it another way than constants do, the check follows.
+            attributes: those of the model when it began: counters and caches of the model are no reason to go another way.
         """
-        if not self._compared(samples, whole, alone, what, None):
+        if not self._compared(samples, whole, alone, what, None, attributes):
             return False
         if (
             self._unseen(steps, samples)
             and draws is not None
-            and not self._compared(samples, whole, alone, what, draws)
+            and not self._compared(samples, whole, alone, what, draws, attributes)
         ):
             return False
         if left := self._unseen(steps, samples):
@@ -465,19 +472,26 @@ class SelfCheck:
         return True
 
     def _unseen(self, steps: set[Step], samples: int) -> set[Step]:
-        left = self._paths.unverified(steps, samples)
+        left = self._paths.repeatable(self._paths.unverified(steps, samples))
+        self._paths.verify(steps - left, samples)
         if left:
             classes = {name: type(module) for name, module in self._model.named_modules()}
             left = self._paths.verify_alike(left, samples, classes)
         return left
 
     def _compared(
-        self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor], what: str, draws: Draws | None
+        self,
+        samples: int,
+        whole: Callable[[], Tensor],
+        alone: Callable[[int], Tensor],
+        what: str,
+        draws: Draws | None,
+        attributes: Attributes | None,
     ) -> bool:
         controller = self._controller
         picked = _some(samples)
         with controller.separate(), self._undisturbed(draws) as without, self._paths.apart():
-            without.begin_again()
+            self._begin_again(without, attributes)
             loss = whole()
             seen = self._paths.taken
             if not loss.requires_grad:
@@ -490,13 +504,19 @@ class SelfCheck:
             try:
                 expected = []
                 for i in picked:
-                    without.begin_again()
+                    self._begin_again(without, attributes)
                     expected.append(self._reference(alone, i, what))
             finally:
                 controller.enable_hooks()
             self._judge(found, picked, expected, what)
         self._paths.verify(seen, samples)
         return True
+
+    @staticmethod
+    def _begin_again(without: NoDropout, attributes: Attributes | None) -> None:
+        without.begin_again()
+        if attributes is not None:
+            attributes.put_back()
 
     def _written(self) -> dict[str, Tensor]:
         named = [

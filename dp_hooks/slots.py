@@ -75,20 +75,32 @@ class ParameterSlots:
         self.filled = False
 
 
-@contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for m, attributes, buffers in before:
+class Attributes:
+    """The attributes and buffers of a module and its descendants, as they were when this was made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Keep them."""
+        self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+
+    def put_back(self) -> None:
+        """Make every one of them the very object again that it was."""
+        for m, attributes, buffers in self._kept:
             m._buffers.clear()
             m._buffers.update(buffers)
             now = vars(m)
             if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
                 now.clear()
                 now.update(attributes)
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
+    before = Attributes(module)
+    try:
+        yield
+    finally:
+        before.put_back()
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -1,5 +1,6 @@
 """What was checked on one batch holds for the operations of that batch; a model that takes another way is looked at anew."""
 
+import functools
 import random
 from collections import UserDict
 
@@ -290,6 +291,62 @@ def test_checks_draw_nothing_from_the_users_generators(coin, loader_of):
                 opt.step()
         ends.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*ends)
+
+
+@functools.cache
+def _remembered(n, t):
+    return torch.ones(n, t, 1, dtype=torch.float64).cumsum(1)
+
+
+def _cached(s, h):
+    n, t, _ = h.shape
+    if s.kind == "attribute":
+        if s.longest < t:
+            s.codes, s.longest = torch.arange(64.0, dtype=h.dtype).cos()[:, None], t
+        return h * s.codes[:t]
+    if s.kind == "dictionary":
+        if t not in s.known:
+            s.known[t] = (torch.arange(t, dtype=h.dtype)[:, None] * s.rate).sin()
+        return h * s.known[t]
+    if s.kind == "function":
+        return h * _remembered(n, t)
+    s.calls += 1
+    return h.tanh() if s.calls % 3 == 0 else h
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+@pytest.mark.parametrize("kind", ["attribute", "dictionary", "function", "counter"])
+def test_caches_and_counters_of_a_model_are_no_reason_to_refuse(kind, mode, style, loader_of):
+    """What a model keeps from its first pass, or does at every third, does not look as if the check went another way."""
+    _remembered.cache_clear()
+    model = Net(lambda s, x: s.b(_cached(s, s.a(x)).mean(1)), a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model.register_buffer("rate", torch.rand(D, dtype=torch.float64))
+    model.kind, model.longest, model.known, model.calls, step = kind, 0, {}, 0, _stepper(style)
+    with _enter(model, loader_of, mode) as (opt, loader):
+        for (x,) in loader:
+            step(model, opt, x)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_rows_put_in_another_order_by_constants_are_noticed(style, loader_of):
+    """A switch that only changes how an index of the batch is made from nothing is a new way, too."""
+
+    def forward(s, x):
+        order = torch.arange(len(x))
+        order = order.flip(0) if s.switch else order.sort().values
+        h = s.a(x)
+        return s.b((h + h[order].detach().tanh() * h).mean(1))
+
+    model, step = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double(), _stepper(style)
+    with _enter(model, loader_of, "ghost") as (opt, loader):
+        for index, (x,) in enumerate(loader):
+            model.switch = index == 2
+            if model.switch:
+                with pytest.raises(errors.SelfCheckError):
+                    step(model, opt, x)
+                break
+            step(model, opt, x)
 
 
 def test_a_pass_that_cannot_be_repeated_is_refused(loader_of):
