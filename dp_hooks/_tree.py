@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,16 @@ from torch.nn.utils.rnn import PackedSequence
 Leaf = Callable[..., Any]
 
 
+# Asked first: what is no container by its class alone, and the containers that nearly all are.
+_LEAVES = (Tensor, int, float, str, type(None))
+_PLAIN = (tuple, list, dict)
+
+
 def _is_node(value: object) -> bool:
+    if type(value) in _PLAIN:
+        return True
+    if isinstance(value, _LEAVES):
+        return False
     if isinstance(value, PackedSequence):  # checks what is put into it, and has no sample axis
         return False
     return isinstance(value, (tuple, list, Mapping)) or (
@@ -57,16 +66,22 @@ def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors of ``tree`` in the order in which ``tree_map`` visits them."""
     found: list[Tensor] = []
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        return leaf
-
-    if isinstance(tree, Tensor):
-        return [tree]
-    tree_map(visit, tree)
+    _collect(tree, found)
     return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif _is_node(tree):
+        if isinstance(tree, (tuple, list)):
+            parts: Iterable[Any] = tree
+        elif isinstance(tree, Mapping):
+            parts = tree.values()
+        else:
+            parts = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+        for part in parts:
+            _collect(part, found)
 
 
 @dataclasses.dataclass(frozen=True)
