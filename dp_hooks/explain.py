@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ._tree import tensors_of
 from ._validate import bad, boolean, one_of
+from .attachments import is_hooked
 from .errors import ScopeError, SelfCheckError, UnsupportedModelError
 from .gradients import Captured, SampleGradients, Source, Stored
 from .hook_controller import MODES, HookController
@@ -304,7 +304,7 @@ def explain(
     check_is_module(model)
     mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
     args, kwargs, samples = _inputs(example_inputs, 0 if boolean("batch_first", batch_first) else 1)
-    if any(_is_hooked(module) for module in model.modules()):
+    if any(is_hooked(module) for module in model.modules()):
         raise ScopeError(
             "the model is in an open private scope, engine or controller: explain it before or after that."
         )
@@ -342,11 +342,6 @@ def explain(
     return Explanation(
         type(model).__name__, tuple(rows), tuple(refusals), checked, samples, model.training, frozen, mode
     )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    state = vars(module).get("__getstate__")
-    return isinstance(state, partial) and isinstance(getattr(state.func, "__self__", None), HookController)
 
 
 def _run(

@@ -38,6 +38,18 @@ class Source(Protocol):
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
 
 
+class Contribution(Source, Protocol):
+    """A source that knows where it came from and how many samples it is over."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+
+    @property
+    def name(self) -> str:
+        """The module or the parameters it came from."""
+
+
 def scaled(grads: Tensor, scale: float) -> Tensor:
     """Return ``scale * grads`` in at least float32: what norms are taken of must be what is summed up, digit by digit."""
     grads = wide(grads)

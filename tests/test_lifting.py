@@ -7,31 +7,11 @@ from torch import nn
 
 from dp_hooks import HookController, errors, private_training
 
-from .models import Snapshot
-from .reference import clipped_sum, sample_grads
+from .models import Net, Snapshot, randn
+from .reference import clipped_sum, losses_of, sample_grads
 
 MODES = ("ghost", "hooks", "functorch")
 N = 3
-
-
-class Net(nn.Module):
-    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
-
-    def __init__(self, fn, **parts):
-        super().__init__()
-        self.fn = (fn,)
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, *inputs):
-        return self.fn[0](self, *inputs)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def param(*shape):
@@ -599,12 +579,6 @@ def build(case):
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     return model, inputs()
-
-
-def losses_of(model, *inputs):
-    """Per-sample losses that weigh every output differently."""
-    out = model(*inputs).flatten(1)
-    return (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).sin().sum(1)
 
 
 def assert_close(found, expected):
