@@ -36,14 +36,13 @@ class Attachments:
         before: Callable[..., Any],
         after: Callable[..., Any] | None,
         *,
-        outer: bool,
-        copies: ExitStack,
+        outer: bool = False,
     ) -> None:
-        """Hook ``before`` and ``after`` onto ``module`` until ``stack`` unwinds; copies are clean until ``copies`` does.
+        """Hook ``before`` and ``after`` onto ``module`` until ``stack`` unwinds; until then copies of it go without them.
 
         Unless ``outer``, captured inputs and outputs are what forward itself saw and returned, within users' hooks.
         """
-        ids = self._clean_copies_of(module, copies)
+        ids = self._clean_copies_of(module, stack)
         handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
         ids.add(handle.id)

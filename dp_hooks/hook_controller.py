@@ -136,16 +136,17 @@ class HookController:
             stack.callback(self._forget)
             stack.enter_context(eager())
             self._sites.find()
+            attach = functools.partial(self._attachments.attach, stack)
             for site in self._sites:
                 stack.callback(site.slots.restore)
                 before = functools.partial(self._before, site)
-                self.attach(stack, site.module, before, functools.partial(self._after, site))
+                attach(site.module, before, functools.partial(self._after, site))
             for name, module in self._module.named_modules():
                 if hasattr(module, "track_running_stats"):
-                    self.attach(stack, module, functools.partial(self._guard, name), None)
+                    attach(module, functools.partial(self._guard, name), None)
             for name, module in self._module.named_modules():
                 if not isinstance(module, torch.jit.ScriptModule):  # accepts no hooks, and has nothing trainable
-                    self.attach(stack, module, functools.partial(self._enter, name), self._leave, outer=True)
+                    attach(module, functools.partial(self._enter, name), self._leave, outer=True)
             for param in self.params:
                 if param._post_accumulate_grad_hooks is None:  # else an empty dictionary would stay behind
                     stack.callback(setattr, param, "_post_accumulate_grad_hooks", None)
@@ -182,21 +183,6 @@ class HookController:
         self.discard()
         self._sites.forget()
         self._attachments.forget()
-
-    def attach(
-        self,
-        stack: ExitStack,
-        module: nn.Module,
-        before: Callable[..., Any],
-        after: Callable[..., Any] | None,
-        *,
-        outer: bool = False,
-    ) -> None:
-        """Hook ``before`` and ``after`` onto ``module`` until ``stack`` unwinds; copies of the module go without them.
-
-        Unless ``outer``, captured inputs and outputs are what forward itself saw and returned, within users' hooks.
-        """
-        self._attachments.attach(stack, module, before, after, outer=outer, copies=self._stack or stack)
 
     @property
     def params(self) -> list[nn.Parameter]:
