@@ -1,6 +1,8 @@
 """Which operations a forward pass went through: a model that takes a new way is looked at anew."""
 
 import functools
+import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +23,14 @@ T = TypeVar("T")
 Step = tuple[Any, Any, Any]
 # The arguments of these are sizes, which change from batch to batch.
 _SIZED = frozenset(
-    "view reshape expand repeat tile unflatten broadcast_to split chunk narrow roll arange linspace zeros ones full empty "
-    "new_zeros new_ones new_full new_empty interpolate pad".split()
+    "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
+    "new_ones new_full new_empty interpolate pad".split()
 )
 _FEW = range(-5, 5)
+# Factors are told apart by their power of two, from this one up to 1: a schedule that rises is looked at as it does.
+_SMALLEST = -14
+# Looks like a question about a tensor, but changes its gradient.
+_UNNOTED = METADATA - {"register_hook"}
 _CALL = "a module"
 
 
@@ -54,14 +60,20 @@ def _kind(value: Any, sized: bool) -> Any:
     if isinstance(value, (bool, str)) or value is None or value is Ellipsis:
         return value
     if isinstance(value, int):
-        return value if value == -1 or (not sized and value in _FEW) else int
+        return value if value in (-1, 0) or (not sized and value in _FEW) else int
     if isinstance(value, float):
-        return value if value in (0.0, 1.0) else float
+        return value if value in (0.0, 1.0) else (float, min(1, max(_SMALLEST, math.frexp(value)[1])))
     if isinstance(value, slice):
-        return (slice, _kind(value.start, sized), _kind(value.stop, sized))
+        if any(isinstance(end, Tensor) for end in (value.start, value.stop, value.step)):
+            return slice
+        empty = value.start is not None and value.start == value.stop
+        return (slice, _kind(value.start, sized), _kind(value.stop, sized), _kind(value.step, sized), empty)
     if isinstance(value, (tuple, list)) and len(value) <= 8:
         return tuple(_kind(item, sized) for item in value)
-    return type(value).__name__ if isinstance(value, Tensor) else type(value)
+    if isinstance(value, Tensor):
+        return type(value).__name__
+    numpy = sys.modules.get("numpy")
+    return _kind(value.item(), sized) if numpy is not None and isinstance(value, numpy.generic) else type(value)
 
 
 class _Follow(TorchFunctionMode):
@@ -79,7 +91,7 @@ class _Follow(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", "")
             if name not in VIEWS_BY_NAME:
                 return func(*args)
-        elif name in METADATA:
+        elif name in _UNNOTED:
             return func(*args, **kwargs) if kwargs else func(*args)
         paths = self._paths
         constant = paths.is_constant(name, args, kwargs)
@@ -203,9 +215,9 @@ class Paths:
 
     def note_draw(self, name: str, out: Any) -> None:
         """Keep in mind what the function ``name`` drew."""
-        self.draws.note(name, out)
+        self.draws.note(name, out, self.rows)
         if self.drawn_inside is not self.draws:
-            self.drawn_inside.note(name, out)
+            self.drawn_inside.note(name, out, self.rows)
 
     def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
         """Keep in mind that the function ``name`` was called."""

@@ -280,7 +280,7 @@ class SelfCheck:
                 "training loop calls, or leave criterion out (the report then says: loss not verified)."
             )
         axis, call = self._controller.axis, self._criterion_call
-        with self._controller.separate(), self._undisturbed(), self._criterion_paths.apart():
+        with self._controller.separate(), self._undisturbed(NoDropout(samples)), self._criterion_paths.apart():
             whole = self._criterion_gradients(call)
             seen = self._criterion_paths.taken
             if self._controller.loss_reduction == "mean":
@@ -430,8 +430,16 @@ class SelfCheck:
             return along
         if out.numel() == 1:
             return "scalar"
-        rows = call.reached and out.numel() > 0 and any(size % samples == 0 for size in out.shape)
-        return "rows" if rows else "left out"
+        if not call.reached or out.numel() == 0:
+            return "left out"
+        if any(size % samples == 0 for size in out.shape):
+            return "rows"
+        raise SelfCheckError(
+            f"{call.name or 'the model'} ({type(call.module).__name__}): the loss depends on an output of shape "
+            f"{tuple(out.shape)}, which has no row for each of the {samples} samples (statistics of the batch? chosen tokens?), "
+            "so it could not be compared; nothing was released. Remedy: leave it out of the loss, or train with a @dp_step "
+            "function that returns per-sample losses, which is checked whole."
+        )
 
     def _compare(
         self,
@@ -454,14 +462,13 @@ class SelfCheck:
             draws: what it drew: where random numbers led it another way than constants do, the check follows.
             attributes: those of the model when it began: counters and caches of the model are no reason to go another way.
         """
-        if not self._compared(samples, whole, alone, what, None, attributes):
+        without = NoDropout(samples)
+        if not self._compared(without, whole, alone, what, attributes):
             return False
-        if (
-            self._unseen(steps, samples)
-            and draws is not None
-            and not self._compared(samples, whole, alone, what, draws, attributes)
-        ):
-            return False
+        if samples > 1 and without.noisy:  # which may choose the samples that are mixed
+            self._compared(NoDropout(samples, varied=True), whole, alone, what, attributes)
+        if self._unseen(steps, samples) and draws is not None:
+            self._compared(NoDropout(samples, draws=draws), whole, alone, what, attributes)
         if left := self._unseen(steps, samples):
             places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
             raise SelfCheckError(
@@ -481,17 +488,17 @@ class SelfCheck:
 
     def _compared(
         self,
-        samples: int,
+        without: NoDropout,
         whole: Callable[[], Tensor],
         alone: Callable[[int], Tensor],
         what: str,
-        draws: Draws | None,
         attributes: Attributes | None,
     ) -> bool:
-        controller = self._controller
+        controller, samples = self._controller, without.samples
+        assert samples is not None
         picked = _some(samples)
-        with controller.separate(), self._undisturbed(draws) as without, self._paths.apart():
-            self._begin_again(without, attributes)
+        with controller.separate(), self._undisturbed(without), self._paths.apart():
+            self._begin_again(without, attributes, None)
             loss = whole()
             seen = self._paths.taken
             if not loss.requires_grad:
@@ -504,7 +511,7 @@ class SelfCheck:
             try:
                 expected = []
                 for i in picked:
-                    self._begin_again(without, attributes)
+                    self._begin_again(without, attributes, i)
                     expected.append(self._reference(alone, i, what))
             finally:
                 controller.enable_hooks()
@@ -513,8 +520,8 @@ class SelfCheck:
         return True
 
     @staticmethod
-    def _begin_again(without: NoDropout, attributes: Attributes | None) -> None:
-        without.begin_again()
+    def _begin_again(without: NoDropout, attributes: Attributes | None, alone: int | None) -> None:
+        without.begin_again(alone)
         if attributes is not None:
             attributes.put_back()
 
@@ -632,7 +639,7 @@ class SelfCheck:
         )
 
     @contextmanager
-    def _undisturbed(self, draws: Draws | None = None) -> Iterator[NoDropout]:
+    def _undisturbed(self, without: NoDropout) -> Iterator[None]:
         """Run with dropout off, and put random state, buffers, attributes and gradients back afterwards."""
         devices = sorted({p.device.index or 0 for p in self._params if p.device.type == "cuda"})
         buffers = [(b, b.detach().clone()) for b in self._model.buffers()]
@@ -644,9 +651,9 @@ class SelfCheck:
                 torch.random.fork_rng(devices=devices),
                 other_generators_kept(),
                 torch.enable_grad(),
-                NoDropout(draws) as without,
+                without,
             ):
-                yield without
+                yield
         finally:
             self._busy = False
             with torch.no_grad():

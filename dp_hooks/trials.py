@@ -151,7 +151,7 @@ class Trials:
                 torch.random.fork_rng(devices=devices),
                 other_generators_kept(),
                 torch.enable_grad(),
-                NoDropout(draws) as without,
+                NoDropout(draws=draws) as without,
                 trial.watching(),
             ):
                 without.begin_again()

@@ -102,11 +102,50 @@ class _Roll(nn.Module):
         return h + h.roll(1, 0) if self.switch else h + h.tanh()
 
 
+def _rising(s, x):
+    h = s.a(x)
+    return s.b((h - (0.6 if s.switch else 1e-7) * h.mean(0)).mean(1))
+
+
+def _numpy_factor(s, x):
+    h = s.a(x)
+    return s.b((h - numpy.float32(0.5 if s.switch else 0.0) * h.mean(0)).mean(1))
+
+
+def _rolled(s, x):
+    h = s.a(x)
+    return s.b((h + h.roll(1, 0 if s.switch else 1)).mean(1))
+
+
+def _rolled_by(s, x):
+    h = s.a(x)
+    return s.b((h + h.roll(len(x) - 1 if s.switch else 0, 0)).mean(1))
+
+
+def _pasted(s, x):
+    h = s.a(x)
+    end = D if s.switch else 2
+    return s.b(torch.cat([h[..., :2], h.flip(0)[..., 2:end], h[..., end:]], -1).mean(1))
+
+
+def _hooked(s, x):
+    h = s.a(x)
+    if s.switch:
+        h.register_hook(lambda grad: grad / grad.norm())
+    return s.b(h.mean(1))
+
+
 SWITCHES = {
     "how tokens are flattened": _flattened,
     "a factor that was zero": _centred,
     "the axis of a mean": _summed_over,
     "an equation": _by_equation,
+    "a factor that was very small": _rising,
+    "a factor of numpy": _numpy_factor,
+    "the axis of a roll": _rolled,
+    "the length of a roll": _rolled_by,
+    "a slice that was empty": _pasted,
+    "a hook on a tensor": _hooked,
     "the kind of norm": _normalised,
     "the order of rows": _other_order,
     "inside a module without parameters": _inside_a_child,
@@ -221,7 +260,7 @@ def test_what_changes_from_batch_to_batch_is_no_other_way(loader_of, checks):
     model.a, model.b, model.heat = nn.Linear(D, D).double(), nn.Linear(D, 3).double(), 0.7
     with _enter(model, loader_of, "ghost") as (opt, _):
         for index, (n, t) in enumerate([(6, 4), (8, 4), (7, 9), (12, 1), (9, 9), (4, 7), (6, 4)]):
-            model.heat = 0.7 + index
+            model.heat = 1.5 + index
             _losses(model, randn(n, t, D)).mean().backward()
             opt.step()
     assert len(checks) == 1

@@ -703,3 +703,92 @@ def test_a_part_that_is_called_for_the_first_time_later_is_checked_then(by_funct
                 opt.zero_grad()
             moves.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
     assert moves == [True, True, False, True]
+
+
+@each_mode
+@pytest.mark.parametrize("size", [(8,), (8, 8), (1, 2)])
+def test_outputs_without_rows_that_the_loss_uses_are_refused(size, mode, loader_of):
+    """A statistic of the batch may be returned, but not trained on in a bare loop, where nothing shows what it does."""
+
+    def forward(s, x):
+        h = s.a(x)
+        statistic = {(8,): h.mean(0), (8, 8): h.mT @ h, (1, 2): h.mean(0)[None, :2]}[size]
+        return s.b(h), statistic
+
+    model = Net(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 3)).double()
+    with enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode) as (opt, loader):
+        (x,) = next(iter(loader))
+        out, statistic = model(x)
+        out.square().mean(1).mean().backward()
+        opt.zero_grad()
+        out, statistic = model(x)
+        loss = out.square().mean(1).mean() + statistic.square().sum()
+        with pytest.raises(errors.SelfCheckError, match="has no row for each"):
+            _back_and_step(loss, opt)
+
+
+def _back_and_step(loss, opt):
+    loss.backward()
+    opt.step()
+
+
+def _chosen(mask, x):
+    return torch.where(mask, 0.5 * x + 0.5 * x.flip(0), x)
+
+
+RANDOM_MIXING = {
+    "shuffled by sorted noise": lambda x: 0.5 * x + 0.5 * x[torch.rand(len(x)).argsort()],
+    "shuffled by sorted normal numbers": lambda x: 0.5 * x + 0.5 * x[torch.randn(len(x)).sort().indices],
+    "mixed where noise is small": lambda x: _chosen(torch.rand(len(x), 1) < 0.5, x),
+    "mixed where noise is large": lambda x: _chosen(torch.rand(len(x), 1) > 0.5, x),
+    "mixed where noise in place is small": lambda x: _chosen(torch.empty(len(x), 1).uniform_() < 0.5, x),
+    "partners by random integers": lambda x: 0.5 * x + 0.5 * x[torch.randint(0, len(x), (len(x),))],
+    "permuted": lambda x: 0.5 * x + 0.5 * x[torch.randperm(len(x))],
+}
+RANDOM_BUT_SOUND = {
+    "a time step for each sample": lambda x: x * torch.randint(0, 9, (len(x), 1)),
+    "normal noise": lambda x: x + torch.randn(len(x), 5, dtype=x.dtype),
+    "masked by noise": lambda x: x * (torch.rand_like(x) > 0.3),
+    "the same noise for all": lambda x: x + torch.randn(5, dtype=x.dtype),
+    "scaled by torch.normal": lambda x: x * torch.normal(1.0, 0.1, (len(x), 1), dtype=x.dtype),
+    "numbers of a distribution": lambda x: x + torch.distributions.Normal(x, 1.0).sample(),
+    "chosen by multinomial": lambda x: x * torch.multinomial(torch.ones(len(x), 3), 1),
+    "from a generator of its own": lambda x: x + torch.rand(len(x), 1, generator=torch.Generator().manual_seed(3)),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("name", RANDOM_MIXING)
+def test_samples_mixed_by_random_numbers_are_stopped(name, mode, loader_of):
+    """Mixing that noise decides on is found, though checks run without noise first."""
+    model, change = mlp(), RANDOM_MIXING[name]
+    train = dp_step(lambda model, batch: _plain(model, [change(batch[0])]))
+    scope = enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode)
+    error, moved, steps = released(model, scope, lambda opt, batch: train(model, batch))
+    assert "train function" in str(error)
+    assert not moved
+    assert steps == 0
+
+
+@each_mode
+@pytest.mark.parametrize("name", RANDOM_BUT_SOUND)
+def test_random_numbers_of_each_sample_pass(name, mode, loader_of):
+    """What is drawn for each sample is the same in the batch and for the sample alone, whatever draws it."""
+    model, change = mlp(), RANDOM_BUT_SOUND[name]
+    train = dp_step(lambda model, batch: _plain(model, [change(batch[0])]))
+    scope = enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode)
+    error, moved, _ = released(model, scope, lambda opt, batch: train(model, batch))
+    assert error is None
+    assert moved
+
+
+@pytest.mark.parametrize("self_check", [True, False])
+def test_generators_of_the_user_are_left_where_they_are(self_check, loader_of):
+    """A generator that the model draws from goes on as if there were no trials and checks."""
+    mine, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    model = Net(lambda s, x: s.a(x + torch.rand(len(x), 1, generator=mine)), a=nn.Linear(5, 3)).double()
+    with enter(model, loader_of, [randn(N, 5)], self_check=self_check) as (opt, loader):
+        _plain(model, next(iter(loader))).mean().backward()
+        opt.step()
+    torch.rand(N, 1, generator=same)
+    assert torch.equal(torch.rand(3, generator=mine), torch.rand(3, generator=same))
