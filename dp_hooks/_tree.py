@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
 
 Leaf = Callable[..., Any]
@@ -67,6 +68,23 @@ def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors of ``tree`` in the order in which ``tree_map`` visits them."""
     found: list[Tensor] = []
     _collect(tree, found)
+    return found
+
+
+def outputs_of(tree: Any) -> list[Tensor]:
+    """Return the tensors of what a model returned, also those that are attributes of an object in it, of any class."""
+    found: list[Tensor] = []
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, Module)) and not callable(leaf):
+            _collect(dict(vars(leaf)), found)
+        return leaf
+
+    if isinstance(tree, Tensor):
+        return [tree]
+    tree_map(visit, tree)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ._tree import join, split, tensors_of
+from ._tree import join, outputs_of, split, tensors_of
 from ._validate import boolean, one_of
 from .attachments import Attachments
 from .batch_axes import BatchAxes, Entry, gradients_wanted
@@ -41,8 +41,8 @@ class Observer(Protocol):
     def begins(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An outermost call begins."""
 
-    def ends(self) -> Any:
-        """It has ended; what is returned stands for the call in :meth:`reached`."""
+    def ends(self) -> tuple[Any, list[Tensor]]:
+        """It has ended; returns what stands for the call in :meth:`reached`, and tensors that it left beside its outputs."""
 
     def reached(self, call: Any, index: int) -> None:
         """A backward pass came to the call by its floating-point output number ``index``."""
@@ -269,13 +269,13 @@ class HookController:
         lowered = self._lifter.lower(output)
         result = replaced if lowered is output else lowered
         if self.hooks_enabled and torch.is_grad_enabled():
-            call = None if self.observer is None else self.observer.ends()
-            self._watch(call, output if result is None else result)
+            call, more = (None, []) if self.observer is None else self.observer.ends()
+            self._watch(call, [*outputs_of(output if result is None else result), *more])
         return result
 
-    def _watch(self, call: Any, output: Any) -> None:
+    def _watch(self, call: Any, outputs: list[Tensor]) -> None:
         """Be told when a backward pass comes to the outputs of an outermost call."""
-        floats = [t for t in tensors_of(output) if t.is_floating_point()]
+        floats = [t for t in outputs if t.is_floating_point()]
         for index, tensor in enumerate(floats):
             if tensor.grad_fn is not None:
                 # What is kept of the call lives as long as its graph does.

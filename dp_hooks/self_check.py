@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._tree import tensors_of, tree_map
+from ._tree import outputs_of, tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
@@ -50,6 +50,11 @@ class _Observed:
     plan: list[int | str] = field(default_factory=list)
     # What the whole run returned, to compare with what samples return alone.
     outputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[Tensor]:
+        """What the last run of the call left in attributes of the model, with its history."""
+        return [] if self.attributes is None else self.attributes.made_since()
 
 
 class SelfCheck:
@@ -123,15 +128,15 @@ class SelfCheck:
         if not self._deferred:
             self._call.attributes = Attributes(self._model)
 
-    def ends(self) -> _Observed | None:
-        """The call is over."""
+    def ends(self) -> tuple[_Observed | None, list[Tensor]]:
+        """The call is over; what it left in attributes of the model can be used in a loss like its outputs."""
         call, self._call = self._call, None
         if self._busy or call is None:
-            return None
+            return None, []
         call.steps, call.draws = self._paths.taken, self._paths.draws
         if call.copied or call.steps:
             self._keep(call)
-        return call
+        return call, call.left
 
     def _keep(self, call: _Observed) -> None:
         if len(self._observed) == _CALLS:
@@ -353,7 +358,8 @@ class SelfCheck:
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
         with call.around.again():
-            outputs = [t for t in tensors_of(call.module(*args, **kwargs)) if t.is_floating_point()]
+            outputs = outputs_of(call.module(*args, **kwargs)) + call.left
+        outputs = [t for t in outputs if t.is_floating_point()]
         if alone is None:
             call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs)]
             call.outputs = [out.detach() for out in outputs]

@@ -1,5 +1,7 @@
 """The places in a module where its parameters are stored, to put other tensors there for a while and back again."""
 
+import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,11 +78,17 @@ class ParameterSlots:
 
 
 class Attributes:
-    """The attributes and buffers of a module and its descendants, as they were when this was made."""
+    """The attributes and buffers of a module and its descendants, as they were when this was made.
+
+    Of lists, dictionaries, sets and queues that are not long, what was in them is part of it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Keep them."""
         self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+        self._contents = [
+            (value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)
+        ]
 
     def put_back(self) -> None:
         """Make every one of them the very object again that it was."""
@@ -91,6 +99,47 @@ class Attributes:
             if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
                 now.clear()
                 now.update(attributes)
+        for container, before in self._contents:
+            if _same_contents(container, before):
+                continue
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+    def made_since(self) -> list[Tensor]:
+        """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
+        old = {id(t) for _, before in self._contents for t in _items(before)}
+        found: list[Tensor] = []
+        for m, attributes, _ in self._kept:
+            for key, value in vars(m).items():
+                if key[0] != "_" and attributes.get(key) is not value and isinstance(value, Tensor):
+                    found.append(value)
+            for container in _containers(vars(m)):
+                found += [t for t in _items(container) if isinstance(t, Tensor) and id(t) not in old]
+        return list({id(t): t for t in found if t.grad_fn is not None}.values())
+
+
+# Longer ones are data, and nothing that a forward pass is about.
+_LONGEST = 64
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    return [
+        value
+        for key, value in attributes.items()
+        if isinstance(value, (list, dict, set, deque)) and key[0] != "_" and len(value) <= _LONGEST
+    ]
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _same_contents(one: Any, other: Any) -> bool:
+    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
+        return False
+    if isinstance(one, set):
+        return bool(one == other)
+    return all(a is b for a, b in zip(_items(one), _items(other), strict=True))
 
 
 @contextmanager
