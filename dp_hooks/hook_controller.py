@@ -47,6 +47,9 @@ class Observer(Protocol):
     def reached(self, call: Any, index: int) -> None:
         """A backward pass came to the call by its floating-point output number ``index``."""
 
+    def has_view(self, call: Any, index: int, output: Tensor) -> None:
+        """The output is a view: when it is changed in place it gets another history, and :meth:`reached` may not be called."""
+
     def captured(self, samples: int) -> None:
         """A backward pass over so many samples is over; may raise to refuse what it captured."""
 
@@ -281,6 +284,8 @@ class HookController:
                 # What is kept of the call lives as long as its graph does.
                 arrived = functools.partial(self._arrived, call, self.serial, index, tensor.output_nr)
                 tensor.grad_fn.register_prehook(arrived)
+                if self.observer is not None and tensor._is_view():
+                    self.observer.has_view(call, index, tensor)
 
     def _arrived(self, call: Any, serial: int, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if not self.hooks_enabled or grads[output_nr] is None:

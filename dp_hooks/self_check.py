@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class SelfCheck:
         self._busy = False
         self._deferred = False
         self._came_back = False
+        self._views: list[tuple[_Observed, int, weakref.ref[Tensor], int]] = []
         self._paths = Paths(model.buffers)
         self._attributes: Attributes | None = None
         self._criterion_paths = Paths()
@@ -153,6 +155,20 @@ class SelfCheck:
         if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):
             self._keep(call)
 
+    def has_view(self, call: _Observed | None, index: int, output: Tensor) -> None:
+        """Remember what tells later whether the output was changed in place."""
+        if self._busy or call is None or index in self._checked_calls.get((self._key(2), call.kind), ()):
+            return
+        self._views.append((call, index, weakref.ref(output), output._version))
+
+    def _settle_views(self) -> None:
+        """Take outputs that may have been changed in place, where that cannot be excluded, as used in the loss."""
+        views, self._views = self._views, []
+        for call, index, reference, version in views:
+            output = reference()
+            if output is None or output._version != version:
+                self.reached(call, index)
+
     def captured(self, samples: int) -> None:
         """Check before ``p.grad_sample`` is written: who reads it need not take a step."""
         if not self._deferred and self.needed(samples):
@@ -187,6 +203,7 @@ class SelfCheck:
         """Forget calls observed before a boundary."""
         self._observed = []
         self._came_back = False
+        self._views = []
         self._criterion_paths.taken = set()
         self._paths.taken = set()
         self._state = {}
@@ -204,6 +221,7 @@ class SelfCheck:
         """Whether a batch of this size may not be released before a check: nothing like it, or not every call, was checked."""
         if samples == 0 or self._busy:
             return False
+        self._settle_views()
         if self._key(samples) not in self._checked or self._new_criterion(samples):
             return True
         return any(self._is_new(call, samples) for call in self._used())
