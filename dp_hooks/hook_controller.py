@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,16 @@ class Observer(Protocol):
 
     def captured(self, samples: int) -> None:
         """A backward pass over so many samples is over; may raise to refuse what it captured."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """An outermost call that is over: what stands for it elsewhere, its logical part, its rows, what was lifted in it."""
+
+    call: Any
+    serial: int
+    rows: int | None
+    lifter: tuple[Any, ...]
 
 
 class HookController:
@@ -279,21 +290,24 @@ class HookController:
     def _watch(self, call: Any, outputs: list[Tensor]) -> None:
         """Be told when a backward pass comes to the outputs of an outermost call."""
         floats = [t for t in outputs if t.is_floating_point()]
+        ended = _Ended(call, self.serial, self._rows, self._lifter.state())
         for index, tensor in enumerate(floats):
             if tensor.grad_fn is not None:
                 # What is kept of the call lives as long as its graph does.
-                arrived = functools.partial(self._arrived, call, self.serial, index, tensor.output_nr)
-                tensor.grad_fn.register_prehook(arrived)
+                tensor.grad_fn.register_prehook(functools.partial(self._arrived, ended, index, tensor.output_nr))
                 if self.observer is not None and tensor._is_view():
                     self.observer.has_view(call, index, tensor)
 
-    def _arrived(self, call: Any, serial: int, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+    def _arrived(self, ended: "_Ended", index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if not self.hooks_enabled or grads[output_nr] is None:
             return
+        # Checkpointing runs parts of this call again, and the model may have been called on other samples since.
+        self._rows = ended.rows
+        self._lifter.set_state(ended.lifter)
         if self.observer is not None:
-            self.observer.reached(call, index)
+            self.observer.reached(ended.call, index)
         if self._refilled is None and any(site.lifts or site.outside for site in self._sites):
-            self._passes.running(serial, self._finish_pass)  # whose end is the end of this
+            self._passes.running(ended.serial, self._finish_pass)  # whose end is the end of this
             self._refilled = torch._C._current_graph_task_id()
             self._sites.refill()
 

@@ -168,6 +168,35 @@ def test_checkpointed_functions_may_read_parameters_of_the_module_around_them(us
 
 
 @each_mode
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("rows", [1, 2 * N])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_know_their_samples_after_another_forward_pass(use_reentrant, rows, with_gradients, mode):
+    """A pass over other samples between forward and backward does not change whose gradients a checkpoint finds."""
+
+    def part(s, h):
+        return (s.a(h.flatten(0, 1)) * s.gain).view(h.shape).tanh()
+
+    def forward(s, x):
+        h = s.first(x)
+        return s.b(checkpoint(lambda h: part(s, h), h, use_reentrant=use_reentrant) if s.saves else part(s, h))
+
+    parts = {"first": nn.Linear(4, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 2), "gain": nn.Parameter(torch.randn(4))}
+    model, x = Net(forward, **parts).double(), randn(N, 3, 4)
+    model.saves = False
+    expected = sample_grads(model, losses_of, x)
+    model.saves = True
+    controller = HookController(model, grad_sample_mode=mode)
+    loss = losses_of(model, x).mean()
+    with torch.set_grad_enabled(with_gradients):
+        losses_of(model, randn(rows, 3, 4))
+    loss.backward()
+    found = controller.take()
+    assert_close({controller.name_of(p): found.grads(p) for p in found.params}, expected)
+    controller.cleanup()
+
+
+@each_mode
 def test_the_first_batch_names_everything_that_is_in_the_way(mode):
     """Parts that can only be refused when they run are listed together, each with its reason and remedy."""
 

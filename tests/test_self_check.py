@@ -792,3 +792,63 @@ def test_generators_of_the_user_are_left_where_they_are(self_check, loader_of):
         opt.step()
     torch.rand(N, 1, generator=same)
     assert torch.equal(torch.rand(3, generator=mine), torch.rand(3, generator=same))
+
+
+def _mixed_output(s, x):
+    h = s.a(x)
+    return s.b(h - h.mean(0))[:, None][:, 0], s.b(h)
+
+
+@each_mode
+@pytest.mark.parametrize("change", ["divided", "masked", "nothing"])
+def test_outputs_changed_in_place_count_as_used(change, mode, loader_of):
+    """A view that the model returns and the loop changes in place is compared, though its history is another one then."""
+    model = Net(_mixed_output, a=nn.Linear(5, 8), b=nn.Linear(8, 3)).double()
+    with enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode) as (opt, loader):
+        out, other = model(*next(iter(loader)))
+        if change == "divided":
+            out /= 2.0
+        elif change == "masked":
+            out.masked_fill_(out > 1, 0.0)
+        loss = (out.square() if change != "nothing" else 0 * other).mean(1).mean() + other.square().mean(1).mean()
+        if change == "nothing":
+            _back_and_step(loss, opt)
+            return
+        with pytest.raises(errors.SelfCheckError):
+            _back_and_step(loss, opt)
+
+
+class _Holder:
+    def __init__(self, value):
+        self.value = value
+
+
+def _left_behind(s, x):
+    h = s.a(x)
+    told = {"sound": h.square().mean(1), "mixed": h.mean(0).square().sum()}[s.told]
+    if s.way == "attribute":
+        s.aside = told
+    elif s.way == "list":
+        s.seen.append(told)
+    out = s.b(h)
+    return (out, _Holder(told)) if s.way == "object" else (out, None)
+
+
+@each_mode
+@pytest.mark.parametrize("told", ["sound", "mixed"])
+@pytest.mark.parametrize("way", ["attribute", "list", "object"])
+def test_what_a_model_leaves_beside_its_outputs_is_compared(way, told, mode, loader_of):
+    """A loss that uses an attribute of the model, or of an object it returned, is refused if samples mix in that."""
+    model = Net(_left_behind, a=nn.Linear(5, 8), b=nn.Linear(8, 3)).double()
+    model.way, model.told, model.seen = way, told, []
+    with enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode) as (opt, loader):
+        out, held = model(*next(iter(loader)))
+        aside = {"attribute": lambda: model.aside, "list": lambda: model.seen[-1], "object": lambda: held.value}[way]()
+        assert len(model.seen) == (way == "list")
+        loss = out.square().mean(1).mean() + aside.mean()
+        if told == "sound":
+            _back_and_step(loss, opt)
+            assert len(model.seen) == (way == "list")
+            return
+        with pytest.raises(errors.SelfCheckError):
+            _back_and_step(loss, opt)
