@@ -51,6 +51,11 @@ class Attachments:
             stack.callback(handle.remove)
             ids.add(handle.id)
 
+    def has_others(self, module: nn.Module) -> bool:
+        """Whether ``module`` has forward hooks that are not ours."""
+        ours = self._ids.get(id(module), set())
+        return any(key not in ours for key in module._forward_hooks)
+
     def forget(self) -> None:
         """The hooks are gone."""
         self._ids = {}

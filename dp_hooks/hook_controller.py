@@ -210,6 +210,10 @@ class HookController:
             named |= {site.full_name(name): p for name, p in site.slots.params.items()}
         return next((name for name, p in named.items() if p is param), "<not in the model>")
 
+    def hooked_by_others(self) -> list[nn.Module]:
+        """Modules of the model with forward hooks of the user, which may take out what is inside."""
+        return [module for module in self._module.modules() if self._attachments.has_others(module)]
+
     # ---------------------------------------------------------------- forward
 
     def _capturing(self) -> bool:

@@ -185,7 +185,7 @@ class SelfCheck:
 
     def _key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
-        modes = tuple(module.training for module in self._model.modules())
+        modes = tuple((module.training, len(module._forward_hooks)) for module in self._model.modules())
         return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
 
     def _follow_criterion(self, criterion: nn.Module, args: Any) -> None:
@@ -375,11 +375,13 @@ class SelfCheck:
         args, kwargs = (call.args, call.kwargs)
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
-        with call.around.again():
+        with call.around.again(), self._taken_out(call) as inside:
             outputs = outputs_of(call.module(*args, **kwargs)) + call.left
         outputs = [t for t in outputs if t.is_floating_point()]
+        count, outputs = len(outputs), outputs + inside
         if alone is None:
-            call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs)]
+            call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs[:count])]
+            call.plan += [self._axis(out, samples, "left out") for out in inside]
             call.outputs = [out.detach() for out in outputs]
         total = torch.zeros(())
         last = max((k for k, role in enumerate(call.plan) if role != "left out"), default=-1)
@@ -444,16 +446,33 @@ class SelfCheck:
     def _tolerance(self, dtype: torch.dtype) -> float:
         return _COARSE if self._coarse else _TOLERANCE.get(dtype, _COARSE)
 
-    def _role(self, call: _Observed, index: int, out: Tensor, samples: int) -> int | str:
-        if call.reached and index not in call.reached:
-            return "left out"
+    def _axis(self, out: Tensor, samples: int, otherwise: str) -> int | str:
         # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
         axis = self._controller.axis
         along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == samples), None)
-        if along is not None and out.numel() > 0:
+        return along if along is not None and out.numel() > 0 else otherwise
+
+    @contextmanager
+    def _taken_out(self, call: _Observed) -> Iterator[list[Tensor]]:
+        """What modules with hooks of the user give out: a loss may use it without any output of the model."""
+        found: list[Tensor] = []
+        hooked = self._controller.hooked_by_others()
+
+        def collect(module: nn.Module, args: Any, output: Any) -> None:
+            found.extend(t for t in outputs_of(output) if t.is_floating_point())
+
+        with ExitStack() as stack:
+            for module in hooked:
+                if module is not call.module:
+                    stack.callback(module.register_forward_hook(collect).remove)
+            yield found
+
+    def _role(self, call: _Observed, index: int, out: Tensor, samples: int) -> int | str:
+        if call.reached and index not in call.reached:
+            return "left out"
+        along = self._axis(out, samples, "scalar" if out.numel() == 1 else "")
+        if along != "":
             return along
-        if out.numel() == 1:
-            return "scalar"
         if not call.reached or out.numel() == 0:
             return "left out"
         if any(size % samples == 0 for size in out.shape):

@@ -852,3 +852,28 @@ def test_what_a_model_leaves_beside_its_outputs_is_compared(way, told, mode, loa
             return
         with pytest.raises(errors.SelfCheckError):
             _back_and_step(loss, opt)
+
+
+@each_mode
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_hooks_of_the_user_take_out_is_compared(mixed, late, mode, loader_of):
+    """A loss on the output of a layer inside, taken out by a forward hook, is refused if samples mix there."""
+    inner = Net(lambda s, h: s.c(h - h.mean(0) if mixed else h), c=nn.Linear(8, 8))
+    model = Net(
+        lambda s, x: s.b(s.a(x) + 0 * s.inner(s.a(x))), a=nn.Linear(5, 8), b=nn.Linear(8, 3), inner=inner
+    ).double()
+    taken = []
+    with enter(model, loader_of, [randn(N, 5)], grad_sample_mode=mode) as (opt, _):
+        for step in range(2):
+            if step == late:
+                handle = inner.register_forward_hook(lambda module, args, output: taken.append(output))
+            loss = _plain(model, [randn(N, 5)]).mean()
+            if step == late:
+                loss = loss + taken.pop().square().mean(1).mean()
+            if step == late and mixed:
+                with pytest.raises(errors.SelfCheckError):
+                    _back_and_step(loss, opt)
+                break
+            _back_and_step(loss, opt)
+    handle.remove()
