@@ -123,3 +123,19 @@ def split(tree: Any) -> tuple[Any, list[Tensor]]:
 def join(skeleton: Any, tensors: list[Tensor]) -> Any:
     """Put ``tensors`` back into a ``skeleton`` made by :func:`split`."""
     return tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf, skeleton)
+
+
+def private_copy(tree: Any) -> Any:
+    """Return ``tree`` with containers and tensors of its own."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def one_sample(batch: Any, i: int, samples: int, axis: int) -> Any:
+    """Return sample ``i`` of ``batch`` as a batch of one: whatever counts ``samples`` along ``axis`` is cut."""
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples:
+            return leaf.narrow(axis, i, 1)
+        return leaf
+
+    return tree_map(cut, batch)

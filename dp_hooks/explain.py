@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._tree import tensors_of
+from ._tree import private_copy, tensors_of
 from ._validate import bad, boolean, one_of
 from .attachments import is_hooked
 from .errors import ScopeError, SelfCheckError, UnsupportedModelError
@@ -18,10 +18,11 @@ from .hook_controller import MODES, HookController
 from .lifted_gradients import MeetingGradients, SharedGradients
 from .model_check import check_is_module, check_model, located_problems, mixes_samples
 from .no_dropout import other_generators_kept
+from .observed_call import ObservedCall
 from .rules import Dims, Outer, Rule, outer
 from .rules.generic import grad_samples as generic
 from .rules.generic import needs_loop
-from .self_check import SelfCheck, _backward, _Observed, private_copy
+from .self_check import SelfCheck, _backward
 from .slots import attributes_kept
 from .surroundings import Surroundings
 
@@ -350,8 +351,8 @@ def _run(
     """Run forwards and backwards as training does; what was captured, or None."""
     model = watcher._module
     device = next((t.device.type for t in (*model.parameters(), *tensors_of((args, kwargs)))), "cpu")
-    call = _Observed(model, "", args, kwargs, Surroundings.now(device))
-    loss = check._loss_of_call(call, samples, None)
+    call = ObservedCall(model, "", args, kwargs, Surroundings.now(device))
+    loss = call.loss(watcher, samples, None)
     if not loss.requires_grad:
         if watcher.params and not watcher.notes.refusals:
             raise SelfCheckError(

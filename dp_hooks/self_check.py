@@ -1,23 +1,22 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
-import math
 import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._tree import outputs_of, tensors_of, tree_map
+from ._tree import one_sample, private_copy, tensors_of, tree_map
 from .errors import DPHooksError, SelfCheckError
 from .gradients import SampleGradients
 from .hook_controller import HookController
+from .judgement import judge, tolerance
 from .no_dropout import Draws, NoDropout, other_generators_kept
+from .observed_call import ObservedCall, kind_of
 from .paths import Paths, Step, unfollowed
-from .rules.layout import Layout
 from .slots import Attributes, attributes_kept
 from .surroundings import Surroundings
 
@@ -25,37 +24,6 @@ from .surroundings import Surroundings
 _ALONE = 4
 # How many outermost calls are remembered: those of one step, in practice one or two.
 _CALLS = 64
-# Largest disagreement relative to the gradient of a parameter, or to a hundredth of the sample's whole gradient where
-# the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
-_COARSE = 1e-1
-# How much too small the norm of a sample's whole gradient may be: it is what keeps its contribution below the bound.
-_NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
-
-
-@dataclass(eq=False)
-class _Observed:
-    module: nn.Module
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    around: Surroundings
-    kind: Any = None
-    copied: bool = False
-    # Which of its outputs a backward pass came from, by number; operations it went through that no check did.
-    reached: set[int] = field(default_factory=set)
-    steps: set[Step] = field(default_factory=set)
-    draws: Draws | None = None
-    attributes: Attributes | None = None
-    # How each output enters the loss of the check: its sample axis, "rows", "scalar", or "left out". Found in the whole run.
-    plan: list[int | str] = field(default_factory=list)
-    # What the whole run returned, to compare with what samples return alone.
-    outputs: list[Tensor] = field(default_factory=list)
-
-    @property
-    def left(self) -> list[Tensor]:
-        """What the last run of the call left in attributes of the model, with its history."""
-        return [] if self.attributes is None else self.attributes.made_since()
 
 
 class SelfCheck:
@@ -81,13 +49,13 @@ class SelfCheck:
         self._params = params
         self._checked: set[tuple[Any, ...]] = set()
         self._checked_calls: dict[tuple[Any, Any], set[int]] = {}
-        self._observed: list[_Observed] = []
-        self._call: _Observed | None = None
+        self._observed: list[ObservedCall] = []
+        self._call: ObservedCall | None = None
         self._overflow = False
         self._busy = False
         self._deferred = False
         self._came_back = False
-        self._views: list[tuple[_Observed, int, weakref.ref[Tensor], int]] = []
+        self._views: list[tuple[ObservedCall, int, weakref.ref[Tensor], int]] = []
         self._paths = Paths(model.buffers)
         self._attributes: Attributes | None = None
         self._criterion_paths = Paths()
@@ -119,18 +87,18 @@ class SelfCheck:
         """An outermost call into the model begins: keep its inputs as they are now, if they will be needed."""
         if self._busy:
             return
-        kind = _kind_of(name, args, kwargs)
+        kind = kind_of(name, args, kwargs)
         new = (self._key(2), kind) not in self._checked_calls
         device = self._params[0].device.type
         if new:
             if not self._observed:
                 self._state = self._written()
             args, kwargs = private_copy((args, kwargs))
-        self._call = _Observed(module, name, args, kwargs, Surroundings.now(device), kind, new)
+        self._call = ObservedCall(module, name, args, kwargs, Surroundings.now(device), kind, new)
         if not self._deferred:
             self._call.attributes = Attributes(self._model)
 
-    def ends(self) -> tuple[_Observed | None, list[Tensor]]:
+    def ends(self) -> tuple[ObservedCall | None, list[Tensor]]:
         """The call is over; what it left in attributes of the model can be used in a loss like its outputs."""
         call, self._call = self._call, None
         if self._busy or call is None:
@@ -140,13 +108,13 @@ class SelfCheck:
             self._keep(call)
         return call, call.left
 
-    def _keep(self, call: _Observed) -> None:
+    def _keep(self, call: ObservedCall) -> None:
         if len(self._observed) == _CALLS:
             self._overflow = True
         else:
             self._observed.append(call)
 
-    def reached(self, call: _Observed | None, index: int) -> None:
+    def reached(self, call: ObservedCall | None, index: int) -> None:
         """Gradients come back from output number ``index`` of the call."""
         if self._busy or call is None:
             return
@@ -155,7 +123,7 @@ class SelfCheck:
         if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):
             self._keep(call)
 
-    def has_view(self, call: _Observed | None, index: int, output: Tensor) -> None:
+    def has_view(self, call: ObservedCall | None, index: int, output: Tensor) -> None:
         """Remember what tells later whether the output was changed in place."""
         if self._busy or call is None or index in self._checked_calls.get((self._key(2), call.kind), ()):
             return
@@ -233,11 +201,11 @@ class SelfCheck:
         """The same for a step that a whole function was followed in."""
         return self.needed(samples) or (samples > 0 and bool(self._paths.unverified(self._paths.taken, samples)))
 
-    def _used(self) -> list[_Observed]:
+    def _used(self) -> list[ObservedCall]:
         """The calls that gradients came back from; all, where none did: a loss may only use what is inside them."""
         return [call for call in self._observed if call.reached] if self._came_back else self._observed
 
-    def _is_new(self, call: _Observed, samples: int) -> bool:
+    def _is_new(self, call: ObservedCall, samples: int) -> bool:
         known = self._checked_calls.get((self._key(samples), call.kind))
         return known is None or not call.reached <= known or bool(self._paths.unverified(call.steps, samples))
 
@@ -270,13 +238,13 @@ class SelfCheck:
                 "inside the scope, in one process, with gradients enabled."
             )
         self._check_written()
-        compared = 0
+        controller, compared = self._controller, 0
         for call in calls:
             self._coarse = call.around.autocast is not None
             compared += self._compare(
                 samples,
-                lambda call=call: self._loss_of_call(call, samples, None),  # type: ignore[misc]
-                lambda i, call=call: self._loss_of_call(call, samples, i),  # type: ignore[misc]
+                lambda call=call: call.loss(controller, samples, None),  # type: ignore[misc]
+                lambda i, call=call: call.loss(controller, samples, i),  # type: ignore[misc]
                 call.name or "the model",
                 call.steps,
                 call.draws,
@@ -291,7 +259,7 @@ class SelfCheck:
             self.loss_verified = self._criterion is not None and samples > 1
         self._passed(samples, calls)
 
-    def _has_rows(self, call: _Observed, samples: int) -> bool:
+    def _has_rows(self, call: ObservedCall, samples: int) -> bool:
         axis = self._controller.axis
         return any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of((call.args, call.kwargs)))
 
@@ -315,7 +283,7 @@ class SelfCheck:
                     raise self._not_alone(f"criterion ({type(self._criterion).__name__})", i, error) from error
                 for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
                     off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
-                    if not off <= _TOLERANCE.get(single.dtype, _COARSE):
+                    if not off <= tolerance(single.dtype, coarse=False):
                         raise SelfCheckError(
                             f"criterion ({type(self._criterion).__name__}): its gradient for sample {i} of the batch is off by "
                             f"{off:.1e} from its gradient on that sample alone; nothing was released. Either it couples the "
@@ -363,126 +331,12 @@ class SelfCheck:
         self._passed(samples, self._observed)
         self.loss_verified = samples > 1 or self.loss_verified
 
-    def _passed(self, samples: int, calls: list[_Observed]) -> None:
+    def _passed(self, samples: int, calls: list[ObservedCall]) -> None:
         for key in {self._key(samples), self._key(1)}:
             self._checked.add(key)
             for call in calls:
                 known = self._checked_calls.setdefault((key, call.kind), set())
                 known |= call.reached or set(range(len(call.outputs)))
-
-    def _loss_of_call(self, call: _Observed, samples: int, alone: int | None) -> Tensor:
-        axis = self._controller.axis
-        args, kwargs = (call.args, call.kwargs)
-        if alone is not None:
-            args, kwargs = one_sample((args, kwargs), alone, samples, axis)
-        with call.around.again(), self._taken_out(call) as inside:
-            outputs = outputs_of(call.module(*args, **kwargs)) + call.left
-        outputs = [t for t in outputs if t.is_floating_point()]
-        count, outputs = len(outputs), outputs + inside
-        if alone is None:
-            call.plan = [self._role(call, i, out, samples) for i, out in enumerate(outputs[:count])]
-            call.plan += [self._axis(out, samples, "left out") for out in inside]
-            call.outputs = [out.detach() for out in outputs]
-        total = torch.zeros(())
-        last = max((k for k, role in enumerate(call.plan) if role != "left out"), default=-1)
-        if len(outputs) <= last:
-            raise self._mixed(
-                call, alone or 0, f"are {len(call.plan)} tensors, and {len(outputs)} for that sample alone"
-            )
-        used = slice(last + 1)  # behind that there may be a list with one for each sample
-        for out, role, whole in zip(outputs[used], call.plan[used], call.outputs[used], strict=True):
-            if role == "left out":
-                continue
-            term = out.sum()  # a loss that the model computes itself
-            if role != "scalar":
-                weights = _cotangents(whole.shape).to(out.device, out.dtype) / max(
-                    1.0, (whole.numel() / samples) ** 0.5
-                )
-                if alone is not None:
-                    weights = self._matching(call, whole, out.detach(), weights, role, alone, samples)
-                term = (out * weights).sum()
-                if self._controller.loss_reduction == "mean" and alone is None:
-                    term = term / samples
-            total = total.to(term.device, torch.promote_types(total.dtype, term.dtype)) + term
-        return total
-
-    def _matching(
-        self, call: _Observed, whole: Tensor, out: Tensor, weights: Tensor, role: int | str, i: int, samples: int
-    ) -> Tensor:
-        """The weights for the rows of sample ``i``, which are those where the whole output is its output alone."""
-        if isinstance(role, int):
-            self._same_output(call, whole.narrow(role, i, 1), out, i)
-            return weights.narrow(role, i, 1)
-        fitting = [
-            d for d, size in enumerate(out.shape) if whole.dim() == out.dim() and whole.shape[d] == size * samples
-        ]
-        fitting = [d for d in fitting if math.prod(whole.shape) == samples * out.numel()]
-        if not fitting:
-            raise self._mixed(call, i, f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for that sample alone")
-        ways = [layout for d in fitting for layout in (Layout(d, 1, None), Layout(d, None, 1))]
-        best = min(ways, key=lambda layout: self._difference(layout.samples(whole, samples)[i], out))
-        self._same_output(call, best.samples(whole, samples)[i], out, i)
-        return best.samples(weights, samples)[i]
-
-    def _same_output(self, call: _Observed, batched: Tensor, single: Tensor, i: int) -> None:
-        # Needed besides the gradients: a module without a rule is run on single samples by the engine as well.
-        off = self._difference(batched, single)
-        if off > self._tolerance(call.outputs[0].dtype):
-            raise self._mixed(call, i, f"is off by {off:.1e} from its output for that sample alone")
-
-    @staticmethod
-    def _difference(batched: Tensor, single: Tensor) -> float:
-        batched, single = batched.double().nan_to_num(), single.double().nan_to_num()
-        return float((batched - single).norm() / single.norm().clamp(min=1e-12))
-
-    @staticmethod
-    def _mixed(call: _Observed, i: int, how: str) -> SelfCheckError:
-        return SelfCheckError(
-            f"{call.name or 'the model'} ({type(call.module).__name__}): its output for sample {i} of the batch {how}; nothing was "
-            "released. Samples mix inside it (batch statistics, attention over the batch axis), or it draws random "
-            "numbers other than dropout and noise. Remedy: replace what mixes them, or freeze and .eval() it."
-        )
-
-    def _tolerance(self, dtype: torch.dtype) -> float:
-        return _COARSE if self._coarse else _TOLERANCE.get(dtype, _COARSE)
-
-    def _axis(self, out: Tensor, samples: int, otherwise: str) -> int | str:
-        # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
-        axis = self._controller.axis
-        along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == samples), None)
-        return along if along is not None and out.numel() > 0 else otherwise
-
-    @contextmanager
-    def _taken_out(self, call: _Observed) -> Iterator[list[Tensor]]:
-        """What modules with hooks of the user give out: a loss may use it without any output of the model."""
-        found: list[Tensor] = []
-        hooked = self._controller.hooked_by_others()
-
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            found.extend(t for t in outputs_of(output) if t.is_floating_point())
-
-        with ExitStack() as stack:
-            for module in hooked:
-                if module is not call.module:
-                    stack.callback(module.register_forward_hook(collect).remove)
-            yield found
-
-    def _role(self, call: _Observed, index: int, out: Tensor, samples: int) -> int | str:
-        if call.reached and index not in call.reached:
-            return "left out"
-        along = self._axis(out, samples, "scalar" if out.numel() == 1 else "")
-        if along != "":
-            return along
-        if not call.reached or out.numel() == 0:
-            return "left out"
-        if any(size % samples == 0 for size in out.shape):
-            return "rows"
-        raise SelfCheckError(
-            f"{call.name or 'the model'} ({type(call.module).__name__}): the loss depends on an output of shape "
-            f"{tuple(out.shape)}, which has no row for each of the {samples} samples (statistics of the batch? chosen tokens?), "
-            "so it could not be compared; nothing was released. Remedy: leave it out of the loss, or train with a @dp_step "
-            "function that returns per-sample losses, which is checked whole."
-        )
 
     def _compare(
         self,
@@ -610,76 +464,9 @@ class SelfCheck:
         )
 
     def _judge(
-        self,
-        found: SampleGradients,
-        picked: list[int],
-        expected: list[dict[nn.Parameter, Tensor]],
-        what: str,
+        self, found: SampleGradients, picked: list[int], expected: list[dict[nn.Parameter, Tensor]], what: str
     ) -> None:
-        seen = [p for p in self._params if p in set(found.params)]
-        reached = [p for p in self._params if p in set(seen) or any(p in e for e in expected)]
-        if not reached:
-            return
-        device = reached[0].device
-        rows = torch.tensor(picked, device=device)
-        total = torch.stack(
-            [
-                sum((g.double().square().sum().to(device) for g in e.values()), torch.zeros((), device=device))
-                for e in expected
-            ]
-        )
-        norms = found.sq_norms(seen)
-        finite = torch.ones(found.samples, dtype=torch.bool, device=device)
-        for norm in norms.values():
-            finite &= torch.isfinite(norm).to(device)
-        # Samples without a finite gradient are left out of every step; here, too, as long as others remain.
-        usable = [k for k, i in enumerate(picked) if bool(finite[i]) and bool(torch.isfinite(total[k]))]
-        if not usable:
-            raise SelfCheckError(
-                f"{what}: no sample that the self-check looked at has a finite gradient (data, loss or weights with NaN or "
-                "infinite values); nothing was released."
-            )
-        picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
-        rows = rows[usable]
-        dtype = torch.promote_types(reached[0].dtype, torch.float32)
-        factors = torch.zeros(found.samples, device=device, dtype=dtype)
-        factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
-        sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
-        worst: list[tuple[float, str]] = []
-        missing: dict[nn.Parameter, Tensor] = {}  # what is missing from the squared norms
-        for p in reached:
-            want = torch.stack([e[p] if p in e else torch.zeros_like(p) for e in expected]).double()
-            have = found.grads(p, rows.to(p.device)).double() if p in sums else torch.zeros_like(want)
-            have_sum = sums[p].double() if p in sums else torch.zeros_like(want[0])
-            want_sum = torch.tensordot(factors[rows].to(want), want, dims=1)
-            own = want.reshape(len(want), -1).square().sum(1)
-            scale = torch.maximum(own, 1e-4 * total.to(own)).sqrt().clamp(min=1e-30)
-            off = (have - want).reshape(len(want), -1).square().sum(1).sqrt() / scale
-            off_sum = (have_sum - want_sum).square().sum().sqrt() / scale.sum()
-            have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
-            off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
-            missing[p] = (own - have_norm).to(device)
-            error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
-            if error > self._tolerance(p.dtype):
-                worst.append((error, self._controller.name_of(p)))
-        if not worst and not self._coarse:
-            short = float((torch.stack(list(missing.values())).sum(0) / total.clamp(min=1e-60)).max()) / 2
-            if short > max(_NORM_TOLERANCE.get(p.dtype, _COARSE) for p in reached):
-                worst.append((short, self._controller.name_of(max(missing, key=lambda p: float(missing[p].sum())))))
-        if worst:
-            self._complain(sorted(worst, reverse=True), len(reached), found.samples, what)
-
-    def _complain(self, worst: list[tuple[float, str]], params: int, samples: int, what: str) -> None:
-        listing = "\n".join(f"  - {name}: off by {error:.1e} of its size" for error, name in worst[:8])
-        more = f"\n  ... and {len(worst) - 8} more" if len(worst) > 8 else ""
-        raise SelfCheckError(
-            f"{what}: per-sample gradients of {len(worst)} of {params} parameters differ from plain autograd on single "
-            f"samples (batch of {samples}); nothing was released.\n{listing}{more}\nLikely causes: samples mix (batch "
-            "statistics, a loss averaged over tokens of the whole batch, contrastive or load-balancing terms); "
-            f"loss_reduction={self._controller.loss_reduction!r} is not how the loss is reduced; an input that all samples "
-            "share has as many rows as the batch; random numbers other than dropout. Remedy: return per-sample losses from a "
-            "@dp_step function, replace the mixing module, or freeze the parameters named."
-        )
+        judge(found, picked, expected, self._params, self._controller, what, coarse=self._coarse)
 
     @contextmanager
     def _undisturbed(self, without: NoDropout) -> Iterator[None]:
@@ -707,13 +494,6 @@ class SelfCheck:
                 p.grad = grad
 
 
-def _kind_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is called, and with what kinds of inputs: a check of a call without a mask shows nothing about one with it."""
-    given = frozenset(key for key, value in kwargs.items() if value is not None)
-    kinds = frozenset((t.dim(), t.dtype) for t in tensors_of((args, kwargs)))
-    return name, tuple(type(arg) for arg in args), given, kinds
-
-
 def _backward(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     """Back-propagate to ``leaves`` only: other models in the same graph, private or not, must not notice.
 
@@ -738,31 +518,9 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     return False
 
 
-def _cotangents(shape: Sequence[int]) -> Tensor:
-    """Return numbers in (-1, 1) without pattern, the same in every run; not drawn, since draws are replaced here."""
-    index = torch.arange(math.prod(shape), dtype=torch.float64)
-    return ((index * 12.9898 + 1.0).sin() * 43758.5453).frac().reshape(tuple(shape))
-
-
-def private_copy(tree: Any) -> Any:
-    """Return ``tree`` with containers and tensors of its own."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
-
-
 def _some(samples: int) -> list[int]:
     """Choose the samples to run alone: the ends and some between them."""
     if samples <= _ALONE:
         return list(range(samples))
     between = random.Random(0).sample(range(1, samples - 1), _ALONE - 2)
     return sorted({0, samples - 1, *between})
-
-
-def one_sample(batch: Any, i: int, samples: int, axis: int) -> Any:
-    """Return sample ``i`` of ``batch`` as a batch of one: whatever counts ``samples`` along ``axis`` is cut."""
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples:
-            return leaf.narrow(axis, i, 1)
-        return leaf
-
-    return tree_map(cut, batch)

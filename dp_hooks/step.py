@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec, TypeVar
 
-from ._tree import tensors_of, tree_map
+from ._tree import one_sample, private_copy, tensors_of, tree_map
 from ._validate import bad, boolean, one_of
 from .errors import InvalidArgumentError, ScopeError
 from .hook_controller import HookController
 from .scope import PrivateTraining, active_scope
-from .self_check import one_sample, private_copy
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)

@@ -21,6 +21,8 @@ LAYERS = [
     {"paths", "sites"},
     {"taps", "trials"},
     {"hook_controller"},
+    {"judgement"},
+    {"observed_call"},
     {"self_check"},
     {"optimizer"},
     {"scope"},
