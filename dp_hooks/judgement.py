@@ -50,12 +50,13 @@ def judge(
         return
     device = reached[0].device
     rows = torch.tensor(picked, device=device)
-    total = torch.stack(
-        [
-            sum((g.double().square().sum().to(device) for g in e.values()), torch.zeros((), device=device))
-            for e in expected
-        ]
-    )
+    own = {
+        p: torch.stack(
+            [_square(e[p]) if p in e else torch.zeros((), device=p.device, dtype=torch.float64) for e in expected]
+        )
+        for p in reached
+    }
+    total = torch.stack([norm.to(device) for norm in own.values()]).sum(0)
     norms = found.sq_norms(seen)
     finite = torch.ones(found.samples, dtype=torch.bool, device=device)
     for norm in norms.values():
@@ -68,6 +69,7 @@ def judge(
             "infinite values); nothing was released."
         )
     picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
+    own = {p: norm[usable] for p, norm in own.items()}
     rows = rows[usable]
     dtype = torch.promote_types(reached[0].dtype, torch.float32)
     factors = torch.zeros(found.samples, device=device, dtype=dtype)
@@ -76,17 +78,21 @@ def judge(
     worst: list[tuple[float, str]] = []
     missing: dict[nn.Parameter, Tensor] = {}  # what is missing from the squared norms
     for p in reached:
-        want = torch.stack([e[p] if p in e else torch.zeros_like(p) for e in expected]).double()
-        have = found.grads(p, rows.to(p.device)).double() if p in sums else torch.zeros_like(want)
-        have_sum = sums[p].double() if p in sums else torch.zeros_like(want[0])
-        want_sum = torch.tensordot(factors[rows].to(want), want, dims=1)
-        own = want.reshape(len(want), -1).square().sum(1)
-        scale = torch.maximum(own, 1e-4 * total.to(own)).sqrt().clamp(min=1e-30)
-        off = (have - want).reshape(len(want), -1).square().sum(1).sqrt() / scale
-        off_sum = (have_sum - want_sum).square().sum().sqrt() / scale.sum()
-        have_norm = norms[p][rows.to(p.device)].double() if p in norms else torch.zeros_like(own)
-        off_norm = (own.sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
-        missing[p] = (own - have_norm).to(device)
+        scale = torch.maximum(own[p], 1e-4 * total.to(own[p])).sqrt().clamp(min=1e-30)
+        have = found.grads(p, rows.to(p.device)) if p in sums else None
+        want_sum = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        squares = []
+        for k, gradients in enumerate(expected):  # one after the other: of a large parameter each is large
+            want = gradients.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
+            want_sum += float(factors[rows[k]]) * want
+            squares.append(_square(want if have is None else have[k] - want.to(have.dtype)))
+        off = torch.stack(squares).to(scale).sqrt() / scale
+        off_sum = (
+            _square(sums[p] - want_sum.to(sums[p].dtype) if p in sums else want_sum).to(scale).sqrt() / scale.sum()
+        )
+        have_norm = norms[p][rows.to(p.device)].to(own[p]) if p in norms else torch.zeros_like(own[p])
+        off_norm = (own[p].sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
+        missing[p] = (own[p] - have_norm).to(device)
         error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
         if error > tolerance(p.dtype, coarse=coarse):
             worst.append((error, controller.name_of(p)))
@@ -96,6 +102,13 @@ def judge(
             worst.append((short, controller.name_of(max(missing, key=lambda p: float(missing[p].sum())))))
     if worst:
         _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """The squared norm of one gradient, as a float64."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=dtype)
+    return norm.double().square()
 
 
 def _complain(worst: list[tuple[float, str]], params: int, samples: int, what: str, loss_reduction: str) -> None:

@@ -29,6 +29,8 @@ class ObservedCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     around: Surroundings
+    # The state of the model when it was called, and what it was called with, as far as one check covers others.
+    key: Any = None
     kind: Any = None
     copied: bool = False
     # Which of its outputs a backward pass came from, by number; operations it went through that no check did.

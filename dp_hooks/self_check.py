@@ -1,7 +1,6 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
 import random
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -55,7 +54,7 @@ class SelfCheck:
         self._busy = False
         self._deferred = False
         self._came_back = False
-        self._views: list[tuple[ObservedCall, int, weakref.ref[Tensor], int]] = []
+        self._views: list[tuple[ObservedCall, int, Tensor, int]] = []
         self._paths = Paths(model.buffers)
         self._attributes: Attributes | None = None
         self._criterion_paths = Paths()
@@ -88,13 +87,14 @@ class SelfCheck:
         if self._busy:
             return
         kind = kind_of(name, args, kwargs)
-        new = (self._key(2), kind) not in self._checked_calls
+        key = self._key(2)
+        new = (key, kind) not in self._checked_calls
         device = self._params[0].device.type
         if new:
             if not self._observed:
                 self._state = self._written()
             args, kwargs = private_copy((args, kwargs))
-        self._call = ObservedCall(module, name, args, kwargs, Surroundings.now(device), kind, new)
+        self._call = ObservedCall(module, name, args, kwargs, Surroundings.now(device), key, kind, new)
         if not self._deferred:
             self._call.attributes = Attributes(self._model)
 
@@ -120,21 +120,20 @@ class SelfCheck:
             return
         self._came_back = True
         call.reached.add(index)
-        if call not in self._observed and index not in self._checked_calls.get((self._key(2), call.kind), ()):
+        if call not in self._observed and index not in self._checked_calls.get((call.key, call.kind), ()):
             self._keep(call)
 
     def has_view(self, call: ObservedCall | None, index: int, output: Tensor) -> None:
         """Remember what tells later whether the output was changed in place."""
-        if self._busy or call is None or index in self._checked_calls.get((self._key(2), call.kind), ()):
+        if self._busy or call is None or index in self._checked_calls.get((call.key, call.kind), ()):
             return
-        self._views.append((call, index, weakref.ref(output), output._version))
+        self._views.append((call, index, output.detach(), output._version))
 
     def _settle_views(self) -> None:
-        """Take outputs that may have been changed in place, where that cannot be excluded, as used in the loss."""
+        """Take outputs that were changed in place as used in the loss."""
         views, self._views = self._views, []
-        for call, index, reference, version in views:
-            output = reference()
-            if output is None or output._version != version:
+        for call, index, alias, version in views:
+            if alias._version != version:  # which it shares with the output
                 self.reached(call, index)
 
     def captured(self, samples: int) -> None:

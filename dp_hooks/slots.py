@@ -118,6 +118,7 @@ class Attributes:
         return list({id(t): t for t in found if t.grad_fn is not None}.values())
 
 
+_CONTAINERS = (list, dict, set, deque)
 # Longer ones are data, and nothing that a forward pass is about.
 _LONGEST = 64
 
@@ -126,7 +127,7 @@ def _containers(attributes: dict[str, Any]) -> list[Any]:
     return [
         value
         for key, value in attributes.items()
-        if isinstance(value, (list, dict, set, deque)) and key[0] != "_" and len(value) <= _LONGEST
+        if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
     ]
 
 
