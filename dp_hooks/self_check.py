@@ -20,7 +20,7 @@ from .slots import Attributes, attributes_kept
 from .surroundings import Surroundings
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
-_ALONE = 4
+_ALONE = 3
 # How many outermost calls are remembered: those of one step, in practice one or two.
 _CALLS = 64
 
@@ -30,7 +30,7 @@ class SelfCheck:
 
     A batch with one sample can only show that values are right, one with several also that samples do not mix:
     neither kind is released before it has been checked once. Random state, buffers, gradients and everything captured
-    for the step in progress are the same afterwards. Cost: one more pass over the batch and up to four over single
+    for the step in progress are the same afterwards. Cost: one more pass over the batch and up to three over single
     samples, once.
     """
 
