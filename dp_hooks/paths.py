@@ -99,7 +99,7 @@ class _Follow(TorchFunctionMode):
             paths.note(name, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
         if constant:
-            paths.note_constant(name, args, kwargs, out)
+            paths.note_constant(name, args, out)
         if name in DRAWS:
             paths.note_draw(name, out)
         return out
@@ -111,8 +111,8 @@ class Paths:
 
     What is learned from one batch (where the samples are, that they do not mix) holds for the operations that batch
     went through. Python code may take another branch later: a flag, a schedule, an option of the call. Per module
-    every pair of operations in sequence is remembered, with dimensions, switches and whether a factor is 0 or 1; sizes
-    and the data itself are not looked at. What is made of constants and buffers alone (masks, position codes, often kept
+    every pair of operations in sequence is remembered, with dimensions, switches and the powers of two of factors;
+    sizes and the data itself are not looked at. What is made of constants and buffers alone (masks, position codes, often kept
     for later) counts only where it has an axis as long as the batch.
     """
 
@@ -248,18 +248,15 @@ class Paths:
                 return False
         return True
 
-    def note_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any) -> None:
+    def note_constant(self, name: str, args: tuple[Any, ...], out: Any) -> None:
         """Keep in mind that ``out`` was made of constants."""
         if not self._frames:
             return
         made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
-            frame = self._frames[-1]
-            step = (frame[0], frame[1], (name, *(_kind(arg, name in _SIZED) for arg in args)))
-            self._from_constants.add(step)
-            if step not in self._known:
-                self.taken.add(step)
+            # Not what the next operation follows: a cache is there the second time.
+            self._from_constants.add(self._take((name, *(_kind(arg, name in _SIZED) for arg in args))))
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""
@@ -267,11 +264,15 @@ class Paths:
         return None if not rows else next((i for i, size in enumerate(shape) if size and size % rows == 0), None)
 
     def _note(self, operation: Any) -> None:
-        frame = self._frames[-1]
-        step = (frame[0], frame[1], operation)
-        frame[1] = operation
+        self._take(operation)
+        self._frames[-1][1] = operation
+
+    def _take(self, operation: Any) -> Step:
+        name, before = self._frames[-1]
+        step = (name, before, operation)
         if step not in self._known:
             self.taken.add(step)
+        return step
 
     # ---------------------------------------------------------------- what is known
 
