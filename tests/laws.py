@@ -1,0 +1,219 @@
+"""The laws of per-sample gradients, each a function of a case and a mode: what holds for every model in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dp_hooks import HookController, PrivateTraining, dp_step, gradients
+from dp_hooks.errors import DPHooksError
+
+from .cases import Case
+from .models import loader_of, moved, norm_of, put, scope_over, values
+from .reference import clipped_sum, sample_grads
+from .snapshot import Snapshot
+
+Losses = Callable[..., Tensor]
+Grads = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to come by clipped gradients; a new one is one row of ``MODES``."""
+
+    name: str
+    grad_sample_mode: str
+    two_pass: bool = False
+    deferred: bool = False  # norms and sums come from captured tensors: nothing is written out in the backward pass
+
+    def __str__(self) -> str:
+        return self.name
+
+    @contextmanager
+    def on(self) -> Iterator[str]:
+        """Switch to this mode; gives the ``grad_sample_mode`` to ask for."""
+        with pytest.MonkeyPatch.context() as patch:
+            if self.deferred:
+                patch.setattr(gradients, "_GENEROSITY", 0)
+            yield self.grad_sample_mode
+
+
+MODES = [
+    Mode("ghost", "ghost"),
+    Mode("deferred", "ghost", deferred=True),
+    Mode("hooks", "hooks"),
+    Mode("functorch", "functorch"),
+    Mode("two-pass", "ghost", two_pass=True),
+]
+MODE = {mode.name: mode for mode in MODES}
+
+
+# ---------------------------------------------------------------- how a mode is asked
+
+
+@contextmanager
+def attached(model: nn.Module, mode: Mode, **options: object) -> Iterator[HookController]:
+    """A controller over ``model``."""
+    with mode.on() as name:
+        controller = HookController(model, grad_sample_mode=name, **options)  # type: ignore[arg-type]
+        try:
+            yield controller
+        finally:
+            controller.cleanup()
+
+
+@contextmanager
+def captured(
+    controller: HookController, mode: Mode, losses: Callable[[], Tensor]
+) -> Iterator[gradients.SampleGradients]:
+    """Back-propagate the mean of ``losses()``, and give what was captured of it; in two passes one sum can be had of it."""
+    with controller.two_passes() if mode.two_pass else nullcontext():
+        values = losses()
+        loss = values.sum() / max(1, len(values))
+        if mode.two_pass:
+            controller.repeat_backward = loss.backward
+        loss.backward(retain_graph=mode.two_pass)
+        found = controller.take()
+        assert found is not None
+        yield found
+
+
+def private_step(mode: Mode, scope: PrivateTraining, losses: Losses, batch: list[Tensor]) -> None:
+    """Take a step in the open ``scope``."""
+    if mode.two_pass:
+        dp_step(lambda model, parts: losses(model, *parts), two_pass=True)(scope.model, batch)
+        return
+    assert scope.optimizer is not None
+    scope.optimizer.zero_grad()
+    losses(scope.model, *batch).mean().backward()
+    scope.optimizer.step()
+
+
+def assert_close(found: Grads, expected: Grads, tolerance: float) -> None:
+    """Compare gradients, or what comes of them, name by name."""
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        torch.testing.assert_close(
+            found[name], want, rtol=tolerance, atol=tolerance / 10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def agrees(
+    controller: HookController, mode: Mode, losses: Callable[[], Tensor], expected: Grads, tolerance: float = 1e-8
+) -> None:
+    """Gradients, their squared norms and their weighted sums, of all samples and of some, are those of ``expected``."""
+
+    def close(found: Mapping[nn.Parameter, Tensor], wanted: Grads) -> None:
+        assert_close({controller.name_of(p): t for p, t in found.items()}, wanted, tolerance)
+
+    n = len(next(iter(expected.values())))
+    if mode.grad_sample_mode != "ghost":
+        (losses().sum() / max(1, n)).backward()
+        close({p: p.grad_sample for p in controller.params}, expected)  # type: ignore[attr-defined]
+        controller.discard()
+    with captured(controller, mode, losses) as found:
+        assert found.samples == n
+        close(
+            found.sq_norms(found.params), {k: g.reshape(n, g[0:1].numel()).square().sum(1) for k, g in expected.items()}
+        )
+        for rows in [] if mode.two_pass else [slice(None), slice(1, 3), torch.arange(n - 1, -1, -2)]:
+            close({p: found.grads(p, rows) for p in found.params}, {k: g[rows] for k, g in expected.items()})
+    factors, everyone = torch.linspace(0.1, 1.0, n, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+    weighed = [(factors, everyone), (factors, torch.arange(n) != 1)]
+    if mode.two_pass:  # which writes no gradient out: each is a sum
+        weighed += [(one, everyone) for one in torch.eye(n, dtype=torch.float64)]
+    for weights, finite in weighed:
+        with captured(controller, mode, losses) as found:
+            sums = found.weighted_sums(dict.fromkeys(found.params, weights), finite)
+        close(sums, {k: torch.tensordot(weights[finite], g[finite], 1) for k, g in expected.items()})
+    assert all(p.grad is None for p in controller.params)
+
+
+# ---------------------------------------------------------------- the laws
+
+
+def gradients_are_those_of_single_samples(case: Case, mode: Mode) -> None:
+    """What is captured of a batch is what plain autograd gives for each sample alone, and nothing is left of the capture."""
+    model, batch = case.made()
+    expected = sample_grads(model, case.loss, *batch)
+    before = Snapshot(model)
+    with attached(model, mode) as controller:
+        agrees(controller, mode, lambda: case.loss(model, *batch), expected, case.tolerance)
+    assert before.differences() == []
+
+
+def frozen_parts_change_nothing(case: Case, mode: Mode) -> None:
+    """With every other parameter frozen, the rest have the gradients that they have without it."""
+    model, batch = case.made()
+    params = list(model.parameters())
+    for frozen in (params[1::2], params[0::2]) if len(params) > 1 else ():
+        for p in params:
+            p.requires_grad_(all(p is not other for other in frozen))
+        expected = sample_grads(model, case.loss, *batch)
+        with attached(model, mode) as controller:
+            agrees(controller, mode, lambda: case.loss(model, *batch), expected, case.tolerance)
+
+
+def any_size_is_right_after_the_first(case: Case, mode: Mode) -> None:
+    """What was learned on the first batch, here of one sample, holds for batches of none and of more."""
+    model, batch = case.made()
+    sizes = [size for size in (1, 0, 2, 5) if size or case.empty]
+    batches = [[torch.cat([part] * 2)[:size].roll(size, -1) for part in batch] for size in sizes]
+    expected = [sample_grads(model, case.loss, *parts) for parts in batches]
+    if not case.empty:
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            case.loss(model, *(part[:0] for part in batch))
+    with attached(model, mode) as controller:
+        for parts, wanted in zip(batches, expected, strict=True):
+            agrees(controller, mode, lambda parts=parts: case.loss(model, *parts), wanted, case.tolerance)
+
+
+def a_sample_that_is_not_finite_is_left_out(case: Case, mode: Mode) -> None:
+    """A gradient of NaN changes nothing but its own sample's contribution, which is left out by selection."""
+    model, batch = case.made()
+    expected = sample_grads(model, case.loss, *batch)
+    weights = torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64)
+    with attached(model, mode) as controller:
+        with captured(controller, mode, lambda: case.loss(model, *batch) * weights) as found:
+            finite = torch.stack([torch.isfinite(s) for s in found.sq_norms(found.params).values()]).all(0)
+            assert finite.tolist() == [True, False, True]
+            sums = found.weighted_sums(dict.fromkeys(found.params, torch.ones_like(weights)), finite)
+        wanted = {name: g[0] + g[2] for name, g in expected.items()}
+        assert_close({controller.name_of(p): s for p, s in sums.items()}, wanted, case.tolerance)
+
+
+def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
+    """Without noise, SGD with rate 1 moves by the mean of clipped gradients, also when one is missing: by C and no more."""
+    model, batch = case.made()
+    grads = sample_grads(model, case.loss, *batch)
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+    order, bound, n = norms.argsort(descending=True), float(norms.median()), len(norms)
+    data = [torch.cat([part[order], part[order[1:]]]) for part in batch]  # all, then all but the one with most to clip
+    before, start, moves = Snapshot(model), values(model), []
+    with mode.on() as name:
+        scope = scope_over(model, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=name)
+        with scope as (_, loader):
+            for part, kept in zip(loader, (order, order[1:]), strict=True):
+                private_step(mode, scope, case.loss, part)
+                moves.append([n * m for m in moved(start, model)])
+                wanted = clipped_sum({k: g[kept] for k, g in grads.items()}, bound).values()
+                for move, want in zip(moves[-1], wanted, strict=True):
+                    torch.testing.assert_close(move, want, rtol=max(1e-6, case.tolerance), atol=case.tolerance / 10)
+                assert norm_of(moves[-1]) <= len(kept) * bound * 1.001
+                put(model, start)
+    assert 0.999 * bound <= norm_of([a - b for a, b in zip(*moves, strict=True)]) <= 1.001 * bound
+    assert before.differences() == []
+
+
+LAWS = [
+    gradients_are_those_of_single_samples,
+    frozen_parts_change_nothing,
+    any_size_is_right_after_the_first,
+    a_sample_that_is_not_finite_is_left_out,
+    a_step_moves_by_the_clipped_sum,
+]
