@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_hooks import HookController, PrivateTraining, dp_step, gradients
-from dp_hooks.errors import DPHooksError
+from dp_hooks import HookController, dp_step, gradients
+from dp_hooks.errors import SelfCheckError, UnsupportedModelError
 
 from .cases import Case
 from .models import loader_of, moved, norm_of, put, scope_over, values
-from .reference import clipped_sum, sample_grads
+from .reference import clipped_sum, losses_of, sample_grads
 from .snapshot import Snapshot
 
 Losses = Callable[..., Tensor]
+Step = Callable[[Any, Any, Any], Any]
 Grads = dict[str, Tensor]
 
 
@@ -71,10 +73,10 @@ def attached(model: nn.Module, mode: Mode, **options: object) -> Iterator[HookCo
 def captured(
     controller: HookController, mode: Mode, losses: Callable[[], Tensor]
 ) -> Iterator[gradients.SampleGradients]:
-    """Back-propagate the mean of ``losses()``, and give what was captured of it; in two passes one sum can be had of it."""
+    """Back-propagate ``losses()``, reduced as is declared, and give what was captured; two passes give one sum of it."""
     with controller.two_passes() if mode.two_pass else nullcontext():
         values = losses()
-        loss = values.sum() / max(1, len(values))
+        loss = values.sum() / (1 if controller.loss_reduction == "sum" else max(1, len(values)))
         if mode.two_pass:
             controller.repeat_backward = loss.backward
         loss.backward(retain_graph=mode.two_pass)
@@ -83,15 +85,19 @@ def captured(
         yield found
 
 
-def private_step(mode: Mode, scope: PrivateTraining, losses: Losses, batch: list[Tensor]) -> None:
-    """Take a step in the open ``scope``."""
-    if mode.two_pass:
-        dp_step(lambda model, parts: losses(model, *parts), two_pass=True)(scope.model, batch)
-        return
-    assert scope.optimizer is not None
-    scope.optimizer.zero_grad()
-    losses(scope.model, *batch).mean().backward()
-    scope.optimizer.step()
+def step_in(mode: Mode, losses: Losses = losses_of) -> Step:
+    """Return ``step(model, opt, batch)`` on the mean of ``losses(model, *batch)``: bare, or by a train function."""
+    whole = dp_step(lambda model, batch: losses(model, *batch), two_pass=True)
+
+    def step(model: nn.Module, opt: Any, batch: Any) -> None:
+        if mode.two_pass:
+            whole(model, batch)
+            return
+        opt.zero_grad()
+        losses(model, *batch).mean().backward()
+        opt.step()
+
+    return step
 
 
 def assert_close(found: Grads, expected: Grads, tolerance: float) -> None:
@@ -104,17 +110,27 @@ def assert_close(found: Grads, expected: Grads, tolerance: float) -> None:
 
 
 def agrees(
-    controller: HookController, mode: Mode, losses: Callable[[], Tensor], expected: Grads, tolerance: float = 1e-8
+    controller: HookController,
+    mode: Mode,
+    losses: Callable[[], Tensor],
+    expected: Grads,
+    tolerance: float = 1e-8,
+    *,
+    partial: bool = False,
 ) -> None:
-    """Gradients, their squared norms and their weighted sums, of all samples and of some, are those of ``expected``."""
+    """Gradients, their squared norms and their weighted sums, of all samples and of some, are those of ``expected``.
+
+    Of all its parameters, and no others; with ``partial``, some may have been left unused.
+    """
 
     def close(found: Mapping[nn.Parameter, Tensor], wanted: Grads) -> None:
-        assert_close({controller.name_of(p): t for p, t in found.items()}, wanted, tolerance)
+        unused = {name: torch.zeros_like(want) for name, want in wanted.items() if partial}
+        assert_close(unused | {controller.name_of(p): t for p, t in found.items()}, wanted, tolerance)
 
     n = len(next(iter(expected.values())))
     if mode.grad_sample_mode != "ghost":
         (losses().sum() / max(1, n)).backward()
-        close({p: p.grad_sample for p in controller.params}, expected)  # type: ignore[attr-defined]
+        close({p: p.grad_sample for p in controller.params if hasattr(p, "grad_sample")}, expected)
         controller.discard()
     with captured(controller, mode, losses) as found:
         assert found.samples == n
@@ -137,6 +153,30 @@ def agrees(
 # ---------------------------------------------------------------- the laws
 
 
+def released(
+    model: nn.Module, data: list[Tensor], step: Step | None = None, mode: Mode = MODE["ghost"], **options: Any
+) -> Exception | None:
+    """Take one step on all of ``data``; return what it was refused with, after seeing that it moved and charged all or nothing."""
+    start, step, error = values(model), step or step_in(mode), None
+    options = {"max_grad_norm": 1.0, "poisson_sampling": True, "accountant": "rdp", **options}
+    with mode.on() as name:
+        scope = scope_over(model, loader=loader_of(data), grad_sample_mode=name, **options)
+        with scope as (opt, loader):
+            for batch in loader:
+                try:
+                    step(model, opt, batch)
+                except (SelfCheckError, UnsupportedModelError) as caught:
+                    error = caught
+    still = all(torch.equal(a, b) for a, b in zip(start, values(model), strict=True))
+    assert still == (error is not None)
+    assert scope.steps == (error is None)
+    if error is not None:
+        assert not scope.accountant.history
+        assert not scope.report().loss_verified
+        assert all(p.grad is None and "grad_sample" not in vars(p) for p in model.parameters())
+    return error
+
+
 def gradients_are_those_of_single_samples(case: Case, mode: Mode) -> None:
     """What is captured of a batch is what plain autograd gives for each sample alone, and nothing is left of the capture."""
     model, batch = case.made()
@@ -150,7 +190,7 @@ def gradients_are_those_of_single_samples(case: Case, mode: Mode) -> None:
 def frozen_parts_change_nothing(case: Case, mode: Mode) -> None:
     """With every other parameter frozen, the rest have the gradients that they have without it."""
     model, batch = case.made()
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     for frozen in (params[1::2], params[0::2]) if len(params) > 1 else ():
         for p in params:
             p.requires_grad_(all(p is not other for other in frozen))
@@ -194,15 +234,16 @@ def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
     norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
     order, bound, n = norms.argsort(descending=True), float(norms.median()), len(norms)
     data = [torch.cat([part[order], part[order[1:]]]) for part in batch]  # all, then all but the one with most to clip
-    before, start, moves = Snapshot(model), values(model), []
+    before, start, moves, step = Snapshot(model), values(model), [], step_in(mode, case.loss)
     with mode.on() as name:
         scope = scope_over(model, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=name)
-        with scope as (_, loader):
+        with scope as (opt, loader):
             for part, kept in zip(loader, (order, order[1:]), strict=True):
-                private_step(mode, scope, case.loss, part)
+                step(model, opt, part)
                 moves.append([n * m for m in moved(start, model)])
-                wanted = clipped_sum({k: g[kept] for k, g in grads.items()}, bound).values()
-                for move, want in zip(moves[-1], wanted, strict=True):
+                wanted = clipped_sum({k: g[kept] for k, g in grads.items()}, bound)
+                for (name, _), move in zip(model.named_parameters(), moves[-1], strict=True):
+                    want = wanted.get(name, torch.zeros_like(move))  # nothing, of what is frozen
                     torch.testing.assert_close(move, want, rtol=max(1e-6, case.tolerance), atol=case.tolerance / 10)
                 assert norm_of(moves[-1]) <= len(kept) * bound * 1.001
                 put(model, start)

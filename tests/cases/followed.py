@@ -323,6 +323,7 @@ FOLLOWED = [
     positions("positions-1xt", lambda: torch.arange(5)[None]),
     positions("positions-t", lambda: torch.arange(5)),
     positions("positions-t-equals-n", lambda: torch.arange(N), N),
+    positions("positions-1xt-equals-n", lambda: torch.arange(N)[None], N),
     net(
         "everything-equals-n",
         lambda s, x: s.l(x + s.pos) * s.scale,

@@ -82,6 +82,16 @@ def tied(**kwargs):
     return model
 
 
+class SubLinear(nn.Linear):
+    """A subclass with the same forward."""
+
+
+def tied_linears(other):
+    first, second = nn.Linear(4, 4), other(4, 4)
+    second.weight = first.weight
+    return Net(lambda s, x: s.b(s.a(x).tanh()), a=first, b=second)
+
+
 def tied_to_subclass():
     model = chain(nn.Linear(4, 4), LinearWithForward(4, 4))
     model[1].weight = model[0].weight
@@ -204,6 +214,8 @@ LAYERS = [
         lambda: tokens_of(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True)),
         rows(5, 4),
     ),
+    case("lstm-two-layers", lambda: tokens_of(nn.LSTM(4, 3, 2, batch_first=True)), rows(4, 4)),
+    case("rnn-two-layers", lambda: tokens_of(nn.RNN(4, 3, 2, batch_first=True)), rows(4, 4)),
     case("rnn-cell", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4)), rows(4)),
     case(
         "attention",
@@ -240,6 +252,8 @@ LAYERS = [
         ids(5),
         ids(3),
     ),
+    case("tied-linears", lambda: tied_linears(nn.Linear), rows(4, 4)),
+    case("tied-to-a-subclass-of-one-forward", lambda: tied_linears(SubLinear), rows(4, 4)),
     case("tied-embedding-padding", lambda: tied(padding_idx=1), ids(5)),
     case("tied-to-transposed", tied_to_conv1d, rows(5, 4)),
     case("tied-linear-conv1d", lambda: tied_pair(nn.Linear(4, 4), LinearAsConv(4, 4)), rows(5, 4)),
@@ -450,6 +464,13 @@ LAYERS = [
         "conv-transpose-output-size-with-rest",
         lambda: Net(lambda s, x: s.c(x, output_size=(10, 7)), c=nn.ConvTranspose2d(2, 3, 3, stride=2)),
         rows(2, 4, 3),
+    ),
+    case(
+        "convolutions",
+        lambda: chain(
+            nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=2), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)
+        ),
+        rows(4, 4),
     ),
     # ---------------------------------------------------------------- small layers
     case("prelu-one-slope", nn.PReLU, rows(4)),

@@ -6,10 +6,13 @@ from .. import laws
 from ..cases import Case
 from ..cases.followed import FOLLOWED
 from ..cases.layers import LAYERS
+from ..cases.models import MODELS
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel", "ignore:.*None of the inputs have requires_grad"
+)
 
-CASES = [*LAYERS, *FOLLOWED]
+CASES = [*LAYERS, *FOLLOWED, *MODELS]
 
 
 @pytest.mark.parametrize("mode", laws.MODES, ids=str)
