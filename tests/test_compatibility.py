@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from dp_hooks.checks.self_check import SelfCheck
 from dp_hooks.rules import registry
 from dp_hooks.rules.linear import LINEAR
-from dp_hooks.self_check import SelfCheck
 
 PATH = Path(__file__).parent.parent / "examples" / "compatibility.py"
 

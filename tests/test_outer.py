@@ -8,7 +8,8 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dp_hooks import HookController, gradients
+from dp_hooks import HookController
+from dp_hooks.gradients import sample_gradients as gradients
 from dp_hooks.rules import Outer, outer
 from dp_hooks.rules.convolution import Patches
 
