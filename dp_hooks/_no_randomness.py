@@ -66,7 +66,7 @@ def is_dropout(name: str) -> bool:
     return name.rstrip("_").endswith("dropout") or name in _DROPOUT
 
 
-class NoDropout(TorchFunctionMode):
+class NoRandomness(TorchFunctionMode):
     """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
 
     ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left

@@ -11,7 +11,7 @@ from .capture.parameter_swap import autocast_as, autocast_dtype
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class AmbientContext:
     """The dtype of autocast on ``device`` (None: off), and the innermost hooks on saved tensors (``save_on_cpu``)."""
 
     device: str
@@ -19,12 +19,12 @@ class Surroundings:
     saving: tuple[Callable[..., Any], Callable[..., Any]] | None
 
     @classmethod
-    def now(cls, device: str) -> "Surroundings":
+    def current(cls, device: str) -> "AmbientContext":
         """Those of the present moment."""
         return cls(device, autocast_dtype(device), _innermost_hooks())
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """The same ones for a block."""
         with autocast_as(self.device, self.autocast):
             if self.saving is None or self.saving == _innermost_hooks():

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from ..errors import ScopeError, UnsupportedModelError
-from ..gradients.sample_gradients import Source
+from ..gradients.sample_gradients import Term
 
 
 @dataclass(eq=False)
-class Pass:
-    """A backward pass that has not come to its end; ``serial`` tells the logical part its forward belonged to."""
+class BackwardPass:
+    """A backward pass that has not come to its end; ``batch_number`` tells the logical part its forward belonged to."""
 
-    serial: int
-    found: list[Source] = field(default_factory=list)
+    batch_number: int
+    found: list[Term] = field(default_factory=list)
     sizes: set[tuple[str, int]] = field(default_factory=set)
     refusals: list[UnsupportedModelError] = field(default_factory=list)
 
@@ -36,7 +36,7 @@ class Pass:
 
 
 @dataclass(eq=False)
-class Passes:
+class BackwardPasses:
     """What the backward passes since the last boundary brought.
 
     Attributes:
@@ -47,23 +47,23 @@ class Passes:
         serial: the logical part that finished passes belonged to.
     """
 
-    open: dict[int, Pass] = field(default_factory=dict)
+    open: dict[int, BackwardPass] = field(default_factory=dict)
     leaks: list[nn.Parameter] = field(default_factory=list)
-    pending: list[Source] = field(default_factory=list)
+    pending: list[Term] = field(default_factory=list)
     samples: int | None = None
-    serial: int = 0
+    batch_number: int = 0
 
-    def running(self, serial: int, at_end: Callable[[int], None]) -> Pass:
+    def running(self, batch_number: int, at_end: Callable[[int], None]) -> BackwardPass:
         """The backward pass that is running; ``at_end`` is called with its number when it is over."""
         task = torch._C._current_graph_task_id()
         if task not in self.open:
-            self.open[task] = Pass(serial)
+            self.open[task] = BackwardPass(batch_number)
             torch.autograd.Variable._execution_engine.queue_callback(lambda: at_end(task))
         return self.open[task]
 
-    def check_serial(self, opened: Pass, serial: int) -> None:
+    def check_batch_number(self, opened: BackwardPass, batch_number: int) -> None:
         """Refuse what belongs to another logical part than the pass it came in, or than what is waiting."""
-        if serial != opened.serial or (self.samples is not None and serial != self.serial):
+        if batch_number != opened.batch_number or (self.samples is not None and batch_number != self.batch_number):
             raise ScopeError(
                 "gradients of an earlier logical batch are still waiting: they cannot be accumulated over batches. "
                 "Call opt.step() for every batch, or opt.zero_grad() to drop them. For large batches set a larger "
@@ -74,8 +74,8 @@ class Passes:
         self,
         task: int,
         name_of: Callable[[nn.Parameter], str],
-        refuse: Callable[[Pass, UnsupportedModelError, str], None],
-    ) -> tuple[int, list[Source]] | None:
+        refuse: Callable[[BackwardPass, UnsupportedModelError, str], None],
+    ) -> tuple[int, list[Term]] | None:
         """A pass is over: return the number of samples and what was captured; None if it was not ours."""
         finished = self.open.pop(task, None)
         if finished is None:
@@ -102,5 +102,5 @@ class Passes:
             )
         if not sizes:
             return None
-        self.samples, self.serial = sizes.pop(), finished.serial
+        self.samples, self.batch_number = sizes.pop(), finished.batch_number
         return self.samples, finished.found

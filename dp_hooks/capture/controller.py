@@ -15,21 +15,21 @@ from .._tree import join, outputs_of, split, tensors_of
 from .._validate import boolean, one_of
 from ..errors import ScopeError, UnsupportedModelError
 from ..gradients.grad_sample import GradSamples, clear
-from ..gradients.sample_gradients import Captured, Contribution, SampleGradients, Source, Stored
+from ..gradients.sample_gradients import Contribution, Deferred, Instantiated, SampleGradients, Term
 from ..gradients.two_pass import TwoPass, TwoPassGradients
 from ..rules import Call, RuleTable, check_samples
-from .backward_passes import Pass, Passes
+from .backward_passes import BackwardPass, BackwardPasses
 from .buffer_writes import Versions, check_unwritten, versions
 from .compile_stance import eager
-from .discovery import OutermostCall, Trials
-from .gradient_tap import Tap, Use
-from .hooked_modules import Site, Sites
-from .module_hooks import Attachments
+from .discovery import Discovery, OutermostCall
+from .gradient_tap import Tap, TappedCall
+from .hooked_modules import HookedModule, HookedModules
+from .module_hooks import ModuleHooks
 from .parameter_swap import autocast_as, autocast_dtype
-from .samples.probe import BatchAxes, Entry, gradients_wanted
-from .samples.split_call import samples_apart
-from .samples.tracker import Lifted, Lifter, Make
-from .trace import Paths, unfollowed
+from .samples.probe import SampleAxes, UseLayout, gradients_wanted
+from .samples.split_call import split_call
+from .samples.tracker import Make, TrackedTensor, Tracker
+from .trace import OpTrace, untraced
 from .validate import check_is_module, check_model, mixes_samples, mixing_reason
 
 MODES = ("ghost", "hooks", "functorch")
@@ -57,12 +57,12 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class _Ended:
-    """An outermost call that is over: what stands for it elsewhere, its logical part, its rows, what was lifted in it."""
+    """An outermost call that is over: what stands for it elsewhere, its logical part, its rows, what was tracked in it."""
 
     call: Any
-    serial: int
+    batch_number: int
     rows: int | None
-    lifter: tuple[Any, ...]
+    tracker: tuple[Any, ...]
 
 
 class HookController:
@@ -114,27 +114,29 @@ class HookController:
         if strict:
             check_model(m)
         self.axis = 0 if batch_first else 1
-        self.token = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)
         # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
-        self._token_node: Any = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._anchor_node: Any = self.anchor.view_as(self.anchor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self._stack: ExitStack | None = None
-        self._lifter = Lifter(self, BatchAxes(self.axis))
-        self._sites = Sites(m, RuleTable(generic_only=self.grad_sample_mode == "functorch"), self._lifter)
-        self._attachments = Attachments(self._sites.slots)
-        self._trials = Trials(m, self._sites, self._lifter)
+        self._tracker = Tracker(self, SampleAxes(self.axis))
+        self._hooked_modules = HookedModules(
+            m, RuleTable(generic_only=self.grad_sample_mode == "functorch"), self._tracker
+        )
+        self._module_hooks = ModuleHooks(self._hooked_modules.swap)
+        self._discovery = Discovery(m, self._hooked_modules, self._tracker)
         self._outermost: OutermostCall | None = None
         self._buffers: Versions = {}
         self._rows: int | None = None
         self._depth = 0
         self.observer: Observer | None = None
-        self.paths: Paths | None = None
-        self._aside = -1
-        self._refilled: int | None = None
-        self._passes = Passes()
+        self.trace: OpTrace | None = None
+        self._outer_task = -1
+        self._retracked_task: int | None = None
+        self._passes = BackwardPasses()
         self._grad_samples = GradSamples()
-        self._twice: TwoPass | None = None
+        self._two_pass: TwoPass | None = None
         self.repeat_backward: Callable[[], None] | None = None
-        self.serial = 0
+        self.batch_number = 0
         self.add_hooks()
 
     # ---------------------------------------------------------------- life
@@ -149,12 +151,12 @@ class HookController:
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(eager())
-            self._sites.find()
-            attach = functools.partial(self._attachments.attach, stack)
-            for site in self._sites:
-                stack.callback(site.slots.restore)
-                before = functools.partial(self._before, site)
-                attach(site.module, before, functools.partial(self._after, site))
+            self._hooked_modules.find()
+            attach = functools.partial(self._module_hooks.attach, stack)
+            for hooked in self._hooked_modules:
+                stack.callback(hooked.swap.restore)
+                before = functools.partial(self._before, hooked)
+                attach(hooked.module, before, functools.partial(self._after, hooked))
             for name, module in self._module.named_modules():
                 if hasattr(module, "track_running_stats"):
                     attach(module, functools.partial(self._guard, name), None)
@@ -195,96 +197,96 @@ class HookController:
 
     def _forget(self) -> None:
         self.discard()
-        self._sites.forget()
-        self._attachments.forget()
+        self._hooked_modules.forget()
+        self._module_hooks.forget()
 
     @property
     def params(self) -> list[nn.Parameter]:
         """The trainable parameters whose gradients are captured, each once."""
-        return self._sites.params
+        return self._hooked_modules.params
 
     def name_of(self, param: nn.Parameter) -> str:
         """Return the qualified name of ``param`` in the model."""
         named = dict(self._module.named_parameters())
-        for site in self._sites:  # where other tensors may be in place now
-            named |= {site.full_name(name): p for name, p in site.slots.params.items()}
+        for hooked in self._hooked_modules:  # where other tensors may be in place now
+            named |= {hooked.full_name(name): p for name, p in hooked.swap.params.items()}
         return next((name for name, p in named.items() if p is param), "<not in the model>")
 
     def hooked_by_others(self) -> list[nn.Module]:
         """Modules of the model with forward hooks of the user, which may take out what is inside."""
-        return [module for module in self._module.modules() if self._attachments.has_others(module)]
+        return [module for module in self._module.modules() if self._module_hooks.has_others(module)]
 
     # ---------------------------------------------------------------- forward
 
     def _capturing(self) -> bool:
-        return self.hooks_enabled and not self._sites.rerunning and gradients_wanted(self._lifter.trial)
+        return self.hooks_enabled and not self._hooked_modules.rerunning and gradients_wanted(self._tracker.probe)
 
     def _enter(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Follow which call is the outermost; its first input tells the number of samples."""
-        if self._sites.rerunning:
+        if self._hooked_modules.rerunning:
             return None
-        if self._lifter.trial is not None:
-            self._lifter.trial.enter(name, module, (args, kwargs))
+        if self._tracker.probe is not None:
+            self._tracker.probe.enter(name, module, (args, kwargs))
         elif not self.in_backward():
             self._depth += 1
             if self._depth == 1:
                 self._begin(name, module, args, kwargs)
-            elif self.paths is not None:
-                self.paths.enter(name)
-        site = self._sites.repeated(module)
-        if site is not None:
-            self._before(site, module, args, kwargs)
-            self._sites.repeating += bool(site.slots.filled)
+            elif self.trace is not None:
+                self.trace.enter(name)
+        hooked = self._hooked_modules.repeated(module)
+        if hooked is not None:
+            self._before(hooked, module, args, kwargs)
+            self._hooked_modules.repeating += bool(hooked.swap.swapped)
         return None
 
-    @unfollowed
+    @untraced
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The outermost call begins."""
         sized = [t.shape[self.axis] for t in tensors_of((args, kwargs)) if t.dim() > self.axis]
         self._rows = sized[0] if sized else None
-        self._sites.repeating = 0
-        self._lifter.begin(self._rows)
+        self._hooked_modules.repeating = 0
+        self._tracker.begin(self._rows)
         if not torch.is_grad_enabled():
             return
         if self.observer is not None:
             self.observer.begins(name, module, args, kwargs)
         if self._capturing():
             self._outermost = OutermostCall(name, module, args, kwargs, self._rows)
-            self._trials.learn(self._outermost)
+            self._discovery.learn(self._outermost)
             self._buffers = versions(self._module)
-            self._sites.lift_outside()
-            if self.paths is not None:
-                self.paths.start(name, self._rows)
+            self._hooked_modules.track_outside()
+            if self.trace is not None:
+                self.trace.start(name, self._rows)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._sites.rerunning:
+        if self._hooked_modules.rerunning:
             return None
-        site = self._sites.repeated(module)
+        hooked = self._hooked_modules.repeated(module)
         replaced = None
-        if site is not None and site.slots.filled:
-            self._sites.repeating -= 1
-            replaced = self._after(site, module, args, kwargs, output)
-        if self._lifter.trial is not None:
-            self._lifter.trial.leave(output)
+        if hooked is not None and hooked.swap.swapped:
+            self._hooked_modules.repeating -= 1
+            replaced = self._after(hooked, module, args, kwargs, output)
+        if self._tracker.probe is not None:
+            self._tracker.probe.leave(output)
         elif not self.in_backward():
             self._depth = max(0, self._depth - 1)
-            if self.paths is not None and self._depth:
-                self.paths.leave()
+            if self.trace is not None and self._depth:
+                self.trace.leave()
             if self._depth == 0:
                 return self._end(output, replaced)
         return replaced
 
-    @unfollowed
+    @untraced
     def _end(self, output: Any, replaced: Any) -> Any:
         """The outermost call ends."""
-        if self.paths is not None:
-            self.paths.stop()
-        self._empty_outside()
+        if self.trace is not None:
+            self.trace.stop()
+        self._untrack_outside()
         self._outermost = None
         self._check_buffers()
-        lowered = self._lifter.lower(output)
+        lowered = self._tracker.untrack(output)
         result = replaced if lowered is output else lowered
         if self.hooks_enabled and torch.is_grad_enabled():
             call, more = (None, []) if self.observer is None else self.observer.ends()
@@ -294,7 +296,7 @@ class HookController:
     def _watch(self, call: Any, outputs: list[Tensor]) -> None:
         """Be told when a backward pass comes to the outputs of an outermost call."""
         floats = [t for t in outputs if t.is_floating_point()]
-        ended = _Ended(call, self.serial, self._rows, self._lifter.state())
+        ended = _Ended(call, self.batch_number, self._rows, self._tracker.state())
         for index, tensor in enumerate(floats):
             if tensor.grad_fn is not None:
                 # What is kept of the call lives as long as its graph does.
@@ -307,23 +309,23 @@ class HookController:
             return
         # Checkpointing runs parts of this call again, and the model may have been called on other samples since.
         self._rows = ended.rows
-        self._lifter.set_state(ended.lifter)
+        self._tracker.set_state(ended.tracker)
         if self.observer is not None:
             self.observer.reached(ended.call, index)
-        if self._refilled is None and any(site.lifts or site.outside for site in self._sites):
-            self._passes.running(ended.serial, self._finish_pass)  # whose end is the end of this
-            self._refilled = torch._C._current_graph_task_id()
-            self._sites.refill()
+        if self._retracked_task is None and any(hooked.tracks or hooked.outside for hooked in self._hooked_modules):
+            self._passes.running(ended.batch_number, self._finish_pass)  # whose end is the end of this
+            self._retracked_task = torch._C._current_graph_task_id()
+            self._hooked_modules.track_again()
 
-    def _lifts_outside(self) -> bool:
-        """Whether parameters used outside their module are lifted now."""
-        if self._lifter.trial is not None:
+    def _tracks_outside(self) -> bool:
+        """Whether parameters used outside their module are tracked now."""
+        if self._tracker.probe is not None:
             return True
-        return self._refilled is not None if self.in_backward() else self._outermost is not None
+        return self._retracked_task is not None if self.in_backward() else self._outermost is not None
 
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""
-        return torch._C._current_graph_task_id() not in (-1, self._aside)
+        return torch._C._current_graph_task_id() not in (-1, self._outer_task)
 
     def _check_buffers(self) -> None:
         """Refuse a forward pass that wrote to a buffer: what comes from private samples gets no noise there."""
@@ -338,68 +340,77 @@ class HookController:
         if self.hooks_enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
             raise UnsupportedModelError(f"{name} ({type(module).__name__}): {mixing_reason(module)}.")
 
-    @unfollowed
-    def _before(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._sites.rerunning or self._sites.repeating:
+    @untraced
+    def _before(self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._hooked_modules.rerunning or self._hooked_modules.repeating:
             return
-        if self._twice is not None and self._lifter.trial is None and not self.in_backward():
-            self._twice.used(list(site.slots.params.values()))
-        for filled in (site, *site.inner):  # in use outside, or an interrupted forward could not put them back
-            if filled.slots.filled:
-                filled.slots.restore()
-        if not self._capturing() or not site.slots.trainable():
+        if self._two_pass is not None and self._tracker.probe is None and not self.in_backward():
+            self._two_pass.used(list(hooked.swap.params.values()))
+        for swapped in (hooked, *hooked.inner):  # in use outside, or an interrupted forward could not put them back
+            if swapped.swap.swapped:
+                swapped.swap.restore()
+        if not self._capturing() or not hooked.swap.trainable():
             return
-        site.check_own()
+        hooked.check_own()
         inputs = tensors_of((args, kwargs))
-        site.captures, site.entry = not site.lifts and not any(isinstance(t, Lifted) for t in inputs), None
-        if site.captures:
-            site.entry = self._lifter.call_of(site.name, inputs)
-            if site.entry is not None and site.entry.shared:
-                site.captures = False
-                self._lifter.note_shared(site.name, site.entry)
-        if site.captures:
-            site.slots.detach()
+        hooked.captures, hooked.use = not hooked.tracks and not any(isinstance(t, TrackedTensor) for t in inputs), None
+        if hooked.captures:
+            hooked.use = self._tracker.call_of(hooked.name, inputs)
+            if hooked.use is not None and hooked.use.shared:
+                hooked.captures = False
+                self._tracker.note_shared(hooked.name, hooked.use)
+        if hooked.captures:
+            hooked.swap.detach()
         else:
-            site.lift(self._lifter)
+            hooked.track(self._tracker)
 
-    def _empty_outside(self) -> None:
-        refilled, self._refilled = self._refilled is not None, None
-        self._sites.empty_outside(refilled)
+    def _untrack_outside(self) -> None:
+        refilled, self._retracked_task = self._retracked_task is not None, None
+        self._hooked_modules.untrack_outside(refilled)
 
-    @unfollowed
-    def _after(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._sites.rerunning or self._sites.repeating:
+    @untraced
+    def _after(
+        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._hooked_modules.rerunning or self._hooked_modules.repeating:
             return None
-        ran_filled = site.slots.filled
+        ran_filled = hooked.swap.swapped
         if ran_filled:
-            site.slots.restore()
-        if self._lifts_outside():  # also after a call without gradients, which emptied them
-            for emptied in (site, *site.inner):
-                emptied.lift_outside(self._lifter)
-        if not ran_filled or not self._capturing() or not site.captures:
+            hooked.swap.restore()
+        if self._tracks_outside():  # also after a call without gradients, which emptied them
+            for emptied in (hooked, *hooked.inner):
+                emptied.track_outside(self._tracker)
+        if not ran_filled or not self._capturing() or not hooked.captures:
             return None
         if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
             raise UnsupportedModelError(
-                f"{site.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
+                f"{hooked.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
         outputs = _differentiable(output)
-        if self._lifter.trial is not None:
-            repeated = self._sites.repeated(site.module) is not None
+        if self._tracker.probe is not None:
+            repeated = self._hooked_modules.repeated(hooked.module) is not None
             if repeated:  # on each sample alone, it gives back what belongs to that sample
-                self._lifter.trial.unmark(outputs)
-            self._lifter.note_call(site.name, site.entry, outputs, repeated=repeated)
+                self._tracker.probe.unmark(outputs)
+            self._tracker.note_call(hooked.name, hooked.use, outputs, repeated=repeated)
             return None
         if not outputs:
             return None
         skeleton, inputs = split((args, kwargs))
         plain = all(type(t) is Tensor for t in (*inputs, *outputs))  # others may have something to say
         with torch._C.DisableTorchFunction() if plain else nullcontext():
-            names = site.slots.trainable()
+            names = hooked.swap.trainable()
             autocast = autocast_dtype(outputs[0].device.type)
-            make = functools.partial(self._captured, site, site.entry, self._current_rows(), skeleton, names, autocast)
+            make = functools.partial(
+                self._captured, hooked, hooked.use, self._current_rows(), skeleton, names, autocast
+            )
             tapped = iter(
-                self._tap(outputs, Use(self._record, site.name, self.serial, [t.detach() for t in inputs], make, site))
+                self._tap(
+                    outputs,
+                    TappedCall(
+                        self._record, hooked.name, self.batch_number, [t.detach() for t in inputs], make, hooked
+                    ),
+                )
             )
         if isinstance(output, Tensor):
             return next(tapped)
@@ -408,17 +419,17 @@ class HookController:
 
     def tap(self, outputs: Sequence[Tensor], saved: list[Tensor], name: str, make: Make) -> list[Tensor]:
         """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
-        return self._tap(outputs, Use(self._record, name, self.serial, saved, make))
+        return self._tap(outputs, TappedCall(self._record, name, self.batch_number, saved, make))
 
-    def _tap(self, outputs: Sequence[Tensor], use: Use) -> list[Tensor]:
-        return list(Tap.apply(self.token, use, *outputs))
+    def _tap(self, outputs: Sequence[Tensor], use: TappedCall) -> list[Tensor]:
+        return list(Tap.apply(self.anchor, use, *outputs))
 
-    @unfollowed
-    def try_again(self) -> None:
+    @untraced
+    def discover_again(self) -> None:
         """Learn anew in the middle of a forward pass, from the call that is running."""
         if self._outermost is None or self.in_backward():
             return
-        self._trials.learn_again(self._outermost, None if self.paths is None else self.paths.drawn_inside)
+        self._discovery.learn_again(self._outermost, None if self.trace is None else self.trace.drawn_inside)
 
     # ---------------------------------------------------------------- backward
 
@@ -428,14 +439,14 @@ class HookController:
             return
         param.grad = None
         assert isinstance(param, nn.Parameter)
-        self._passes.running(self.serial, self._finish_pass)
+        self._passes.running(self.batch_number, self._finish_pass)
         self._passes.leaks.append(param)
 
     def leaked(self, param: nn.Parameter) -> None:
         """Take note that autograd delivered a gradient to what stands for ``param``."""
         self._leaked(param)
 
-    def _record(self, use: Use, saved: Callable[[], list[Tensor]], grads: list[Tensor | None]) -> None:
+    def _record(self, use: TappedCall, saved: Callable[[], list[Tensor]], grads: list[Tensor | None]) -> None:
         if not self.hooks_enabled:
             return
         if torch.is_grad_enabled():
@@ -444,11 +455,11 @@ class HookController:
                 "(gradient penalty, second derivatives). Its per-sample gradients cannot be captured. Remedy: drop the "
                 "penalty, or freeze the layers it goes through."
             )
-        if not torch._C._will_engine_execute_node(self._token_node):
+        if not torch._C._will_engine_execute_node(self._anchor_node):
             return  # torch.autograd.grad(loss, something else)
-        opened = self._passes.running(use.serial, self._finish_pass)
-        self._passes.check_serial(opened, use.serial)
-        with self._sites.own_parameters(None if self._refilled is None else use.site):
+        opened = self._passes.running(use.batch_number, self._finish_pass)
+        self._passes.check_batch_number(opened, use.batch_number)
+        with self._hooked_modules.own_parameters(None if self._retracked_task is None else use.hooked):
             try:
                 for source in use.make(saved(), [None if g is None else g.detach() for g in grads]):
                     opened.sizes.add((source.name, source.samples))
@@ -456,22 +467,22 @@ class HookController:
             except UnsupportedModelError as error:
                 self._refuse(opened, error, use.name)
 
-    def _refuse(self, opened: Pass, error: UnsupportedModelError, where: str) -> None:
+    def _refuse(self, opened: BackwardPass, error: UnsupportedModelError, where: str) -> None:
         """Go on to the end of the pass, so that all that stands in the way is named."""
         opened.refuse(error)
 
-    def _reduced(self, source: Contribution) -> list[Source]:
+    def _reduced(self, source: Contribution) -> list[Term]:
         """Work out at once what is wanted at once, or what takes no more memory afterwards, and let go of what it came from."""
         # backward() may be called inside the user's autocast, which is not for sums
         with autocast_as(source.params[0].device.type, None):
-            if self._twice is not None:
-                return self._twice.receive(source, source.name)
+            if self._two_pass is not None:
+                return self._two_pass.receive(source, source.name)
             if self.grad_sample_mode == "ghost":
-                return source.condensed() if isinstance(source, Captured) else [source]
-            if isinstance(source, Captured):
-                return [Stored(source.all_grads(), source.samples, source.name)]
+                return source.instantiate_small() if isinstance(source, Deferred) else [source]
+            if isinstance(source, Deferred):
+                return [Instantiated(source.all_grads(), source.samples, source.name)]
             written = {p: source.grads(p, slice(None)) for p in source.params}
-            return [Stored(written, source.samples, source.name)]
+            return [Instantiated(written, source.samples, source.name)]
 
     def scale(self, samples: int) -> float:
         """The factor that undoes the mean over the batch."""
@@ -479,8 +490,8 @@ class HookController:
 
     def _captured(
         self,
-        site: Site,
-        entry: Entry | None,
+        hooked: HookedModule,
+        use: UseLayout | None,
         rows: int | None,
         skeleton: Any,
         names: tuple[str, ...],
@@ -489,26 +500,26 @@ class HookController:
         grads: list[Tensor | None],
     ) -> list[Contribution]:
         """Make the source for one call of a module whose rule works on the whole call."""
-        rule = site.rule
+        rule = hooked.rule
         axis = self.axis if rule.batch_dim is None else rule.batch_dim
         first = next(g for g in grads if g is not None)
         if rows is None:
             rows = first.shape[axis] if first.dim() > axis else 0
         args, kwargs = join(skeleton, saved)
         if rows == 0:
-            params = [site.slots.params[name] for name in names]
-            return [Stored({p: p.new_zeros((0, *p.shape)) for p in params}, 0, site.name)]
-        run = functools.partial(self._sites.rerun, site, autocast, first.device.type)
-        call = Call(site.module, site.name, args, kwargs, grads, rows, axis, names, run, site.memo)
-        if entry is not None:
-            rule, call = samples_apart(rule, call, entry)
+            params = [hooked.swap.params[name] for name in names]
+            return [Instantiated({p: p.new_zeros((0, *p.shape)) for p in params}, 0, hooked.name)]
+        run = functools.partial(self._hooked_modules.rerun, hooked, autocast, first.device.type)
+        call = Call(hooked.module, hooked.name, args, kwargs, grads, rows, axis, names, run, hooked.memo)
+        if use is not None:
+            rule, call = split_call(rule, call, use)
         check_samples(rule, call)
-        return [Captured(call, rule, self.scale(rows))]
+        return [Deferred(call, rule, self.scale(rows))]
 
     def _finish_pass(self, task: int) -> None:
         """Runs at the end of a backward pass; one that was broken off never gets here."""
-        if task == self._refilled:
-            self._empty_outside()
+        if task == self._retracked_task:
+            self._untrack_outside()
         finished = self._passes.finish(task, self.name_of, self._refuse)
         if finished is None:
             return
@@ -534,10 +545,10 @@ class HookController:
             return None
         if self.grad_sample_mode != "ghost":
             return self._grad_samples.take(self.params, taken.samples)
-        if self._twice is not None:
+        if self._two_pass is not None:
             again = self.repeat_backward
             assert again is not None  # set together with the first backward pass
-            return TwoPassGradients(taken.samples, taken.pending, self._twice, again)
+            return TwoPassGradients(taken.samples, taken.pending, self._two_pass, again)
         return SampleGradients(taken.samples, taken.pending)
 
     @contextmanager
@@ -546,11 +557,11 @@ class HookController:
 
         What is captured is let go at once; see :class:`~dp_hooks.gradients.two_pass.TwoPass`.
         """
-        self._twice = TwoPass()
+        self._two_pass = TwoPass()
         try:
             yield
         finally:
-            self._twice = self.repeat_backward = None
+            self._two_pass = self.repeat_backward = None
             self._reset()
 
     def discard(self) -> None:
@@ -563,18 +574,18 @@ class HookController:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
         names = ("_passes", "_rows", "_depth", "_twice", "_aside", "_refilled")
         with self._grad_samples.aside(self.params):
-            kept, lifter = {name: getattr(self, name) for name in names}, self._lifter.state()
-            self._twice, self._aside = None, torch._C._current_graph_task_id()
+            kept, tracker = {name: getattr(self, name) for name in names}, self._tracker.state()
+            self._two_pass, self._outer_task = None, torch._C._current_graph_task_id()
             self._reset()
             try:
                 yield
             finally:
                 self.discard()
-                self._lifter.set_state(lifter)
+                self._tracker.set_state(tracker)
                 for name, value in kept.items():
                     setattr(self, name, value)
-                if self._refilled is not None:
-                    self._sites.refill()
+                if self._retracked_task is not None:
+                    self._hooked_modules.track_again()
 
     @property
     def has_gradients(self) -> bool:
@@ -584,7 +595,7 @@ class HookController:
     @property
     def is_stale(self) -> bool:
         """Whether what is waiting belongs to an earlier batch than the one handed out last."""
-        return self._passes.samples is not None and self._passes.serial != self.serial
+        return self._passes.samples is not None and self._passes.batch_number != self.batch_number
 
     @contextmanager
     def reduced_by(self, loss_reduction: str) -> Iterator[None]:
@@ -601,11 +612,11 @@ class HookController:
         return self._passes.samples or 0
 
     def _reset(self) -> None:
-        if self._outermost is not None and self.paths is not None:  # the pass was interrupted
-            self.paths.stop()
-        self._outermost = self._refilled = None
-        self._sites.restore()  # an interrupted forward could not
-        self._passes = Passes()
+        if self._outermost is not None and self.trace is not None:  # the pass was interrupted
+            self.trace.stop()
+        self._outermost = self._retracked_task = None
+        self._hooked_modules.restore()  # an interrupted forward could not
+        self._passes = BackwardPasses()
         self._depth = 0
 
 

@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hooked_modules import Site
+from .hooked_modules import HookedModule
 from .samples.tracker import Grads, Make
 
 # Told of the use, how to get at the tensors that were saved, and the gradients that came back.
-Arrived = Callable[["Use", Callable[[], list[Tensor]], Grads], None]
+Arrived = Callable[["TappedCall", Callable[[], list[Tensor]], Grads], None]
 
 
 @dataclass(eq=False)
-class Use:
+class TappedCall:
     """One watched result of the forward pass, on its way to the backward pass. Holds no tensor: autograd does."""
 
     arrived: Arrived
     name: str
-    serial: int
+    batch_number: int
     inputs: list[Tensor]
     make: Make
-    site: Site | None = None
+    hooked: HookedModule | None = None
 
 
 class Tap(torch.autograd.Function):
@@ -36,8 +36,8 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, use: Use, *outputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs; ``token`` requires a gradient, so that there is a backward pass."""
+    def forward(ctx: Any, anchor: Tensor, use: TappedCall, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs; ``anchor`` requires a gradient, so that there is a backward pass."""
         ctx.use = use
         ctx.save_for_backward(*use.inputs)
         use.inputs = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .parameter_swap import ParameterSlots
+from .parameter_swap import ParameterSwap
 
 # Put on hooked modules and taken away with the hooks: they make copies and pickles come out without hooks.
 _ON_MODULES = ("__getstate__", "__deepcopy__")
@@ -21,12 +21,12 @@ _HOOK_DICTS = (
 )
 
 
-class Attachments:
+class ModuleHooks:
     """Knows which hooks are ours, so that copies of hooked modules come out with the user's hooks and parameters only."""
 
-    def __init__(self, slots: Callable[[], Iterable[ParameterSlots]]) -> None:
-        """``slots`` tells where other tensors may stand in the place of parameters."""
-        self._slots = slots
+    def __init__(self, swap: Callable[[], Iterable[ParameterSwap]]) -> None:
+        """``swap`` tells where other tensors may stand in the place of parameters."""
+        self._swaps = swap
         self._ids: dict[int, set[int]] = {}
 
     def attach(
@@ -82,9 +82,7 @@ class Attachments:
         ours = self._ids.get(id(module), set())
         for key in _HOOK_DICTS:
             state[key] = OrderedDict((k, v) for k, v in state[key].items() if k not in ours)
-        originals = {
-            (id(owner), key): slots.params[name] for slots in self._slots() for owner, key, name in slots.places
-        }
+        originals = {(id(owner), key): swap.params[name] for swap in self._swaps() for owner, key, name in swap.places}
         state["_parameters"] = {
             key: originals.get((id(module), key), param) for key, param in state["_parameters"].items()
         }
@@ -105,4 +103,4 @@ class Attachments:
 def is_hooked(module: nn.Module) -> bool:
     """Whether ``module`` has hooks of ours."""
     state = vars(module).get("__getstate__")
-    return isinstance(state, functools.partial) and isinstance(getattr(state.func, "__self__", None), Attachments)
+    return isinstance(state, functools.partial) and isinstance(getattr(state.func, "__self__", None), ModuleHooks)

@@ -14,10 +14,10 @@ _RNN_LISTS = ("_flat_weights", "_flat_weight_refs")
 
 
 @dataclass(eq=False)
-class ParameterSlots:
+class ParameterSwap:
     """The trainable parameters of ``module`` (with ``recurse`` also of its descendants) and where they are stored.
 
-    Parameters are known by module and name as found when the slots were made. ``fill`` and ``restore`` write to the modules'
+    Parameters are known by module and name as found when the places were made. ``put`` and ``restore`` write to the modules'
     parameter dictionaries directly: no ``setattr`` runs, ``requires_grad`` never changes, and after ``restore``
     the very same objects are in place.
     """
@@ -25,12 +25,12 @@ class ParameterSlots:
     module: nn.Module
     recurse: bool
     params: dict[str, nn.Parameter] = field(init=False)
-    filled: bool = field(default=False, init=False)
+    swapped: bool = field(default=False, init=False)
     places: list[tuple[nn.Module, str, str]] = field(init=False)
     _lists: list[tuple[nn.RNNBase, dict[str, Any]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        """Find the slots."""
+        """Find the places."""
         self.params, self.places = {}, []
         seen: dict[int, str] = {}
         for prefix, owner in self.module.named_modules() if self.recurse else [("", self.module)]:
@@ -41,11 +41,11 @@ class ParameterSlots:
                 self.params.setdefault(name, param)
                 self.places.append((owner, key, name))
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Store ``tensors[name]`` wherever the parameter ``name`` was."""
-        if self.filled:
+        if self.swapped:
             self.restore()
-        self.filled = True
+        self.swapped = True
         for owner, key, name in self.places:
             owner._parameters[key] = tensors[name]  # type: ignore[assignment]
         for owner in {id(o): o for o, _, _ in self.places}.values():
@@ -54,7 +54,7 @@ class ParameterSlots:
                 self._lists.append((owner, {key: vars(owner)[key] for key in _RNN_LISTS if key in vars(owner)}))
 
     def foreign(self) -> list[str]:
-        """Names of the slots that hold something else than the parameter found when the slots were made."""
+        """Names of the places that hold something else than the parameter found when the places were made."""
         return [name for owner, key, name in self.places if owner._parameters.get(key) is not self.params[name]]
 
     def trainable(self) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class ParameterSlots:
     def detach(self) -> None:
         """Store the parameters' detached selves, so that autograd computes no gradient for them."""
         with torch._C.DisableTorchFunction():
-            self.fill({name: param.detach() for name, param in self.params.items()})
+            self.put({name: param.detach() for name, param in self.params.items()})
 
     def restore(self) -> None:
         """Put the parameters back; harmless if they are in place."""
@@ -74,10 +74,10 @@ class ParameterSlots:
         while self._lists:
             owner, lists = self._lists.pop()
             vars(owner).update(lists)
-        self.filled = False
+        self.swapped = False
 
 
-class Attributes:
+class ModuleState:
     """The attributes and buffers of a module and its descendants, as they were when this was made.
 
     Of lists, dictionaries, sets and queues that are not long, what was in them is part of it.
@@ -146,7 +146,7 @@ def _same_contents(one: Any, other: Any) -> bool:
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
-    before = Attributes(module)
+    before = ModuleState(module)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from .samples.tracker import METADATA, VIEWS_BY_NAME
 P = ParamSpec("P")
 T = TypeVar("T")
 # One operation: the module it was in, what came before it there, and itself.
-Step = tuple[Any, Any, Any]
+Transition = tuple[Any, Any, Any]
 # The arguments of these are sizes, which change from batch to batch.
 _SIZED = frozenset(
     "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
@@ -41,7 +41,7 @@ class _Paused(threading.local):
 _paused = _Paused()
 
 
-def unfollowed(method: Callable[P, T]) -> Callable[P, T]:
+def untraced(method: Callable[P, T]) -> Callable[P, T]:
     """What ``method`` does is no part of the way that a model takes, whichever model it is for."""
 
     @functools.wraps(method)
@@ -77,9 +77,9 @@ def _kind(value: Any, sized: bool) -> Any:
 
 
 class _Follow(TorchFunctionMode):
-    def __init__(self, paths: "Paths") -> None:
+    def __init__(self, trace: "OpTrace") -> None:
         super().__init__()
-        self._paths = paths
+        self._trace = trace
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,20 +93,20 @@ class _Follow(TorchFunctionMode):
                 return func(*args)
         elif name in _UNNOTED:
             return func(*args, **kwargs) if kwargs else func(*args)
-        paths = self._paths
-        constant = paths.is_constant(name, args, kwargs)
+        trace = self._trace
+        constant = trace.is_constant(name, args, kwargs)
         if not constant:
-            paths.note(name, args, kwargs)
+            trace.note(name, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
         if constant:
-            paths.note_constant(name, args, out)
+            trace.note_constant(name, args, out)
         if name in DRAWS:
-            paths.note_draw(name, out)
+            trace.note_draw(name, out)
         return out
 
 
 @dataclass(eq=False)
-class Paths:
+class OpTrace:
     """Follows forward passes, and tells operations that no checked pass went through in that order.
 
     What is learned from one batch (where the samples are, that they do not mix) holds for the operations that batch
@@ -119,17 +119,17 @@ class Paths:
     buffers: Callable[[], Iterable[Tensor]] = tuple
     rows: int | None = None
     # What the present pass, or the last one, went through and no checked pass of several samples did.
-    taken: set[Step] = field(default_factory=set)
+    unverified: set[Transition] = field(default_factory=set)
     # What it drew; since the outermost call of a module began.
     draws: Draws = field(default_factory=Draws)
     drawn_inside: Draws = field(default_factory=Draws)
-    _verified: dict[str, set[Step]] = field(default_factory=lambda: {"one": set(), "many": set()})
-    _known: set[Step] = field(default_factory=set)
+    _verified: dict[str, set[Transition]] = field(default_factory=lambda: {"one": set(), "many": set()})
+    _known: set[Transition] = field(default_factory=set)
     _whole: bool = False
     _frames: list[list[Any]] = field(default_factory=list)
     # Tensors that depend on neither inputs nor parameters, by identity; held, so that identities stay theirs.
     _constants: dict[int, Tensor] = field(default_factory=dict)
-    _from_constants: set[Step] = field(default_factory=set)
+    _from_constants: set[Transition] = field(default_factory=set)
     _own_buffers: dict[int, Tensor] | None = None
     _stale: bool = False
     # Modes that were there when ours was put on top; None while it is not.
@@ -146,8 +146,8 @@ class Paths:
     @contextmanager
     def function(self) -> Iterator[None]:
         """Follow a whole function, the calls of modules in it included."""
-        self._stale = bool(self.taken)
-        self.rows, self.taken, self.draws = None, set(), Draws()
+        self._stale = bool(self.unverified)
+        self.rows, self.unverified, self.draws = None, set(), Draws()
         self._open(None)
         self._whole = True
         try:
@@ -162,8 +162,8 @@ class Paths:
         if self._whole:
             self.enter(name)
             return
-        self._stale = bool(self.taken)
-        self.taken, self.draws = set(), self.drawn_inside
+        self._stale = bool(self.unverified)
+        self.unverified, self.draws = set(), self.drawn_inside
         self._open(name)
 
     def stop(self) -> None:
@@ -256,7 +256,7 @@ class Paths:
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
             # Not what the next operation follows: a cache is there the second time.
-            self._from_constants.add(self._take((name, *(_kind(arg, name in _SIZED) for arg in args))))
+            self._from_constants.add(self._pass_by((name, *(_kind(arg, name in _SIZED) for arg in args))))
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""
@@ -264,51 +264,51 @@ class Paths:
         return None if not rows else next((i for i, size in enumerate(shape) if size and size % rows == 0), None)
 
     def _note(self, operation: Any) -> None:
-        self._take(operation)
+        self._pass_by(operation)
         self._frames[-1][1] = operation
 
-    def _take(self, operation: Any) -> Step:
+    def _pass_by(self, operation: Any) -> Transition:
         name, before = self._frames[-1]
-        step = (name, before, operation)
-        if step not in self._known:
-            self.taken.add(step)
-        return step
+        transition = (name, before, operation)
+        if transition not in self._known:
+            self.unverified.add(transition)
+        return transition
 
     # ---------------------------------------------------------------- what is known
 
-    def repeatable(self, steps: set[Step]) -> set[Step]:
-        """Those of ``steps`` that a repetition of the pass has to go through; what is constant may be kept from the first."""
-        return steps - self._from_constants
+    def repeatable(self, transitions: set[Transition]) -> set[Transition]:
+        """Those of ``transitions`` that a repetition of the pass has to go through; what is constant may be kept from the first."""
+        return transitions - self._from_constants
 
-    def unverified(self, steps: set[Step], samples: int) -> set[Step]:
-        """Those of ``steps`` that no check on as many samples (one, or several) went through."""
-        return steps - self._verified["one" if samples == 1 else "many"]
+    def unchecked(self, transitions: set[Transition], samples: int) -> set[Transition]:
+        """Those of ``transitions`` that no check on as many samples (one, or several) went through."""
+        return transitions - self._verified["one" if samples == 1 else "many"]
 
-    def verify(self, steps: set[Step], samples: int) -> None:
-        """A check on so many samples went through ``steps``, and found nothing."""
-        self._verified["one"] |= steps
+    def verify(self, transitions: set[Transition], samples: int) -> None:
+        """A check on so many samples went through ``transitions``, and found nothing."""
+        self._verified["one"] |= transitions
         if samples > 1:
-            self._verified["many"] |= steps
+            self._verified["many"] |= transitions
 
-    def verify_alike(self, steps: set[Step], samples: int, classes: Mapping[str, type]) -> set[Step]:
+    def verify_alike(self, transitions: set[Transition], samples: int, classes: Mapping[str, type]) -> set[Transition]:
         """Take as verified what a module of the same class went through in a check; return what is left.
 
         With dropout on, a token may be routed to another expert than in the check.
         """
         known = {(classes.get(name), *rest) for name, *rest in self._verified["one" if samples == 1 else "many"]}
-        left = {step for step in steps if (classes.get(step[0]), *step[1:]) not in known}
-        self.verify(steps - left, samples)
+        left = {transition for transition in transitions if (classes.get(transition[0]), *transition[1:]) not in known}
+        self.verify(transitions - left, samples)
         return left
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Follow passes of a check: everything they go through is in :attr:`taken`."""
+        """Follow passes of a check: everything they go through is in :attr:`unverified`."""
         self.close()
-        kept = (self.rows, self.taken, self.draws, self._whole)
+        kept = (self.rows, self.unverified, self.draws, self._whole)
         self._known, self._whole = set(), False
         try:
             yield
         finally:
             self.close()
             self._known = self._verified["many"]
-            self.rows, self.taken, self.draws, self._whole = kept
+            self.rows, self.unverified, self.draws, self._whole = kept

@@ -20,7 +20,7 @@ def tolerance(dtype: torch.dtype, *, coarse: bool) -> float:
     return COARSE if coarse else TOLERANCE.get(dtype, COARSE)
 
 
-def judge(
+def compare(
     found: SampleGradients,
     picked: list[int],
     expected: list[dict[nn.Parameter, Tensor]],

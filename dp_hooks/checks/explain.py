@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._no_randomness import other_generators_kept
-from .._rerun import Surroundings
+from .._rerun import AmbientContext
 from .._tree import private_copy, tensors_of
 from .._validate import bad, boolean, one_of
 from ..capture.controller import MODES, HookController
 from ..capture.module_hooks import is_hooked
 from ..capture.parameter_swap import attributes_kept
-from ..capture.samples.tracked_gradients import MeetingGradients, SharedGradients
+from ..capture.samples.tracked_gradients import BatchedOpGradients, TrackedGradients
 from ..capture.validate import check_is_module, check_model, located_problems, mixes_samples
 from ..errors import ScopeError, SelfCheckError, UnsupportedModelError
-from ..gradients.sample_gradients import Captured, SampleGradients, Source, Stored
-from ..rules import Dims, Outer, Rule, outer
+from ..gradients.sample_gradients import Deferred, Instantiated, SampleGradients, Term
+from ..rules import Dims, OuterProducts, Rule, outer
 from ..rules.generic import grad_samples as generic
 from ..rules.generic import needs_loop
-from .recorded_call import ObservedCall
+from .recorded_call import RecordedCall
 from .self_check import SelfCheck, _backward
 
 STRATEGIES = {
@@ -163,7 +163,7 @@ class _Origin:
 class _Notes:
     refusals: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    pairs: list[tuple[Source, _Origin]] = field(default_factory=list)
+    pairs: list[tuple[Term, _Origin]] = field(default_factory=list)
     on: bool = True
 
 
@@ -200,7 +200,7 @@ class _Watcher(HookController):
         else:
             super()._refuse(opened, error, where)
 
-    def _reduced(self, source: Any) -> list[Source]:
+    def _reduced(self, source: Any) -> list[Term]:
         origin = _origin(source)
         found = super()._reduced(source)
         if self.notes.on:
@@ -210,15 +210,15 @@ class _Watcher(HookController):
 
 def _origin(source: Any) -> _Origin:
     n = max(1, source.samples)
-    if isinstance(source, Captured):
+    if isinstance(source, Deferred):
         call, rule = source.call, source.rule
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // n
         dims = rule.dims(call) if rule.dims is not None and call.samples else {}
         module, memo = call.module, call.memo
         return _Origin(rule, lambda: needs_loop(module) or "loop" in memo, dims, dict(source.names), held)
-    if isinstance(source, SharedGradients):
+    if isinstance(source, TrackedGradients):
         held = source.rows.numel() // n
-    elif isinstance(source, MeetingGradients):
+    elif isinstance(source, BatchedOpGradients):
         tensors = [*source.plain.values(), *source.output_grads]
         held = sum(t.numel() for t in tensors if t is not None) // n
     else:
@@ -351,7 +351,7 @@ def _run(
     """Run forwards and backwards as training does; what was captured, or None."""
     model = watcher._module
     device = next((t.device.type for t in (*model.parameters(), *tensors_of((args, kwargs)))), "cpu")
-    call = ObservedCall(model, "", args, kwargs, Surroundings.now(device))
+    call = RecordedCall(model, "", args, kwargs, AmbientContext.current(device))
     loss = call.loss(watcher, samples, None)
     if not loss.requires_grad:
         if watcher.params and not watcher.notes.refusals:
@@ -360,7 +360,7 @@ def _run(
                 "on the parameters. Remedy: declare the sample axis (batch_first), or return what the loss is made of."
             )
         return None
-    _backward(loss, [watcher.token, *watcher.params])
+    _backward(loss, [watcher.anchor, *watcher.params])
     kept = watcher.take()
     if kept is not None and kept.samples != samples:
         raise SelfCheckError(
@@ -373,7 +373,7 @@ def _run(
 def _rows(
     model: nn.Module, watcher: _Watcher, reached: SampleGradients | None, refused: list[str], ran: bool
 ) -> list[ParameterRow]:
-    uses: dict[nn.Parameter, list[tuple[Source, _Origin]]] = {}
+    uses: dict[nn.Parameter, list[tuple[Term, _Origin]]] = {}
     for source, origin in reversed(watcher.notes.pairs):  # in the order of the forward pass
         for param in source.params:
             uses.setdefault(param, []).append((source, origin))
@@ -407,9 +407,9 @@ def _covers(where: str, name: str) -> bool:
     return any(part == name or name.startswith(f"{part}.") for part in where.split(", ") if part)
 
 
-def _how(param: nn.Parameter, uses: list[tuple[Source, _Origin]], mode: str) -> tuple[str, int | None, int]:
+def _how(param: nn.Parameter, uses: list[tuple[Term, _Origin]], mode: str) -> tuple[str, int | None, int]:
     """Return strategy, multiplications and numbers held for a parameter, from all its uses."""
-    factors = [source.factored(param) if isinstance(source, Captured) else None for source, _ in uses]
+    factors = [source.outer_products(param) if isinstance(source, Deferred) else None for source, _ in uses]
     together = [use for use in factors if use is not None]
     writes = len(together) < len(uses) if len(uses) > 1 else False  # one that has no factors: all are written out
     strategies, costs, held = [], [], 0
@@ -426,7 +426,7 @@ def _how(param: nn.Parameter, uses: list[tuple[Source, _Origin]], mode: str) -> 
         else:
             grams, writes = min(gram, written), gram >= written
     for (source, origin), use in zip(uses, factors, strict=True):
-        held += param.numel() if isinstance(source, Stored) else origin.held
+        held += param.numel() if isinstance(source, Instantiated) else origin.held
         strategy, cost = _one(param, source, origin, use, writes)
         strategies.append(strategy)
         costs.append(cost)
@@ -438,19 +438,19 @@ def _how(param: nn.Parameter, uses: list[tuple[Source, _Origin]], mode: str) -> 
 
 
 def _one(
-    param: nn.Parameter, source: Source, origin: _Origin, use: Outer | None, writes: bool
+    param: nn.Parameter, source: Term, origin: _Origin, use: OuterProducts | None, writes: bool
 ) -> tuple[str, float | None]:
     """Strategy and multiplications per sample of one use; None where the cost is not known."""
     rule = origin.rule
     if rule is None:
-        if isinstance(source, MeetingGradients):
+        if isinstance(source, BatchedOpGradients):
             return "lifted", None
-        return "lifted", float(source.shared.value.numel() if isinstance(source, SharedGradients) else param.numel())
+        return "lifted", float(source.tracked.value.numel() if isinstance(source, TrackedGradients) else param.numel())
     if rule.grad_samples is generic:
         return ("loop" if origin.loops() else "vmap"), None
     if use is not None:
         return ("instantiate", use.instantiation_cost()) if writes else ("ghost", 0.0)
-    if isinstance(source, Captured) and rule.sq_norms is not None:
+    if isinstance(source, Deferred) and rule.sq_norms is not None:
         return "ghost", None
     dims = origin.dims.get(origin.names.get(param, ""))
     if dims is None:
@@ -458,10 +458,10 @@ def _one(
     return "instantiate", _size(dims, origin).instantiation_cost()
 
 
-def _size(dims: Dims, origin: _Origin) -> Outer:
+def _size(dims: Dims, origin: _Origin) -> OuterProducts:
     """The factors of that size, without values, for the cost functions."""
     assert origin.rule is not None
     empty = torch.empty((1, dims.tokens, dims.columns), device="meta")
     lookup = "mbedding" in origin.rule.label
     left = torch.empty((1, dims.tokens) if lookup else (1, dims.tokens, dims.rows), device="meta")
-    return outer.Outer(left, empty, torch.Size((dims.rows, dims.columns)))
+    return outer.OuterProducts(left, empty, torch.Size((dims.rows, dims.columns)))

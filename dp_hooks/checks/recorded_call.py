@@ -10,34 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import Draws
-from .._rerun import Surroundings
+from .._rerun import AmbientContext
 from .._tree import one_sample, outputs_of, tensors_of
 from ..capture.controller import HookController
-from ..capture.parameter_swap import Attributes
-from ..capture.samples.axis import Layout
-from ..capture.trace import Step
+from ..capture.parameter_swap import ModuleState
+from ..capture.samples.axis import SampleAxis
+from ..capture.trace import Transition
 from ..errors import SelfCheckError
 from .compare import tolerance
 
 
 @dataclass(eq=False)
-class ObservedCall:
+class RecordedCall:
     """A call of the model from outside, or of a part of it, with what is needed to run it again."""
 
     module: nn.Module
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    around: Surroundings
+    context: AmbientContext
     # The state of the model when it was called, and what it was called with, as far as one check covers others.
     key: Any = None
     kind: Any = None
     copied: bool = False
     # Which of its outputs a backward pass came from, by number; operations it went through that no check did.
     reached: set[int] = field(default_factory=set)
-    steps: set[Step] = field(default_factory=set)
+    transitions: set[Transition] = field(default_factory=set)
     draws: Draws | None = None
-    attributes: Attributes | None = None
+    attributes: ModuleState | None = None
     # How each output enters the loss of the check: its sample axis, "rows", "scalar", or "left out". Found in the whole run.
     plan: list[int | str] = field(default_factory=list)
     # What the whole run returned, to compare with what samples return alone.
@@ -63,7 +63,7 @@ class ObservedCall:
         args, kwargs = (self.args, self.kwargs)
         if alone is not None:
             args, kwargs = one_sample((args, kwargs), alone, samples, axis)
-        with self.around.again(), self._taken_out(controller) as inside:
+        with self.context.restored(), self._taken_out(controller) as inside:
             outputs = outputs_of(self.module(*args, **kwargs)) + self.left
         outputs = [t for t in outputs if t.is_floating_point()]
         count, outputs = len(outputs), outputs + inside
@@ -103,15 +103,15 @@ class ObservedCall:
         fitting = [d for d in fitting if math.prod(whole.shape) == samples * out.numel()]
         if not fitting:
             raise self._mixed(i, f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for that sample alone")
-        ways = [layout for d in fitting for layout in (Layout(d, 1, None), Layout(d, None, 1))]
-        best = min(ways, key=lambda layout: _difference(layout.samples(whole, samples)[i], out))
+        ways = [sample_axis for d in fitting for sample_axis in (SampleAxis(d, 1, None), SampleAxis(d, None, 1))]
+        best = min(ways, key=lambda sample_axis: _difference(sample_axis.samples(whole, samples)[i], out))
         self._same_output(best.samples(whole, samples)[i], out, i)
         return best.samples(weights, samples)[i]
 
     def _same_output(self, batched: Tensor, single: Tensor, i: int) -> None:
         # Needed besides the gradients: a module without a rule is run on single samples by the engine as well.
         off = _difference(batched, single)
-        if off > tolerance(self.outputs[0].dtype, coarse=self.around.autocast is not None):
+        if off > tolerance(self.outputs[0].dtype, coarse=self.context.autocast is not None):
             raise self._mixed(i, f"is off by {off:.1e} from its output for that sample alone")
 
     def _mixed(self, i: int, how: str) -> SelfCheckError:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._no_randomness import Draws, NoDropout, other_generators_kept
-from .._rerun import Surroundings
+from .._no_randomness import Draws, NoRandomness, other_generators_kept
+from .._rerun import AmbientContext
 from .._tree import one_sample, private_copy, tensors_of, tree_map
 from ..capture.controller import HookController
-from ..capture.parameter_swap import Attributes, attributes_kept
-from ..capture.trace import Paths, Step, unfollowed
+from ..capture.parameter_swap import ModuleState, attributes_kept
+from ..capture.trace import OpTrace, Transition, untraced
 from ..errors import DPHooksError, SelfCheckError
 from ..gradients.sample_gradients import SampleGradients
-from .compare import judge, tolerance
-from .recorded_call import ObservedCall, kind_of
+from .compare import compare, tolerance
+from .recorded_call import RecordedCall, kind_of
 
 # How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 _ALONE = 3
@@ -48,16 +48,16 @@ class SelfCheck:
         self._params = params
         self._checked: set[tuple[Any, ...]] = set()
         self._checked_calls: dict[tuple[Any, Any], set[int]] = {}
-        self._observed: list[ObservedCall] = []
-        self._call: ObservedCall | None = None
+        self._observed: list[RecordedCall] = []
+        self._call: RecordedCall | None = None
         self._overflow = False
         self._busy = False
         self._deferred = False
         self._came_back = False
-        self._views: list[tuple[ObservedCall, int, Tensor, int]] = []
-        self._paths = Paths(model.buffers)
-        self._attributes: Attributes | None = None
-        self._criterion_paths = Paths()
+        self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
+        self._trace = OpTrace(model.buffers)
+        self._attributes: ModuleState | None = None
+        self._criterion_trace = OpTrace()
         self._coarse = False  # autocast or half precision is in use
         self._criterion_call: tuple[Any, Any] | None = None
         self._state: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ class SelfCheck:
 
     def watch(self, stack: ExitStack) -> None:
         """Observe outermost calls into the model, and calls of the criterion, until ``stack`` unwinds."""
-        self._controller.observer, self._controller.paths = self, self._paths
+        self._controller.observer, self._controller.trace = self, self._trace
         stack.callback(self._unwatch)
         if self._criterion is not None:
             before = self._criterion.register_forward_pre_hook(self._follow_criterion, prepend=True)
@@ -76,9 +76,9 @@ class SelfCheck:
             stack.callback(after.remove)
 
     def _unwatch(self) -> None:
-        self._controller.observer = self._controller.paths = None
-        self._paths.close()
-        self._criterion_paths.close()
+        self._controller.observer = self._controller.trace = None
+        self._trace.close()
+        self._criterion_trace.close()
         self._observed = []
         self._call = self._criterion_call = None
 
@@ -94,27 +94,27 @@ class SelfCheck:
             if not self._observed:
                 self._state = self._written()
             args, kwargs = private_copy((args, kwargs))
-        self._call = ObservedCall(module, name, args, kwargs, Surroundings.now(device), key, kind, new)
+        self._call = RecordedCall(module, name, args, kwargs, AmbientContext.current(device), key, kind, new)
         if not self._deferred:
-            self._call.attributes = Attributes(self._model)
+            self._call.attributes = ModuleState(self._model)
 
-    def ends(self) -> tuple[ObservedCall | None, list[Tensor]]:
+    def ends(self) -> tuple[RecordedCall | None, list[Tensor]]:
         """The call is over; what it left in attributes of the model can be used in a loss like its outputs."""
         call, self._call = self._call, None
         if self._busy or call is None:
             return None, []
-        call.steps, call.draws = self._paths.taken, self._paths.draws
-        if call.copied or call.steps:
+        call.transitions, call.draws = self._trace.unverified, self._trace.draws
+        if call.copied or call.transitions:
             self._keep(call)
         return call, call.left
 
-    def _keep(self, call: ObservedCall) -> None:
+    def _keep(self, call: RecordedCall) -> None:
         if len(self._observed) == _CALLS:
             self._overflow = True
         else:
             self._observed.append(call)
 
-    def reached(self, call: ObservedCall | None, index: int) -> None:
+    def reached(self, call: RecordedCall | None, index: int) -> None:
         """Gradients come back from output number ``index`` of the call."""
         if self._busy or call is None:
             return
@@ -123,7 +123,7 @@ class SelfCheck:
         if call not in self._observed and index not in self._checked_calls.get((call.key, call.kind), ()):
             self._keep(call)
 
-    def has_view(self, call: ObservedCall | None, index: int, output: Tensor) -> None:
+    def has_view(self, call: RecordedCall | None, index: int, output: Tensor) -> None:
         """Remember what tells later whether the output was changed in place."""
         if self._busy or call is None or index in self._checked_calls.get((call.key, call.kind), ()):
             return
@@ -144,7 +144,7 @@ class SelfCheck:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Check nothing before the end of the block, where another check takes place: of a whole function, from its start."""
-        self._deferred, self._attributes = True, Attributes(self._model)
+        self._deferred, self._attributes = True, ModuleState(self._model)
         try:
             yield
         finally:
@@ -158,12 +158,12 @@ class SelfCheck:
     def _follow_criterion(self, criterion: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and not self._deferred and not self._controller.in_backward():
             sized = [t.shape[self._controller.axis] for t in tensors_of(args) if t.dim() > self._controller.axis]
-            self._criterion_paths.start("", sized[0] if sized else None)
+            self._criterion_trace.start("", sized[0] if sized else None)
 
-    @unfollowed
+    @untraced
     def _observe_criterion(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._criterion_paths.stop()
-        if not self._busy and torch.is_grad_enabled() and (self.armed or self._criterion_paths.taken):
+        self._criterion_trace.stop()
+        if not self._busy and torch.is_grad_enabled() and (self.armed or self._criterion_trace.unverified):
             self._criterion_call = private_copy((args, kwargs))
 
     def new_step(self) -> None:
@@ -171,8 +171,8 @@ class SelfCheck:
         self._observed = []
         self._came_back = False
         self._views = []
-        self._criterion_paths.taken = set()
-        self._paths.taken = set()
+        self._criterion_trace.unverified = set()
+        self._trace.unverified = set()
         self._state = {}
         self._overflow = False
         self._criterion_call = None
@@ -194,19 +194,19 @@ class SelfCheck:
         return any(self._is_new(call, samples) for call in self._used())
 
     def _new_criterion(self, samples: int) -> bool:
-        return bool(self._criterion_paths.unverified(self._criterion_paths.taken, samples))
+        return bool(self._criterion_trace.unchecked(self._criterion_trace.unverified, samples))
 
     def needed_for_function(self, samples: int) -> bool:
         """The same for a step that a whole function was followed in."""
-        return self.needed(samples) or (samples > 0 and bool(self._paths.unverified(self._paths.taken, samples)))
+        return self.needed(samples) or (samples > 0 and bool(self._trace.unchecked(self._trace.unverified, samples)))
 
-    def _used(self) -> list[ObservedCall]:
+    def _used(self) -> list[RecordedCall]:
         """The calls that gradients came back from; all, where none did: a loss may only use what is inside them."""
         return [call for call in self._observed if call.reached] if self._came_back else self._observed
 
-    def _is_new(self, call: ObservedCall, samples: int) -> bool:
+    def _is_new(self, call: RecordedCall, samples: int) -> bool:
         known = self._checked_calls.get((self._key(samples), call.kind))
-        return known is None or not call.reached <= known or bool(self._paths.unverified(call.steps, samples))
+        return known is None or not call.reached <= known or bool(self._trace.unchecked(call.transitions, samples))
 
     def check_calls(self, samples: int) -> None:
         """Check every outermost call observed since the last boundary, with random cotangents on its outputs.
@@ -239,13 +239,13 @@ class SelfCheck:
         self._check_written()
         controller, compared = self._controller, 0
         for call in calls:
-            self._coarse = call.around.autocast is not None
+            self._coarse = call.context.autocast is not None
             compared += self._compare(
                 samples,
                 lambda call=call: call.loss(controller, samples, None),  # type: ignore[misc]
                 lambda i, call=call: call.loss(controller, samples, i),  # type: ignore[misc]
                 call.name or "the model",
-                call.steps,
+                call.transitions,
                 call.draws,
                 call.attributes or self._attributes,
             )
@@ -258,7 +258,7 @@ class SelfCheck:
             self.loss_verified = self._criterion is not None and samples > 1
         self._passed(samples, calls)
 
-    def _has_rows(self, call: ObservedCall, samples: int) -> bool:
+    def _has_rows(self, call: RecordedCall, samples: int) -> bool:
         axis = self._controller.axis
         return any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of((call.args, call.kwargs)))
 
@@ -270,9 +270,9 @@ class SelfCheck:
                 "training loop calls, or leave criterion out (the report then says: loss not verified)."
             )
         axis, call = self._controller.axis, self._criterion_call
-        with self._controller.separate(), self._undisturbed(NoDropout(samples)), self._criterion_paths.apart():
+        with self._controller.separate(), self._undisturbed(NoRandomness(samples)), self._criterion_trace.apart():
             whole = self._criterion_gradients(call)
-            seen = self._criterion_paths.taken
+            seen = self._criterion_trace.unverified
             if self._controller.loss_reduction == "mean":
                 whole = [g * samples for g in whole]
             for i in _some(samples):
@@ -290,7 +290,7 @@ class SelfCheck:
                             f"loss_reduction={self._controller.loss_reduction!r} is not how it reduces. Remedy: reduce within each "
                             "sample first, or declare the reduction."
                         )
-        self._criterion_paths.verify(seen, samples)
+        self._criterion_trace.verify(seen, samples)
 
     def _criterion_gradients(self, call: tuple[Any, Any]) -> list[Tensor]:
         assert self._criterion is not None
@@ -317,12 +317,12 @@ class SelfCheck:
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
-        taken = self._paths.taken
-        if self._key(2) in self._checked and not self._paths.unverified(taken, samples):
+        taken = self._trace.unverified
+        if self._key(2) in self._checked and not self._trace.unchecked(taken, samples):
             return  # another call than then: it is compared alone, by check_calls
         self._check_written()
-        self._coarse = any(call.around.autocast is not None for call in self._observed)
-        if not self._compare(samples, whole, alone, "the train function", taken, self._paths.draws, self._attributes):
+        self._coarse = any(call.context.autocast is not None for call in self._observed)
+        if not self._compare(samples, whole, alone, "the train function", taken, self._trace.draws, self._attributes):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
@@ -330,7 +330,7 @@ class SelfCheck:
         self._passed(samples, self._observed)
         self.loss_verified = samples > 1 or self.loss_verified
 
-    def _passed(self, samples: int, calls: list[ObservedCall]) -> None:
+    def _passed(self, samples: int, calls: list[RecordedCall]) -> None:
         for key in {self._key(samples), self._key(1)}:
             self._checked.add(key)
             for call in calls:
@@ -343,9 +343,9 @@ class SelfCheck:
         whole: Callable[[], Tensor],
         alone: Callable[[int], Tensor],
         what: str,
-        steps: set[Step],
+        transitions: set[Transition],
         draws: Draws | None,
-        attributes: Attributes | None,
+        attributes: ModuleState | None,
     ) -> bool:
         """Compare; whether there was anything to compare.
 
@@ -354,18 +354,18 @@ class SelfCheck:
             whole: runs on the batch and returns the loss.
             alone: runs on sample i.
             what: for messages.
-            steps: what the pass in question went through; the check has to go there, too.
+            transitions: what the pass in question went through; the check has to go there, too.
             draws: what it drew: where random numbers led it another way than constants do, the check follows.
             attributes: those of the model when it began: counters and caches of the model are no reason to go another way.
         """
-        without = NoDropout(samples)
+        without = NoRandomness(samples)
         if not self._compared(without, whole, alone, what, attributes):
             return False
         if samples > 1 and without.noisy:  # which may choose the samples that are mixed
-            self._compared(NoDropout(samples, varied=True), whole, alone, what, attributes)
-        if self._unseen(steps, samples) and draws is not None:
-            self._compared(NoDropout(samples, draws=draws), whole, alone, what, attributes)
-        if left := self._unseen(steps, samples):
+            self._compared(NoRandomness(samples, varied=True), whole, alone, what, attributes)
+        if self._unseen(transitions, samples) and draws is not None:
+            self._compared(NoRandomness(samples, draws=draws), whole, alone, what, attributes)
+        if left := self._unseen(transitions, samples):
             places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
             raise SelfCheckError(
                 f"{what}: run again on the same batch, it did not do the same as before (in {', '.join(places[:4])}), so "
@@ -374,32 +374,32 @@ class SelfCheck:
             )
         return True
 
-    def _unseen(self, steps: set[Step], samples: int) -> set[Step]:
-        left = self._paths.repeatable(self._paths.unverified(steps, samples))
-        self._paths.verify(steps - left, samples)
+    def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
+        left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
+        self._trace.verify(transitions - left, samples)
         if left:
             classes = {name: type(module) for name, module in self._model.named_modules()}
-            left = self._paths.verify_alike(left, samples, classes)
+            left = self._trace.verify_alike(left, samples, classes)
         return left
 
     def _compared(
         self,
-        without: NoDropout,
+        without: NoRandomness,
         whole: Callable[[], Tensor],
         alone: Callable[[int], Tensor],
         what: str,
-        attributes: Attributes | None,
+        attributes: ModuleState | None,
     ) -> bool:
         controller, samples = self._controller, without.samples
         assert samples is not None
         picked = _some(samples)
-        with controller.separate(), self._undisturbed(without), self._paths.apart():
+        with controller.separate(), self._undisturbed(without), self._trace.apart():
             self._begin_again(without, attributes, None)
             loss = whole()
-            seen = self._paths.taken
+            seen = self._trace.unverified
             if not loss.requires_grad:
                 return False
-            _backward(loss, [controller.token, *controller.params])
+            _backward(loss, [controller.anchor, *controller.params])
             found = controller.take()
             if found is None or found.samples != samples:
                 return False  # a call on something else than the batch of this step
@@ -411,12 +411,12 @@ class SelfCheck:
                     expected.append(self._reference(alone, i, what))
             finally:
                 controller.enable_hooks()
-            self._judge(found, picked, expected, what)
-        self._paths.verify(seen, samples)
+            self._compare_gradients(found, picked, expected, what)
+        self._trace.verify(seen, samples)
         return True
 
     @staticmethod
-    def _begin_again(without: NoDropout, attributes: Attributes | None, alone: int | None) -> None:
+    def _begin_again(without: NoRandomness, attributes: ModuleState | None, alone: int | None) -> None:
         without.begin_again(alone)
         if attributes is not None:
             attributes.put_back()
@@ -462,13 +462,13 @@ class SelfCheck:
             "as many rows as the batch has samples."
         )
 
-    def _judge(
+    def _compare_gradients(
         self, found: SampleGradients, picked: list[int], expected: list[dict[nn.Parameter, Tensor]], what: str
     ) -> None:
-        judge(found, picked, expected, self._params, self._controller, what, coarse=self._coarse)
+        compare(found, picked, expected, self._params, self._controller, what, coarse=self._coarse)
 
     @contextmanager
-    def _undisturbed(self, without: NoDropout) -> Iterator[None]:
+    def _undisturbed(self, without: NoRandomness) -> Iterator[None]:
         """Run with dropout off, and put random state, buffers, attributes and gradients back afterwards."""
         devices = sorted({p.device.index or 0 for p in self._params if p.device.type == "cuda"})
         buffers = [(b, b.detach().clone()) for b in self._model.buffers()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .sample_gradients import SampleGradients, Source, Stored
+from .sample_gradients import Instantiated, SampleGradients, Term
 
 
 class GradSamples:
@@ -19,7 +19,7 @@ class GradSamples:
         # Zeros on what the loss did not reach, to be told from what a user puts there.
         self._unreached: dict[nn.Parameter, Tensor] = {}
 
-    def add(self, params: Sequence[nn.Parameter], samples: int, found: Sequence[Source]) -> None:
+    def add(self, params: Sequence[nn.Parameter], samples: int, found: Sequence[Term]) -> None:
         """Write the sum over all uses in a backward pass, adding to what earlier passes left there."""
         if self._consumed:
             for param in params:
@@ -42,7 +42,7 @@ class GradSamples:
             p: g for p in params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
         }
         self._consumed = True
-        return SampleGradients(samples, [Stored(stored, samples, "")])
+        return SampleGradients(samples, [Instantiated(stored, samples, "")])
 
     def discard(self, params: Sequence[nn.Parameter]) -> None:
         """Take everything off the parameters."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._tree import tree_map
 from ..errors import UnsupportedModelError
-from ..rules import CHUNK, Call, Outer, Rule, outer, sum_of_squares, weighted_sum, wide
+from ..rules import CHUNK, Call, OuterProducts, Rule, outer, sum_of_squares, weighted_sum, wide
 
 Sums = dict[nn.Parameter, Tensor]
 
@@ -18,7 +18,7 @@ Sums = dict[nn.Parameter, Tensor]
 _GENEROSITY = 1.5
 
 
-class Source(Protocol):
+class Term(Protocol):
     """Something that contributed to the gradients of some parameters."""
 
     @property
@@ -28,7 +28,7 @@ class Source(Protocol):
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
 
-    def factored(self, param: nn.Parameter) -> Outer | None:
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """The same gradients as a sum of outer products, if they are one."""
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
 
 
-class Contribution(Source, Protocol):
+class Contribution(Term, Protocol):
     """A source that knows where it came from and how many samples it is over."""
 
     @property
@@ -66,7 +66,7 @@ def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
 
 
 @dataclass(eq=False)
-class Captured:
+class Deferred:
     """A captured call of one module: gradients are worked out from it when they are asked for.
 
     ``scale`` undoes the mean over the batch: the true per-sample gradient is ``scale`` times what the rule returns.
@@ -122,7 +122,7 @@ class Captured:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
-        factors, name = self.factored(param), self.names[param]
+        factors, name = self.outer_products(param), self.names[param]
         if factors is not None:
             return factors.pick(rows).grads()
         if self._narrows:
@@ -136,12 +136,12 @@ class Captured:
         found = self._run(self.call)
         return {param: scaled(found[name], self.scale) for param, name in self.names.items()}
 
-    def factored(self, param: nn.Parameter) -> Outer | None:
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """The factors that the rule gives, if it does."""
-        if self.rule.factored is None:
+        if self.rule.outer_products is None:
             return None
         name = self.names[param]
-        found = self.rule.factored(dataclasses.replace(self.call, names=(name,))).get(name)
+        found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
         return found
@@ -151,7 +151,7 @@ class Captured:
         if self.rule.sq_norms is not None:
             found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self.names[p] for p in params)))
             return {p: found[self.names[p]] * self.scale**2 for p in params}
-        factors = {p: self.factored(p) for p in params}
+        factors = {p: self.outer_products(p) for p in params}
         return {p: outer.sq_norms([use]) for p, use in factors.items() if use is not None}
 
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
@@ -162,12 +162,12 @@ class Captured:
             call = dataclasses.replace(self.call, names=names) if rows is None else _narrow(self.call, rows, names)
             found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
             return {p: found[self.names[p]] for p in params}
-        uses = {p: self.factored(p) for p in params}
+        uses = {p: self.outer_products(p) for p in params}
         return {p: use.pick(chosen).weighted_sum(factors[chosen]) for p, use in uses.items() if use is not None}
 
     # ---------------------------------------------------------------- what is worked out at once
 
-    def condensed(self) -> "list[Source]":
+    def instantiate_small(self) -> "list[Term]":
         """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
 
         Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
@@ -186,13 +186,15 @@ class Captured:
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return [self]
         tensors = self._run(dataclasses.replace(call, names=small))
-        stored = Stored({call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale)
+        stored = Instantiated(
+            {call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale
+        )
         rest = tuple(name for name in call.names if name not in small)
-        return [stored, Captured(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
+        return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
 
 
 @dataclass(eq=False)
-class Stored:
+class Instantiated:
     """Per-sample gradients of ``samples`` samples, written out already; the true ones are ``scale`` times these."""
 
     tensors: dict[nn.Parameter, Tensor]
@@ -209,7 +211,7 @@ class Stored:
         """The stored rows."""
         return scaled(self.tensors[param][rows], self.scale)
 
-    def factored(self, param: nn.Parameter) -> Outer | None:
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """None: the factors are gone."""
         return None
 
@@ -231,10 +233,10 @@ class SampleGradients:
     however often it was used.
     """
 
-    def __init__(self, samples: int, sources: Sequence[Source]) -> None:
+    def __init__(self, samples: int, sources: Sequence[Term]) -> None:
         """Collect ``sources``."""
         self.samples = samples
-        self._sources: dict[nn.Parameter, list[Source]] = {}
+        self._sources: dict[nn.Parameter, list[Term]] = {}
         for source in sources:
             for param in source.params:
                 self._sources.setdefault(param, []).append(source)
@@ -281,10 +283,10 @@ class SampleGradients:
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
-        uses = [source.factored(param) for source in self._sources[param]]
-        factored = [use for use in uses if use is not None]
-        if len(factored) == len(uses):
-            return outer.sq_norms(factored)
+        uses = [source.outer_products(param) for source in self._sources[param]]
+        outer_products = [use for use in uses if use is not None]
+        if len(outer_products) == len(uses):
+            return outer.sq_norms(outer_products)
         parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
         empty = param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))
         return torch.cat([*parts, empty])
@@ -319,7 +321,7 @@ class SampleGradients:
                 total = value.to(dtype) if total is None else total.add_(value)
         return torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
 
-    def _summands(self, source: Source, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
+    def _summands(self, source: Term, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
         fast = source.weighted_sums([param], factor, rows)
         if fast is not None and param in fast:
             return [fast[param]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
-from .sample_gradients import Captured, SampleGradients, Source, Sums
+from .sample_gradients import Deferred, SampleGradients, Sums, Term
 
 # Largest relative difference between the two passes in what a call got, by its squared norms.
 _SAME = 1e-3
@@ -37,7 +37,7 @@ class TwoPass:
         """A module with these parameters is called in the forward pass."""
         self.uses.update(params)
 
-    def receive(self, source: Source, name: str) -> list[Source]:
+    def receive(self, source: Term, name: str) -> list[Term]:
         """Take what is needed of ``source`` and return what has to be kept."""
         if self.factors is None:
             self._seen.setdefault(name, []).append(_fingerprint(source))
@@ -46,16 +46,16 @@ class TwoPass:
         self._second(source)
         return []
 
-    def _first(self, source: Source) -> list[Source]:
+    def _first(self, source: Term) -> list[Term]:
         params = source.params
         if any(p in self.norms for p in params):
             raise _differs("a parameter of it was used again after its norm had been taken")
-        if not isinstance(source, Captured) or any(self.uses[p] > 1 for p in params):
-            return source.condensed() if isinstance(source, Captured) else [source]
+        if not isinstance(source, Deferred) or any(self.uses[p] > 1 for p in params):
+            return source.instantiate_small() if isinstance(source, Deferred) else [source]
         self.norms.update(SampleGradients(source.samples, [source]).sq_norms(params))
         return []
 
-    def _second(self, source: Source) -> None:
+    def _second(self, source: Term) -> None:
         assert self.factors is not None
         assert self.finite is not None
         wanted = {p: self.factors[p] for p in source.params if p in self.factors}
@@ -63,7 +63,7 @@ class TwoPass:
         for p, total in found.items():
             self.sums[p] = self.sums[p].add_(total) if p in self.sums else total
 
-    def _check_same(self, source: Source, name: str) -> None:
+    def _check_same(self, source: Term, name: str) -> None:
         at, before = self._again[name], self._seen.get(name, [])
         self._again[name] += 1
         now = _fingerprint(source)
@@ -77,9 +77,9 @@ class TwoPass:
             raise _differs(f"{missing[0] or 'the model'} was not reached in the second one")
 
 
-def _fingerprint(source: Source) -> Tensor:
+def _fingerprint(source: Term) -> Tensor:
     """``[k, n]``: squared norms, per sample, of what the source was made of."""
-    if not isinstance(source, Captured):
+    if not isinstance(source, Deferred):
         return torch.stack([sum_of_squares(source.grads(p, slice(None))) for p in source.params[:1]])
     call = source.call
     axis = call.batch_dim
@@ -103,7 +103,7 @@ def _differs(what: str) -> UnsupportedModelError:
 class TwoPassGradients(SampleGradients):
     """The gradients of a part whose norms are known, and whose weighted sums take another backward pass."""
 
-    def __init__(self, samples: int, kept: Sequence[Source], passes: TwoPass, again: Callable[[], None]) -> None:
+    def __init__(self, samples: int, kept: Sequence[Term], passes: TwoPass, again: Callable[[], None]) -> None:
         """``kept`` are the uses of parameters used several times; ``again`` repeats the backward pass."""
         super().__init__(samples, kept)
         self._passes = passes

@@ -18,7 +18,7 @@ from ..gradients.sample_gradients import SampleGradients
 from ..privacy.accounting.meter import PrivacyMeter
 from ..privacy.clipping import ClippingFunction
 from ..privacy.noise.gaussian import GaussianNoise
-from ..privacy.sampling.loader import Part
+from ..privacy.sampling.loader import PhysicalBatch
 
 _HOOKS = tuple(
     f"_optimizer_{method}_{when}_hooks"
@@ -115,7 +115,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
-        self._part: Part | None = None
+        self._part: PhysicalBatch | None = None
         self._part_done = False
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._statistic: Tensor | None = None
@@ -337,7 +337,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "Call loss.backward() before it, on a loss of this model, outside torch.no_grad()."
             )
 
-    def start_part(self, part: Part) -> None:
+    def start_part(self, part: PhysicalBatch) -> None:
         """The loader is about to hand out ``part``: finish the part before it, or forget a logical batch left early."""
         if part.index > 0:
             if self._part is None or (self._part.logical, self._part.index + 1) != (part.logical, part.index):
@@ -351,7 +351,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._sums, self._statistic = {}, None
         self._part = part
         self._part_done = False
-        self._controller.serial += 1
+        self._controller.batch_number += 1
         if self._self_check is not None:
             self._self_check.new_step()
 

@@ -24,7 +24,7 @@ from ..privacy.accounting.meter import Budget, PrivacyMeter, calibrate, check_bu
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.report import PrivacyReport
-from ..privacy.sampling.loader import Part, PrivateDataLoader, make_loader, plan_sampling
+from ..privacy.sampling.loader import PhysicalBatch, PrivateDataLoader, make_loader, plan_sampling
 from .optimizer import PrivateOptimizer, check_optimizer
 
 _active: contextvars.ContextVar[tuple[PrivateTraining, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
@@ -242,7 +242,7 @@ class PrivateTraining:
         """Called by the loader before the first batch of a pass; charges it if there is no Poisson sampling."""
         self._meter.start_pass(self._open_optimizer().noise_multiplier)
 
-    def start_part(self, part: Part) -> None:
+    def start_part(self, part: PhysicalBatch) -> None:
         """Called by the loader before it hands out a batch."""
         self._open_optimizer().start_part(part)
         self.current_part = part
@@ -262,7 +262,7 @@ class PrivateTraining:
 
     # ---------------------------------------------------------------- results
 
-    current_part: Part | None = None
+    current_part: PhysicalBatch | None = None
 
     @property
     def steps(self) -> int:

@@ -100,8 +100,8 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         optimizer.zero_grad()
 
         def run(part: Any) -> Tensor:
-            paths = controller.paths if controller.hooks_enabled else None
-            with nullcontext() if paths is None else paths.function():
+            trace = controller.trace if controller.hooks_enabled else None
+            with nullcontext() if trace is None else trace.function():
                 return _checked(fn, fn(model, part, *args, **kwargs), reduction)
 
         check = scope.self_check

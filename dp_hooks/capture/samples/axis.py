@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleAxis:
     """Samples are counted along ``axis``, which has ``outer * n * inner`` rows for ``n`` samples, in this order.
 
     ``None`` stands for whatever is left: tokens flattened into the batch, sample by sample, are ``(axis, 1, None)``, whatever

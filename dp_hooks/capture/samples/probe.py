@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
-from .axis import Layout
+from .axis import SampleAxis
 
 # Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
 _PRIMES = (5, 7, 11, 13, 17, 19, 23)
@@ -32,16 +32,16 @@ BYPASSED = "it goes into a custom autograd function, where it cannot be followed
 
 
 @dataclass(frozen=True)
-class Entry:
+class UseLayout:
     """What one use of shared tensors looked like.
 
-    ``inputs`` and ``outputs`` hold the layout of each tensor that is not lifted, or None where it has no sample
+    ``inputs`` and ``outputs`` hold the layout of each tensor that is not tracked, or None where it has no sample
     axis; ``shared`` tells that nothing in it has one. ``reason``: why samples cannot be told apart. ``frames``: the calls of
-    modules that it was made in, as numbers of the trial. ``params``: the parameters behind the shared tensors.
+    modules that it was made in, as numbers of the probe. ``params``: the parameters behind the shared tensors.
     """
 
-    inputs: tuple[Layout | None, ...] = ()
-    outputs: tuple[Layout | None, ...] | None = ()
+    inputs: tuple[SampleAxis | None, ...] = ()
+    outputs: tuple[SampleAxis | None, ...] | None = ()
     shared: bool = False
     reason: str | None = None
     frames: tuple[int, ...] = field(default=(), compare=False)
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(eq=False)
 class _Frame:
-    """One call of a module during a trial."""
+    """One call of a module during a probe."""
 
     module: nn.Module
     name: str
@@ -84,9 +84,9 @@ _RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
 class _Watch(TorchFunctionMode):
     """Marks tensors whose rows were picked or sorted by values, and what is computed from them."""
 
-    def __init__(self, trial: "Trial") -> None:
+    def __init__(self, probe: "Probe") -> None:
         super().__init__()
-        self._trial = trial
+        self._trial = probe
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -96,48 +96,50 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return out
-        trial = self._trial
+        probe = self._trial
         tensors = tensors_of((args, kwargs))
         if name == "__iter__":
             parts = list(out)
-            trial.note_numbers(tensors, parts)
+            probe.note_numbers(tensors, parts)
             return iter(parts)
         if name in _TO_PYTHON:
-            trial.note_read(tensors)
+            probe.note_read(tensors)
         elif name not in _PADDED_TO:
-            trial.note_numbers(tensors, out)
+            probe.note_numbers(tensors, out)
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop)]
-            trial.note_read([end for end in ends if isinstance(end, Tensor)])
-        if trial.picks(name.strip("_"), args, kwargs):
-            trial.mark(out)
-        elif any(trial.is_marked(t) for t in tensors):
+            probe.note_read([end for end in ends if isinstance(end, Tensor)])
+        if probe.picks(name.strip("_"), args, kwargs):
+            probe.mark(out)
+        elif any(probe.is_marked(t) for t in tensors):
             first = tensors[0] if tensors else None
-            target = first is not None and not trial.is_marked(first)
+            target = first is not None and not probe.is_marked(first)
             kept = target and (out is first or name.startswith(_KEEPS_TARGET) or name == "__setitem__")
-            fixed = name in _RESHAPES and isinstance(out, Tensor) and trial.rows in out.shape
+            fixed = name in _RESHAPES and isinstance(out, Tensor) and probe.rows in out.shape
             if not kept and not fixed:
-                trial.mark(out)
+                probe.mark(out)
         return out
 
 
 @dataclass(eq=False)
-class Trial:
+class Probe:
     """One run of the model on ``rows`` rows: the first sample once, the second in all other rows.
 
-    With ``tints``, what the samples share is marked where it is first laid out for each of them, so that it shows when rows
+    With ``mark_first``, what the samples share is marked where it is first laid out for each of them, so that it shows when rows
     of it end up with other samples. They hold the same values there, but gradients go back to the row that a value came from.
-    ``orders``: also compare rows where there is one per sample.
+    ``check_order``: also compare rows where there is one per sample.
     """
 
     rows: int
-    telling: bool
-    tints: bool = False
-    orders: bool = False
-    entries: dict[Any, list[Entry]] = field(default_factory=dict)
+    two_distinct: bool
+    mark_first: bool = False
+    check_order: bool = False
+    uses: dict[Any, list[UseLayout]] = field(default_factory=dict)
     frames: list[_Frame] = field(default_factory=list)
-    strayed: list[int] = field(default_factory=list)  # calls out of which rows came in no order, first the inner ones
+    out_of_order: list[int] = field(
+        default_factory=list
+    )  # calls out of which rows came in no order, first the inner ones
     flat_bag: str | None = None
     _given: list[Tensor] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
@@ -150,7 +152,7 @@ class Trial:
         """Whether an axis of ``tensor`` grows with the number of rows."""
         return any(size and size % self.rows == 0 for size in tensor.shape)
 
-    def layout(self, tensor: Tensor, marks: bool = True) -> tuple[Layout | None, str | None]:
+    def sample_axis(self, tensor: Tensor, marks: bool = True) -> tuple[SampleAxis | None, str | None]:
         """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
         if marks and self.is_marked(tensor):
             return None, ROUTED
@@ -162,21 +164,21 @@ class Trial:
         (axis,) = found
         ratio = tensor.shape[axis] // self.rows
         if ratio == 1:
-            return Layout(axis), None
+            return SampleAxis(axis), None
         if any(self.frames[i].ragged for i in self._open):
             return None, ROUTED  # as many rows as a number says that was read from the batch
         for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
             if self._in_order(tensor, axis, outer, ratio // outer):
                 if outer == 1:
-                    return Layout(axis, 1, None, ratio), None
+                    return SampleAxis(axis, 1, None, ratio), None
                 if outer == ratio:
-                    return Layout(axis, None, 1, ratio), None
-                return Layout(axis, outer, ratio // outer, ratio), None
+                    return SampleAxis(axis, None, 1, ratio), None
+                return SampleAxis(axis, outer, ratio // outer, ratio), None
         return None, UNCLEAR
 
     def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
         """Whether the rows after the first, which all hold the same sample, hold the same numbers."""
-        if not self.telling:
+        if not self.two_distinct:
             return outer == 1
         if not tensor.numel():
             return True
@@ -189,36 +191,36 @@ class Trial:
             rough = tensor.dtype in (torch.float16, torch.bfloat16)
             return float((rows - rows[:, :1]).abs().max()) <= (3e-2 if rough else 1e-4) * size
 
-    def arguments(self, tensors: Sequence[Tensor]) -> Entry:
+    def arguments(self, tensors: Sequence[Tensor]) -> UseLayout:
         """The entry for a use of these tensors, as far as it is known before it."""
-        found = [self.layout(t) for t in tensors]
+        found = [self.sample_axis(t) for t in tensors]
         reason = next((why for _, why in found if why is not None), None)
-        layouts = tuple(at for at, _ in found)
-        shared = reason is None and not any(layouts)
-        return Entry(layouts, (), shared, reason, tuple(self._open), self._sizes(reason, tensors))
+        sample_axes = tuple(at for at, _ in found)
+        shared = reason is None and not any(sample_axes)
+        return UseLayout(sample_axes, (), shared, reason, tuple(self._open), self._sizes(reason, tensors))
 
     def _sizes(self, reason: str | None, tensors: Sequence[Tensor]) -> tuple[float, ...]:
         return tuple(size / self.rows for t in tensors for size in t.shape) if reason in (MIXED, UNCLEAR) else ()
 
-    def bypassed(self, params: Sequence[nn.Parameter]) -> Entry:
+    def bypassed(self, params: Sequence[nn.Parameter]) -> UseLayout:
         """The entry for a custom autograd function that got tensors made from ``params``."""
-        return Entry(reason=BYPASSED, frames=tuple(self._open), params=tuple(params))
+        return UseLayout(reason=BYPASSED, frames=tuple(self._open), params=tuple(params))
 
-    def results(self, entry: Entry, tensors: Sequence[Tensor]) -> Entry:
+    def results(self, use: UseLayout, tensors: Sequence[Tensor]) -> UseLayout:
         """The entry, completed by the results of the use."""
-        found = [self.layout(t) for t in tensors]
-        reason = entry.reason or next((why for _, why in found if why is not None), None)
-        sizes = entry.sizes or self._sizes(reason, tensors)
-        return replace(entry, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
+        found = [self.sample_axis(t) for t in tensors]
+        reason = use.reason or next((why for _, why in found if why is not None), None)
+        sizes = use.sizes or self._sizes(reason, tensors)
+        return replace(use, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
 
-    def tinted(self, tensor: Tensor) -> Tensor:
+    def with_first_marked(self, tensor: Tensor) -> Tensor:
         """``tensor``, in which all samples have the same rows, with other ones for the first sample."""
-        layout, _ = self.layout(tensor)
+        sample_axis, _ = self.sample_axis(tensor)
         with torch._C.DisableTorchFunction():
             if (
                 not tensor.numel()
-                or not self.tints
-                or layout is None
+                or not self.mark_first
+                or sample_axis is None
                 or not tensor.is_floating_point()
                 or not bool(tensor.isfinite().all())
             ):
@@ -226,17 +228,17 @@ class Trial:
             wave = torch.linspace(1, 2, tensor.shape[-1], device=tensor.device, dtype=tensor.dtype).sin()
             first = torch.zeros(self.rows, device=tensor.device, dtype=tensor.dtype)
             first[0] = 0.1 * float(tensor.abs().max()) or 0.1
-            outer, inner = layout.factors(tensor.shape[layout.axis], self.rows) or (1, 1)
+            outer, inner = sample_axis.factors(tensor.shape[sample_axis.axis], self.rows) or (1, 1)
             shape = [1] * tensor.dim()
-            shape[layout.axis] = -1
+            shape[sample_axis.axis] = -1
             return tensor + first.repeat_interleave(inner).repeat(outer).reshape(shape) * (
                 wave if tensor.dim() > 1 else 1
             )
 
-    def note(self, key: Any, entry: Entry) -> None:
-        """Keep ``entry``."""
-        self.entries.setdefault(key, []).append(entry)
-        if entry.reason == ROUTED and self._open:
+    def note(self, key: Any, use: UseLayout) -> None:
+        """Keep ``use``."""
+        self.uses.setdefault(key, []).append(use)
+        if use.reason == ROUTED and self._open:
             self.frames[self._open[-1]].routed = True
 
     # ---------------------------------------------------------------- rows picked by value
@@ -298,7 +300,7 @@ class Trial:
             self._given = tensors_of(tree)
         if isinstance(module, nn.EmbeddingBag) and self._is_flat(module, *tree):
             self.flat_bag = name
-        found = [self.layout(t) for t in tensors_of(tree)]
+        found = [self.sample_axis(t) for t in tensors_of(tree)]
         self.frames.append(
             _Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
         )
@@ -333,13 +335,13 @@ class Trial:
         index = self._open.pop()
         frame = self.frames[index]
         tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
-        outputs = [self.layout(t, marks=False) for t in tensors]
+        outputs = [self.sample_axis(t, marks=False) for t in tensors]
         if (
-            (self.tints or self.orders)
+            (self.mark_first or self.check_order)
             and frame.clean
             and not all(self._keeps_order(t, at) for t, (at, _) in zip(tensors, outputs, strict=True))
         ):
-            self.strayed.append(index)
+            self.out_of_order.append(index)
         frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
         if frame.ragged:
             self._leave_ragged(tree, tensors)
@@ -365,15 +367,15 @@ class Trial:
             self.frames[self._open[-1]].ragged = True
         self.mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
 
-    def _keeps_order(self, tensor: Tensor, layout: Layout | None) -> bool:
-        if layout is None:
+    def _keeps_order(self, tensor: Tensor, sample_axis: SampleAxis | None) -> bool:
+        if sample_axis is None:
             return not self.counts_rows(tensor)
-        return not layout.is_plain or self._in_order(tensor, layout.axis, 1, 1)
+        return not sample_axis.is_plain or self._in_order(tensor, sample_axis.axis, 1, 1)
 
-    def led_astray(self, untinted: "Trial") -> list[tuple[str, nn.Module]]:
-        """Calls, inner ones first, that put what is shared into rows of other samples: it shows in this trial only."""
-        seen = {untinted.frames[index].name for index in untinted.strayed}
-        frames = [self.frames[index] for index in self.strayed]
+    def misplaced_by(self, untinted: "Probe") -> list[tuple[str, nn.Module]]:
+        """Calls, inner ones first, that put what is shared into rows of other samples: it shows in this probe only."""
+        seen = {untinted.frames[index].name for index in untinted.out_of_order}
+        frames = [self.frames[index] for index in self.out_of_order]
         return [(frame.name, frame.module) for frame in frames if frame.name not in seen and frame.batched]
 
     @contextmanager
@@ -382,86 +384,86 @@ class Trial:
         with _Watch(self):
             yield
 
-    def repeated_module(self, entry: Entry) -> tuple[str, nn.Module] | None:
-        """The innermost call around ``entry`` that samples go into and come out of in a known order.
+    def repeated_module(self, use: UseLayout) -> tuple[str, nn.Module] | None:
+        """The innermost call around ``use`` that samples go into and come out of in a known order.
 
         The parameters are to be found in its module: others would stay out of what is repeated.
         """
-        for index in reversed(entry.frames):
+        for index in reversed(use.frames):
             frame = self.frames[index]
-            if frame.clean and frame.batched and {*entry.params} <= {*frame.module.parameters()}:
+            if frame.clean and frame.batched and {*use.params} <= {*frame.module.parameters()}:
                 return frame.name, frame.module
         return None
 
 
 @dataclass(eq=False)
-class BatchAxes:
-    """What trials have shown, kept for the lifetime of the controller."""
+class SampleAxes:
+    """What probes have shown, kept for the lifetime of the controller."""
 
     axis: int
-    known: dict[Any, list[Entry]] = field(default_factory=dict)
+    known: dict[Any, list[UseLayout]] = field(default_factory=dict)
     tried: set[Any] = field(default_factory=set)
     shown: set[Any] = field(default_factory=set)
     _told: set[Any] = field(default_factory=set)
 
-    def find(self, key: Any, count: int) -> Entry | None:
+    def find(self, key: Any, count: int) -> UseLayout | None:
         """The entry for use number ``count`` of ``key`` in a forward pass; None if it was never tried."""
-        entries = self.known.get(key)
-        if not entries:
+        uses = self.known.get(key)
+        if not uses:
             return None
-        if all(entry == entries[0] for entry in entries):
-            return entries[0]
-        return entries[count] if count < len(entries) else None
+        if all(use == uses[0] for use in uses):
+            return uses[0]
+        return uses[count] if count < len(uses) else None
 
     def differ(self, key: Any) -> bool:
         """Whether the uses of ``key`` in one forward pass are not all alike."""
-        entries = self.known.get(key, [])
-        return any(entry != entries[0] for entry in entries)
+        uses = self.known.get(key, [])
+        return any(use != uses[0] for use in uses)
 
-    def learn(self, trials: Sequence[Trial]) -> None:
-        """Take over what two trials agree on, where it is not at odds with what earlier ones have told."""
-        telling = all(trial.telling for trial in trials)
-        for key, agreed in self.merged(trials).items():
-            longest = max((trial.entries.get(key, []) for trial in trials), key=len)
+    def learn(self, probes: Sequence[Probe]) -> None:
+        """Take over what two probes agree on, where it is not at odds with what earlier ones have told."""
+        two_distinct = all(probe.two_distinct for probe in probes)
+        for key, agreed in self.merged(probes).items():
+            longest = max((probe.uses.get(key, []) for probe in probes), key=len)
             unsteady = [replace(e, reason=e.reason or UNSTEADY, shared=False) for e in longest]
             if key in self._told:
-                if telling:
+                if two_distinct:
                     joined = None if agreed is None else _joined(self.known[key], agreed)
                     self.known[key] = unsteady if joined is None else joined
             else:
                 self.known[key] = unsteady if agreed is None else agreed
-            if telling:
+            if two_distinct:
                 self._told.add(key)
 
     @staticmethod
-    def merged(trials: Sequence[Trial]) -> dict[Any, list[Entry] | None]:
-        """For every use, what two trials saw of it; None where no two agree."""
-        out: dict[Any, list[Entry] | None] = {}
-        for key in {key for trial in trials for key in trial.entries}:
-            seen = [trial.entries[key] for trial in trials if key in trial.entries]
+    def merged(probes: Sequence[Probe]) -> dict[Any, list[UseLayout] | None]:
+        """For every use, what two probes saw of it; None where no two agree."""
+        out: dict[Any, list[UseLayout] | None] = {}
+        for key in {key for probe in probes for key in probe.uses}:
+            seen = [probe.uses[key] for probe in probes if key in probe.uses]
             out[key] = next((a for i, a in enumerate(seen) for b in seen[i + 1 :] if _same(a, b)), None)
         return out
 
     @staticmethod
-    def agree(trials: Sequence[Trial]) -> bool:
-        """Whether the trials saw the same."""
-        return None not in BatchAxes.merged(trials).values()
+    def agree(probes: Sequence[Probe]) -> bool:
+        """Whether the probes saw the same."""
+        return None not in SampleAxes.merged(probes).values()
 
 
-def _same(one: Sequence[Entry], other: Sequence[Entry]) -> bool:
-    """Whether two trials saw the same layouts, with as many rows per sample: a size that stays the same is no batch."""
-    if all(entry == one[0] for entry in one) and all(entry == other[0] for entry in other):
+def _same(one: Sequence[UseLayout], other: Sequence[UseLayout]) -> bool:
+    """Whether two probes saw the same layouts, with as many rows per sample: a size that stays the same is no batch."""
+    if all(use == one[0] for use in one) and all(use == other[0] for use in other):
         one, other = one[:1], other[:1]  # however often, as in a loop over samples
     return list(one) == list(other) and all(a.ratios == b.ratios for a, b in zip(one, other, strict=True))
 
 
-def _joined(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry] | None:
+def _joined(old: Sequence[UseLayout], new: Sequence[UseLayout]) -> list[UseLayout] | None:
     """Entries that hold for both, or None."""
-    if all(entry == old[0] for entry in old) and all(entry == new[0] for entry in new):
+    if all(use == old[0] for use in old) and all(use == new[0] for use in new):
         old, new = old[:1], new[:1]
     if len(old) != len(new):
         return None
-    out: list[Entry] = []
+    out: list[UseLayout] = []
     for one, other in zip(old, new, strict=True):
         inputs, outputs = (
             _wider(a, b) for a, b in ((one.inputs, other.inputs), (one.outputs or (), other.outputs or ()))
@@ -473,11 +475,13 @@ def _joined(old: Sequence[Entry], new: Sequence[Entry]) -> list[Entry] | None:
     return out
 
 
-def _wider(one: Sequence[Layout | None], other: Sequence[Layout | None]) -> tuple[Layout | None, ...] | None:
+def _wider(
+    one: Sequence[SampleAxis | None], other: Sequence[SampleAxis | None]
+) -> tuple[SampleAxis | None, ...] | None:
     """Layouts that hold for both: rows of one sample after the other are also those of samples with one row."""
     if len(one) != len(other):
         return None
-    out: list[Layout | None] = []
+    out: list[SampleAxis | None] = []
     for a, b in zip(one, other, strict=True):
         if a == b:
             out.append(a)
@@ -498,7 +502,7 @@ def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
     return [*good, 29, 31, 37][:5]
 
 
-def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:
+def rows_for_probe(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:
     """Return the first row once and the second ``count - 1`` times, of a tensor that has ``rows`` rows along ``axis``."""
     if tree_tensors.dim() <= axis or tree_tensors.shape[axis] != rows:
         return tree_tensors
@@ -507,12 +511,12 @@ def rows_for_trial(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Te
     return tree_tensors.detach().index_select(axis, index)
 
 
-def gradients_wanted(trial: Trial | None) -> bool:
+def gradients_wanted(probe: Probe | None) -> bool:
     """Whether gradients may flow through what is being done.
 
-    In a trial also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
+    In a probe also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
     """
-    return torch.is_grad_enabled() or (trial is not None and next(_custom_forwards(), None) is not None)
+    return torch.is_grad_enabled() or (probe is not None and next(_custom_forwards(), None) is not None)
 
 
 def arguments_of_functions() -> Iterator[list[Any]]:
@@ -550,6 +554,6 @@ def _forwards_without_context(function: Any) -> set[CodeType]:
     return found
 
 
-def guessed(tensor: Tensor, axis: int, rows: int) -> Layout | None:
+def guessed(tensor: Tensor, axis: int, rows: int) -> SampleAxis | None:
     """For what was never tried: the declared axis, if it has as many rows as there are samples."""
-    return Layout(axis) if tensor.dim() > axis and tensor.shape[axis] == rows else None
+    return SampleAxis(axis) if tensor.dim() > axis and tensor.shape[axis] == rows else None

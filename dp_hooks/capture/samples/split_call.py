@@ -8,22 +8,22 @@ from ..._tree import join, split
 from ...errors import UnsupportedModelError
 from ...rules import Call, Rule
 from ...rules.embedding import has_flat_ids
-from .axis import Layout
-from .probe import Entry
+from .axis import SampleAxis
+from .probe import UseLayout
 
 
-def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
-    """Return the rule and the call with one slice per sample, given where trials found the samples.
+def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:
+    """Return the rule and the call with one slice per sample, given where probes found the samples.
 
     Raises:
-        UnsupportedModelError: samples cannot be told apart, or are not where they were in the trials.
+        UnsupportedModelError: samples cannot be told apart, or are not where they were in the probes.
     """
     skeleton, inputs = split((call.args, call.kwargs))
     n = call.samples
-    if entry.reason is not None:
-        raise _refusal(call, entry.reason)
-    ins, outs = entry.inputs, entry.outputs or ()
-    if has_flat_ids(call) and outs == (Layout(0),):
+    if use.reason is not None:
+        raise _refusal(call, use.reason)
+    ins, outs = use.inputs, use.outputs or ()
+    if has_flat_ids(call) and outs == (SampleAxis(0),):
         return rule, call  # one bag for each sample, wherever its ids are
     if rule.whole_subtree:  # of outputs at the end that have no sample axis there may be any number
         outs = (*outs, *(None for _ in call.grads[len(outs) :]))
@@ -31,15 +31,15 @@ def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
         raise _refusal(
             call, "it was called with other inputs or gave other outputs than in the runs that showed its layout"
         )
-    for layout, tensor in [*zip(ins, inputs, strict=True), *zip(outs, call.grads, strict=True)]:
-        if layout is not None and tensor is not None and not layout.fits(tensor, n):
+    for sample_axis, tensor in [*zip(ins, inputs, strict=True), *zip(outs, call.grads, strict=True)]:
+        if sample_axis is not None and tensor is not None and not sample_axis.fits(tensor, n):
             raise _refusal(call, f"{n} samples do not fit into a tensor of shape {tuple(tensor.shape)} as they should")
-    for layout, grad in zip(outs, call.grads, strict=True):
-        if layout is None and grad is not None:
+    for sample_axis, grad in zip(outs, call.grads, strict=True):
+        if sample_axis is None and grad is not None:
             raise _refusal(call, "an output that the loss depends on has no axis that counts samples")
     if rule.whole_subtree:
         return rule, _cut(call, skeleton, inputs, ins, outs)
-    here = Layout(call.batch_dim)
+    here = SampleAxis(call.batch_dim)
     used = [at for at, g in zip(outs, call.grads, strict=True) if g is not None]
     if all(at == here for at in used) and all(at in (here, None) for at in ins):
         return rule, call
@@ -47,11 +47,11 @@ def samples_apart(rule: Rule, call: Call, entry: Entry) -> tuple[Rule, Call]:
         return rule, _cut(call, skeleton, inputs, ins, outs)
     moving = {at for at in (*ins, *used) if at is not None}
     if len(moving) == 1 and all(at is not None for at in ins):
-        (layout,) = moving
-        if layout.axis == 0 and not layout.is_plain:
+        (sample_axis,) = moving
+        if sample_axis.axis == 0 and not sample_axis.is_plain:
             return _row_by_row(rule), _cut(call, skeleton, inputs, ins, outs)
-        if layout.is_plain and rule.batch_dim is None:
-            return rule, dataclasses.replace(call, batch_dim=layout.axis)
+        if sample_axis.is_plain and rule.batch_dim is None:
+            return rule, dataclasses.replace(call, batch_dim=sample_axis.axis)
     raise _refusal(call, "its samples are laid out in a way that its rule cannot read")
 
 
@@ -59,8 +59,8 @@ def _cut(
     call: Call,
     skeleton: object,
     inputs: list[Tensor],
-    ins: tuple[Layout | None, ...],
-    outs: tuple[Layout | None, ...],
+    ins: tuple[SampleAxis | None, ...],
+    outs: tuple[SampleAxis | None, ...],
 ) -> Call:
     n = call.samples
     tensors = [t if at is None else at.samples(t, n) for t, at in zip(inputs, ins, strict=True)]
@@ -83,7 +83,7 @@ def _row_by_row(rule: Rule) -> Rule:
         return {name: g.unflatten(0, (call.samples, -1)).sum(1) for name, g in found.items()}
 
     return dataclasses.replace(
-        rule, grad_samples=grad_samples, sq_norms=None, weighted_sums=None, dims=None, factored=None
+        rule, grad_samples=grad_samples, sq_norms=None, weighted_sums=None, dims=None, outer_products=None
     )
 
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from ..._tree import join, tensors_of
 from ...errors import UnsupportedModelError
 from ...gradients.sample_gradients import scaled
-from ...rules import Outer, sum_of_squares
+from ...rules import OuterProducts, sum_of_squares
 from ..parameter_swap import autocast_as
-from .axis import Layout
+from .axis import SampleAxis
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 @dataclass(eq=False)
-class Root:
-    """A parameter in the small graph that leads from it to a lifted tensor: ``leaf`` stands for ``param`` there."""
+class TrackedParameter:
+    """A parameter in the small graph that leads from it to a tracked tensor: ``leaf`` stands for ``param`` there."""
 
     param: nn.Parameter
     leaf: Tensor
@@ -29,7 +29,7 @@ class Root:
 
 
 @dataclass(eq=False)
-class Shared:
+class TrackedValue:
     """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
 
     ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
@@ -37,7 +37,7 @@ class Shared:
     """
 
     value: Tensor
-    roots: tuple[Root, ...]
+    roots: tuple[TrackedParameter, ...]
     keeps_norm: bool = False
     custom: bool = False
 
@@ -102,10 +102,10 @@ def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @dataclass(eq=False)
-class SharedGradients:
+class TrackedGradients:
     """A source: ``grads`` ``[n, *value.shape]`` are the per-sample gradients of a shared tensor."""
 
-    shared: Shared
+    tracked: TrackedValue
     rows: Tensor
     scale: float
     name: str
@@ -118,19 +118,19 @@ class SharedGradients:
     @property
     def params(self) -> Sequence[nn.Parameter]:
         """The parameters behind the shared tensor."""
-        return [root.param for root in self.shared.roots]
+        return [root.param for root in self.tracked.roots]
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the chosen samples."""
-        return self.shared.scaled_rows_to_parameter(param, self.rows[rows], self.scale)
+        return self.tracked.scaled_rows_to_parameter(param, self.rows[rows], self.scale)
 
-    def factored(self, param: nn.Parameter) -> Outer | None:
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """None: not a sum of outer products, as far as is known."""
         return None
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
         """Squared norms of the rows as they are, where the shared tensor is the parameter, or rearranges it."""
-        if not (self.shared.is_parameter or self.shared.keeps_norm):
+        if not (self.tracked.is_parameter or self.tracked.keeps_norm):
             return None
         return {param: sum_of_squares(self.rows) * self.scale**2 for param in params}
 
@@ -139,22 +139,22 @@ class SharedGradients:
     ) -> dict[nn.Parameter, Tensor] | None:
         """Weight the rows first: one pass back to the parameter instead of one per sample."""
         chosen = slice(None) if rows is None else rows
-        if self.samples == 0 or self.shared.custom:
+        if self.samples == 0 or self.tracked.custom:
             return None
         dtype = torch.promote_types(self.rows.dtype, torch.float32)
         total = torch.tensordot(factors[chosen].to(dtype) * self.scale, self.rows[chosen].to(dtype), dims=1)
-        return {param: self.shared.to_parameter(param, total) for param in params}
+        return {param: self.tracked.to_parameter(param, total) for param in params}
 
 
 @dataclass(eq=False)
-class Meeting:
+class BatchedOp:
     """One operation ``function(shared tensors, batched tensors, ...)`` in which parameters met the batch."""
 
     function: Callable[..., Any]
     skeleton: Any
-    shared: dict[int, Shared]
-    layouts: dict[int, Layout | None]
-    outputs: list[Layout]
+    tracked: dict[int, TrackedValue]
+    sample_axes: dict[int, SampleAxis | None]
+    outputs: list[SampleAxis]
     name: str
     autocast: torch.dtype | None
 
@@ -174,10 +174,10 @@ def _contraction(outputs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
 
 
 @dataclass(eq=False)
-class MeetingGradients:
+class BatchedOpGradients:
     """A source: the inputs and output gradients of one operation, from which gradients are worked out when asked for."""
 
-    meeting: Meeting
+    op: BatchedOp
     plain: dict[int, Tensor]
     output_grads: list[Tensor | None]
     samples: int
@@ -187,20 +187,20 @@ class MeetingGradients:
     @property
     def name(self) -> str:
         """Where the operation was."""
-        return self.meeting.name
+        return self.op.name
 
     @property
     def params(self) -> Sequence[nn.Parameter]:
         """The parameters behind the shared tensors of the operation."""
-        return list({id(r.param): r.param for s in self.meeting.shared.values() for r in s.roots}.values())
+        return list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
 
     def _all(self, values: dict[int, Tensor], plain: dict[int, Tensor]) -> list[Tensor]:
         return [values[i] if i in values else plain[i] for i in range(len(values) + len(plain))]
 
     def _rows(self, rows: slice | Tensor) -> dict[int, Tensor]:
         """Per-sample gradients of the shared tensors."""
-        m = self.meeting
-        values = {i: s.value.detach() for i, s in m.shared.items()}
+        m = self.op
+        values = {i: s.value.detach() for i, s in m.tracked.items()}
         if self.samples == 0:
             return {i: v.new_zeros((0, *v.shape)) for i, v in values.items()}
         if self.how.get("way") != "masked":
@@ -215,12 +215,12 @@ class MeetingGradients:
         return self._by_masks(values, rows)
 
     def _by_vmap(self, values: dict[int, Tensor], rows: slice | Tensor) -> dict[int, Tensor]:
-        m, n = self.meeting, self.samples
-        fixed = {i: t for i, t in self.plain.items() if m.layouts.get(i) is None}
-        moving = {i: m.layouts[i].samples(t, n)[rows] for i, t in self.plain.items() if i not in fixed}  # type: ignore[union-attr]
+        m, n = self.op, self.samples
+        fixed = {i: t for i, t in self.plain.items() if m.sample_axes.get(i) is None}
+        moving = {i: m.sample_axes[i].samples(t, n)[rows] for i, t in self.plain.items() if i not in fixed}  # type: ignore[union-attr]
         grads = [
-            None if g is None else layout.samples(g, n)[rows]
-            for g, layout in zip(self.output_grads, m.outputs, strict=True)
+            None if g is None else sample_axis.samples(g, n)[rows]
+            for g, sample_axis in zip(self.output_grads, m.outputs, strict=True)
         ]
         present = [g for g in grads if g is not None]
 
@@ -237,7 +237,7 @@ class MeetingGradients:
     def _vjp(self, values: dict[int, Tensor], grads: list[Tensor | None]) -> dict[int, Tensor]:
         with torch.enable_grad():
             leaves = {i: v.detach().requires_grad_() for i, v in values.items()}
-            total = _contraction(self.meeting.run(self._all(leaves, self.plain)), grads)
+            total = _contraction(self.op.run(self._all(leaves, self.plain)), grads)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {
             i: torch.zeros_like(v) if g is None else g.to_dense() if g.is_sparse else g
@@ -247,15 +247,15 @@ class MeetingGradients:
     def _scaled(self, factors: Tensor) -> list[Tensor | None]:
         """The output gradients with the rows of sample ``i`` times ``factors[i]``."""
         out: list[Tensor | None] = []
-        for g, layout in zip(self.output_grads, self.meeting.outputs, strict=True):
+        for g, sample_axis in zip(self.output_grads, self.op.outputs, strict=True):
             if g is None:
                 out.append(None)
                 continue
-            sizes = layout.factors(g.shape[layout.axis], self.samples)
+            sizes = sample_axis.factors(g.shape[sample_axis.axis], self.samples)
             assert sizes is not None
             weights = factors.to(g.dtype).repeat_interleave(sizes[1]).repeat(sizes[0])
             shape = [1] * g.dim()
-            shape[layout.axis] = -1
+            shape[sample_axis.axis] = -1
             rows = weights.reshape(shape)
             out.append((g * rows).masked_fill(rows == 0, 0))
         return out
@@ -292,14 +292,14 @@ class MeetingGradients:
         """Per-sample gradients of ``param`` for the chosen samples, all the shared tensors behind which it is added up."""
         found = self._rows(rows)
         total = None
-        for i, shared in self.meeting.shared.items():
+        for i, shared in self.op.tracked.items():
             if any(root.param is param for root in shared.roots):
                 part = shared.scaled_rows_to_parameter(param, found[i], self.scale)
                 total = part if total is None else total + part
         assert total is not None
         return total
 
-    def factored(self, param: nn.Parameter) -> Outer | None:
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """None: not a sum of outer products, as far as is known."""
         return None
 
@@ -311,29 +311,29 @@ class MeetingGradients:
         self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
     ) -> dict[nn.Parameter, Tensor] | None:
         """Weight the output gradients: one ordinary backward pass through the operation."""
-        tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.meeting.shared.values())]
-        halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.meeting.autocast is not None
-        custom = any(s.custom for s in self.meeting.shared.values())
+        tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.op.tracked.values())]
+        halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.op.autocast is not None
+        custom = any(s.custom for s in self.op.tracked.values())
         if self.samples == 0 or custom or halves:  # autograd would round the sum over samples before the noise is in
             return None
         weights = factors
         if rows is not None:
             weights = torch.zeros_like(factors)
             weights[rows] = factors[rows]
-        values = {i: s.value.detach() for i, s in self.meeting.shared.items()}
+        values = {i: s.value.detach() for i, s in self.op.tracked.items()}
         found = self._vjp(values, self._scaled(weights * self.scale))
         out: dict[nn.Parameter, Tensor] = {}
         for param in params:
             parts = [
                 shared.to_parameter(param, found[i])
-                for i, shared in self.meeting.shared.items()
+                for i, shared in self.op.tracked.items()
                 if any(root.param is param for root in shared.roots)
             ]
             out[param] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return out
 
 
-def refused(roots: Sequence[Root], reason: str) -> UnsupportedModelError:
+def refused(roots: Sequence[TrackedParameter], reason: str) -> UnsupportedModelError:
     """The error for parameters whose per-sample gradients cannot be told apart."""
     params = ", ".join(sorted({root.name for root in roots}))
     return UnsupportedModelError(

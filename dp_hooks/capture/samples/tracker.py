@@ -13,9 +13,17 @@ from ..._no_randomness import is_dropout
 from ..._tree import join, split, tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from ..parameter_swap import autocast_dtype
-from .axis import Layout
-from .probe import UNSTEADY, UNTRIED, BatchAxes, Entry, Trial, arguments_of_functions, gradients_wanted, guessed
-from .tracked_gradients import Meeting, MeetingGradients, Root, Shared, SharedGradients, refused, sum_to
+from .axis import SampleAxis
+from .probe import UNSTEADY, UNTRIED, Probe, SampleAxes, UseLayout, arguments_of_functions, gradients_wanted, guessed
+from .tracked_gradients import (
+    BatchedOp,
+    BatchedOpGradients,
+    TrackedGradients,
+    TrackedParameter,
+    TrackedValue,
+    refused,
+    sum_to,
+)
 
 Grads = list[Tensor | None]
 # From saved tensors and output gradients: the sources they make.
@@ -47,7 +55,7 @@ VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
 
 class Recorder(Protocol):
-    """What the lifter needs from the controller."""
+    """What the tracker needs from the controller."""
 
     hooks_enabled: bool
 
@@ -57,8 +65,8 @@ class Recorder(Protocol):
     def scale(self, samples: int) -> float:
         """The factor that undoes the mean over the batch."""
 
-    def try_again(self) -> None:
-        """Run the trials anew, in the middle of a forward pass."""
+    def discover_again(self) -> None:
+        """Run the probes anew, in the middle of a forward pass."""
 
     def leaked(self, param: nn.Parameter) -> None:
         """Take note that autograd delivered a gradient to ``param``."""
@@ -68,7 +76,7 @@ class Recorder(Protocol):
 
 
 def _is_float(tensor: Tensor) -> bool:
-    if isinstance(tensor, Lifted):
+    if isinstance(tensor, TrackedTensor):
         return True
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -82,99 +90,99 @@ def _attribute(function: Any) -> str:
     return str(getattr(getattr(function, "__self__", None), "__name__", ""))
 
 
-class Lifted(torch.Tensor):
-    """A tensor that all samples share, computed from parameters only; reports each operation on it to its lifter."""
+class TrackedTensor(torch.Tensor):
+    """A tensor that all samples share, computed from parameters only; reports each operation on it to its tracker."""
 
-    lifter: "Lifter"
+    tracker: "Tracker"
     label: int
 
     @property
-    def shared(self) -> Shared:
+    def content(self) -> TrackedValue:
         """What it holds, and how it came from parameters."""
-        found: Shared = vars(self)["_shared"]
+        found: TrackedValue = vars(self)["_content"]
         if found.custom and not found.value.requires_grad:
             # What a custom function returned gets its history after the fact: autograd adds it to the same object.
             with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
                 if self.requires_grad:
-                    found = Shared(self.as_subclass(torch.Tensor), found.roots, custom=True)
-                    self.shared = found
+                    found = TrackedValue(self.as_subclass(torch.Tensor), found.roots, custom=True)
+                    self.content = found
         return found
 
-    @shared.setter
-    def shared(self, shared: Shared) -> None:
-        vars(self)["_shared"] = shared
+    @content.setter
+    def content(self, content: TrackedValue) -> None:
+        vars(self)["_content"] = content
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         skeleton, tensors = split((args, kwargs or {}))
-        first = next((t for t in tensors if isinstance(t, Lifted)), None)
-        if first is None or "lifter" not in vars(first) or not first.lifter.recorder.hooks_enabled:
+        first = next((t for t in tensors if isinstance(t, TrackedTensor)), None)
+        if first is None or "tracker" not in vars(first) or not first.tracker.recorder.hooks_enabled:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        return first.lifter.apply(func, args, kwargs or {}, skeleton, tensors)
+        return first.tracker.apply(func, args, kwargs or {}, skeleton, tensors)
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """The same values, without history, and no longer followed."""
-    if not isinstance(tensor, Lifted):
+    if not isinstance(tensor, TrackedTensor):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.shared.value.detach()
+        return tensor.content.value.detach()
 
 
 @dataclass(eq=False)
-class Lifter:
-    """Follows lifted tensors through a forward pass. State lives here, for as long as the controller does."""
+class Tracker:
+    """Follows tracked tensors through a forward pass. State lives here, for as long as the controller does."""
 
     recorder: Recorder
-    axes: BatchAxes
+    axes: SampleAxes
     rows: int | None = None
     strict: bool = False
     retries: int = 0
-    trial: Trial | None = None
+    probe: Probe | None = None
     counts: dict[Any, int] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
     # For uses that differ from each other: what each was taken for in this forward pass, by the shapes it met.
-    seen: dict[Any, list[tuple[Any, Entry]]] = field(default_factory=dict)
+    seen: dict[Any, list[tuple[Any, UseLayout]]] = field(default_factory=dict)
     names: dict[Any, str] = field(default_factory=dict)
     way: dict[Any, dict[str, str]] = field(default_factory=dict)
 
     # ---------------------------------------------------------------- lifting
 
-    def lift(self, param: nn.Parameter, name: str, outside: bool = False) -> Lifted:
-        """Return ``param`` as a lifted tensor; ``outside``: for use elsewhere than in its own module."""
+    def track(self, param: nn.Parameter, name: str, outside: bool = False) -> TrackedTensor:
+        """Return ``param`` as a tracked tensor; ``outside``: for use elsewhere than in its own module."""
         label = (name, outside)
-        if self.trial is not None:
-            return self._wrap(param.detach(), (Root(param, param.detach(), name),), hash(label))
+        if self.probe is not None:
+            return self._wrap(param.detach(), (TrackedParameter(param, param.detach(), name),), hash(label))
         with torch.enable_grad():
             leaf = param.detach().requires_grad_()
             leaf.register_post_accumulate_grad_hook(lambda leaf: self._leaked(param, leaf))
-            return self._wrap(leaf, (Root(param, leaf, name),), hash(label))
+            return self._wrap(leaf, (TrackedParameter(param, leaf, name),), hash(label))
 
     def _leaked(self, param: nn.Parameter, leaf: Tensor) -> None:
         leaf.grad = None
         self.recorder.leaked(param)
 
-    def _wrap(self, value: Tensor, roots: tuple[Root, ...], label: int) -> Lifted:
-        lifted = value.as_subclass(Lifted)
-        lifted.lifter, lifted.shared, lifted.label = self, Shared(value, roots), label
-        return lifted
+    def _wrap(self, value: Tensor, roots: tuple[TrackedParameter, ...], label: int) -> TrackedTensor:
+        tracked = value.as_subclass(TrackedTensor)
+        tracked.tracker, tracked.content, tracked.label = self, TrackedValue(value, roots), label
+        return tracked
 
-    def _adopt(self, tensor: Tensor, roots: tuple[Root, ...], label: int) -> None:
+    def _adopt(self, tensor: Tensor, roots: tuple[TrackedParameter, ...], label: int) -> None:
         """Follow an ordinary tensor from now on: a shared one has been written into it."""
-        shared = Shared(tensor.as_subclass(torch.Tensor), roots)
-        tensor.__class__ = Lifted
-        vars(tensor).update(lifter=self, _shared=shared, label=label)
+        shared = TrackedValue(tensor.as_subclass(torch.Tensor), roots)
+        tensor.__class__ = TrackedTensor
+        vars(tensor).update(tracker=self, _content=shared, label=label)
 
-    def lower(self, tree: Any) -> Any:
-        """Return ``tree`` with ordinary tensors in the place of lifted ones; their gradients count as leaked."""
+    def untrack(self, tree: Any) -> Any:
+        """Return ``tree`` with ordinary tensors in the place of tracked ones; their gradients count as leaked."""
         if tree is not None:
             self._check_counts()
-        if not any(isinstance(t, Lifted) for t in tensors_of(tree)):
+        if not any(isinstance(t, TrackedTensor) for t in tensors_of(tree)):
             return tree
-        return tree_map(lambda leaf: leaf.shared.value if isinstance(leaf, Lifted) else leaf, tree)
+        return tree_map(lambda leaf: leaf.content.value if isinstance(leaf, TrackedTensor) else leaf, tree)
 
     def _check_counts(self) -> None:
         """Refuse a forward pass that skipped some of several uses that differ: the others were taken for one another."""
@@ -201,14 +209,14 @@ class Lifter:
         self.rows, self.counts, self.seen, self.strict, self.retries = state
 
     def is_touched(self, name: str) -> bool:
-        """Whether trials saw the parameter ``name`` used outside its own module."""
+        """Whether probes saw the parameter ``name`` used outside its own module."""
         return hash((name, True)) in self.touched
 
     # ---------------------------------------------------------------- one operation
 
     def apply(self, func: Any, args: Any, kwargs: Any, skeleton: Any, tensors: list[Tensor]) -> Any:
-        """Run ``func`` on arguments some of which are lifted."""
-        lifted = [t for t in tensors if isinstance(t, Lifted)]
+        """Run ``func`` on arguments some of which are tracked."""
+        tracked = [t for t in tensors if isinstance(t, TrackedTensor)]
         name = _name_of(func)
         inside = [] if torch.is_grad_enabled() else self._function_arguments()
         if inside and (name in _TO_ELSEWHERE or _attribute(func) == "data"):
@@ -216,9 +224,9 @@ class Lifter:
         if name == "__get__":
             attribute = _attribute(func)
             if attribute in VIEWS_BY_NAME:
-                if self.trial is not None:
-                    self.touched.update(t.label for t in lifted)
-                return self._shared_result(func, args, kwargs, lifted, attribute)
+                if self.probe is not None:
+                    self.touched.update(t.label for t in tracked)
+                return self._shared_result(func, args, kwargs, tracked, attribute)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         raw = getattr(func, "__name__", "")
@@ -228,75 +236,77 @@ class Lifter:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
-        wanted = bool(inside) or gradients_wanted(self.trial)
-        if constant or not wanted or (name in _LOOKS_ONLY and not isinstance(tensors[0], Lifted)):
+        wanted = bool(inside) or gradients_wanted(self.probe)
+        if constant or not wanted or (name in _LOOKS_ONLY and not isinstance(tensors[0], TrackedTensor)):
             return self._on_values(func, skeleton, tensors)
         if is_dropout(name) and len(tensors) == 1:
-            return self._shared_result(func, args, kwargs, lifted, name)
+            return self._shared_result(func, args, kwargs, tracked, name)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
-        others = [t for t in tensors if not isinstance(t, Lifted)]
+        others = [t for t in tensors if not isinstance(t, TrackedTensor)]
         if name in _LOOKS_ONLY[:2] and len(others) == 1:  # it only asks for the type
             return tensors[0].to(others[0].device, others[0].dtype)
-        labels = tuple(t.label for t in lifted)
+        labels = tuple(t.label for t in tracked)
         key = (name, tuple(sorted(set(labels))) if name in _LISTS else labels, len(others))
         count = self.counts.get(key, 0)
-        if self.trial is not None:
-            entry = self.trial.arguments(others)
+        if self.probe is not None:
+            use = self.probe.arguments(others)
             result = None
-            if entry.reason is None and not any(entry.inputs):
-                result = self._shared_result(func, args, kwargs, lifted, name)
-                if inside and not isinstance(result, (Lifted, tuple, list)):
+            if use.reason is None and not any(use.inputs):
+                result = self._shared_result(func, args, kwargs, tracked, name)
+                if inside and not isinstance(result, (TrackedTensor, tuple, list)):
                     self._note_bypassed(inside)
-                if not any(self.trial.counts_rows(t) for t in tensors_of(result)):
-                    self._note(key, entry)
+                if not any(self.probe.counts_rows(t) for t in tensors_of(result)):
+                    self._note(key, use)
                     return result
-                trial = self.trial
-                result = tree_map(lambda leaf: trial.tinted(_plain(leaf)) if isinstance(leaf, Tensor) else leaf, result)
+                probe = self.probe
+                result = tree_map(
+                    lambda leaf: probe.with_first_marked(_plain(leaf)) if isinstance(leaf, Tensor) else leaf, result
+                )
             if inside:
                 self._note_bypassed(inside)
             if result is None:
                 result = self._on_values(func, skeleton, tensors)
             made = [t for t in tensors_of(result) if _is_float(t)]
-            self._note(key, self.trial.results(entry, others[:1] if name == "setitem" else made))
+            self._note(key, self.probe.results(use, others[:1] if name == "setitem" else made))
             return result
-        probe = self._find(
-            key, count, others, lambda: _names([root for t in lifted for root in t.shared.roots])
+        use = self._find(
+            key, count, others, lambda: _names([root for t in tracked for root in t.content.roots])
         ) or self._guess(others)
-        if probe.shared:
-            if any(t.requires_grad for t in (*others, *(t for t in inside if not isinstance(t, Lifted)))):
-                probe = Entry(reason="it met rows that depend on the batch in a way that was not foreseen")
+        if use.shared:
+            if any(t.requires_grad for t in (*others, *(t for t in inside if not isinstance(t, TrackedTensor)))):
+                use = UseLayout(reason="it met rows that depend on the batch in a way that was not foreseen")
             else:
                 self.counts[key] = count + 1
-                return self._shared_result(func, args, kwargs, lifted, name)
+                return self._shared_result(func, args, kwargs, tracked, name)
         self.counts[key] = count + 1
         if inside:  # to be found out, since the gradient goes to the arguments
             return self._on_values(func, skeleton, tensors)
-        return self._meet(func, name, key, probe, skeleton, tensors)
+        return self._run_batched(func, name, key, use, skeleton, tensors)
 
-    def _note(self, key: Any, entry: Entry) -> None:
-        assert self.trial is not None
+    def _note(self, key: Any, use: UseLayout) -> None:
+        assert self.probe is not None
         self.counts[key] = self.counts.get(key, 0) + 1
-        self.trial.note(key, entry)
+        self.probe.note(key, use)
         self.touched.update(key[1])
 
     def _function_arguments(self) -> list[Tensor]:
-        """The arguments of the custom autograd function that is running, if some of them are lifted."""
+        """The arguments of the custom autograd function that is running, if some of them are tracked."""
         for arguments in arguments_of_functions():
             tensors = [t for t in arguments if isinstance(t, Tensor)]
-            if any(isinstance(t, Lifted) for t in tensors):
-                others = [t for t in tensors if not isinstance(t, Lifted)]
-                if self.trial is not None and any(self.trial.layout(t) != (None, None) for t in others):
+            if any(isinstance(t, TrackedTensor) for t in tensors):
+                others = [t for t in tensors if not isinstance(t, TrackedTensor)]
+                if self.probe is not None and any(self.probe.sample_axis(t) != (None, None) for t in others):
                     self._note_bypassed(tensors)
                 return tensors
         return []
 
     def _note_bypassed(self, arguments: list[Tensor]) -> None:
         """Keep that a custom autograd function takes gradients straight to its arguments, past all that is followed."""
-        if self.trial is not None:
-            lifted = [t for t in arguments if isinstance(t, Lifted)]
-            params = {root.param: True for t in lifted for root in t.shared.roots}
-            self._note(("autograd function", tuple(t.label for t in lifted)), self.trial.bypassed(list(params)))
+        if self.probe is not None:
+            tracked = [t for t in arguments if isinstance(t, TrackedTensor)]
+            params = {root.param: True for t in tracked for root in t.content.roots}
+            self._note(("autograd function", tuple(t.label for t in tracked)), self.probe.bypassed(list(params)))
 
     def _on_values(self, func: Any, skeleton: Any, tensors: list[Tensor]) -> Any:
         args, kwargs = join(skeleton, [_plain(t) for t in tensors])
@@ -304,128 +314,132 @@ class Lifter:
 
     # ---------------------------------------------------------------- calls of modules with a rule
 
-    def call_of(self, name: str, inputs: list[Tensor]) -> Entry | None:
+    def call_of(self, name: str, inputs: list[Tensor]) -> UseLayout | None:
         """What is known about the next call of the module ``name``; None if it was never tried."""
         key = ("call", name)
-        if self.trial is not None:
-            return self.trial.arguments([t for t in inputs if not isinstance(t, Lifted)])
+        if self.probe is not None:
+            return self.probe.arguments([t for t in inputs if not isinstance(t, TrackedTensor)])
         count = self.counts.get(key, 0)
         self.counts[key] = count + 1
-        entry = self._find(key, count, [t for t in inputs if not isinstance(t, Lifted)], lambda: name or "the model")
-        if entry is not None or self.rows is None:
-            return entry
-        lifted = [guessed(t, self.axes.axis, self.rows) for t in inputs]
-        return None if any(lifted) else Entry(shared=True)
+        use = self._find(
+            key, count, [t for t in inputs if not isinstance(t, TrackedTensor)], lambda: name or "the model"
+        )
+        if use is not None or self.rows is None:
+            return use
+        tracked = [guessed(t, self.axes.axis, self.rows) for t in inputs]
+        return None if any(tracked) else UseLayout(shared=True)
 
-    def _find(self, key: Any, count: int, tensors: list[Tensor], names: Callable[[], str]) -> Entry | None:
-        """What trials have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
+    def _find(self, key: Any, count: int, tensors: list[Tensor], names: Callable[[], str]) -> UseLayout | None:
+        """What probes have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
         several = self.axes.differ(key)
         shapes = tuple(t.shape for t in tensors) if several else ()
         if several and self.recorder.in_backward():  # checkpointing runs a part of the forward pass again
-            found = [entry for met, entry in self.seen.get(key, ()) if met == shapes]
+            found = [use for met, use in self.seen.get(key, ()) if met == shapes]
             if found:
-                return found[0] if all(entry == found[0] for entry in found) else Entry(reason=UNSTEADY)
-        entry = self.axes.find(key, count)
-        if entry is not None and several:
-            self.seen.setdefault(key, []).append((shapes, entry))
+                return found[0] if all(use == found[0] for use in found) else UseLayout(reason=UNSTEADY)
+        use = self.axes.find(key, count)
+        if use is not None and several:
+            self.seen.setdefault(key, []).append((shapes, use))
             self.names[key] = names()
-        if entry is not None or not self.strict:
-            return entry
+        if use is not None or not self.strict:
+            return use
         if self.retries < _RETRIES:
             self.retries += 1
-            self.recorder.try_again()
-            entry = self.axes.find(key, count)
-        if entry is None:
-            entry = Entry(reason=UNTRIED)
-            self.axes.known[key] = [*self.axes.known.get(key, []), entry]
-        return entry
+            self.recorder.discover_again()
+            use = self.axes.find(key, count)
+        if use is None:
+            use = UseLayout(reason=UNTRIED)
+            self.axes.known[key] = [*self.axes.known.get(key, []), use]
+        return use
 
-    def note_call(self, name: str, entry: Entry | None, outputs: list[Tensor], *, repeated: bool) -> None:
-        """Keep what a trial saw of a call of the module ``name``.
+    def note_call(self, name: str, use: UseLayout | None, outputs: list[Tensor], *, repeated: bool) -> None:
+        """Keep what a probe saw of a call of the module ``name``.
 
         Of a module that is ``repeated`` on each sample, outputs may be of any layout as long as the loss does not
         depend on them: that is seen when gradients come back. At the end there may be any number of those, as in a list with
         one for each sample.
         """
-        assert self.trial is not None
-        if entry is not None:
-            found = self.trial.results(entry, outputs)
-            if repeated and entry.reason is None:
+        assert self.probe is not None
+        if use is not None:
+            found = self.probe.results(use, outputs)
+            if repeated and use.reason is None:
                 known = found.outputs or ()
                 last = max((i for i, at in enumerate(known) if at is not None), default=-1)
                 found = replace(found, reason=None, outputs=known[: last + 1])
-            self.trial.note(("call", name), found)
+            self.probe.note(("call", name), found)
 
-    def note_shared(self, name: str, entry: Entry | None) -> None:
+    def note_shared(self, name: str, use: UseLayout | None) -> None:
         """Keep that the module ``name`` was called with what all samples share."""
-        if self.trial is not None and entry is not None:
-            self.trial.note(("call", name), entry)
+        if self.probe is not None and use is not None:
+            self.probe.note(("call", name), use)
 
-    def _guess(self, others: list[Tensor]) -> Entry:
+    def _guess(self, others: list[Tensor]) -> UseLayout:
         """For operations never tried: by shape; the self-check is the judge."""
         if self.rows is None:
-            return Entry(reason="the number of samples is not known")
-        layouts = tuple(guessed(t, self.axes.axis, self.rows) for t in others)
-        return Entry(inputs=layouts, outputs=None, shared=not any(layouts))
+            return UseLayout(reason="the number of samples is not known")
+        sample_axes = tuple(guessed(t, self.axes.axis, self.rows) for t in others)
+        return UseLayout(inputs=sample_axes, outputs=None, shared=not any(sample_axes))
 
-    def _shared_result(self, func: Any, args: Any, kwargs: Any, lifted: list[Lifted], name: str) -> Any:
-        """Run an operation all of whose operands are shared; the result is lifted as well."""
+    def _shared_result(self, func: Any, args: Any, kwargs: Any, tracked: list[TrackedTensor], name: str) -> Any:
+        """Run an operation all of whose operands are shared; the result is tracked as well."""
         with torch._C.DisableTorchFunctionSubclass(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = func(*args, **kwargs)
-        roots = tuple({id(root.param): root for t in lifted for root in t.shared.roots}.values())
-        label = (name, *(t.label for t in lifted))
+        roots = tuple({id(root.param): root for t in tracked for root in t.content.roots}.values())
+        label = (name, *(t.label for t in tracked))
         target: Any = args[0] if args else None
-        plain = isinstance(target, Tensor) and not isinstance(target, Lifted) and _is_float(target)
-        if plain and (out is target or name == "setitem") and (self.trial is not None or target.requires_grad):
+        plain = isinstance(target, Tensor) and not isinstance(target, TrackedTensor) and _is_float(target)
+        if plain and (out is target or name == "setitem") and (self.probe is not None or target.requires_grad):
             self._adopt(target, roots, hash(label))
             return out
         position = iter(range(1 << 30))
         inside = not torch.is_grad_enabled()  # only what a custom function does is followed then
-        custom = inside or any(t.shared.custom for t in lifted)
+        custom = inside or any(t.content.custom for t in tracked)
 
         def wrap(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or isinstance(leaf, Lifted) or not _is_float(leaf):
+            if not isinstance(leaf, Tensor) or isinstance(leaf, TrackedTensor) or not _is_float(leaf):
                 return leaf
-            if self.trial is None and not leaf.requires_grad and not inside:
+            if self.probe is None and not leaf.requires_grad and not inside:
                 return leaf
-            same = is_dropout(name)  # trials run without it
-            wrapped = self._wrap(leaf, roots, lifted[0].label if same else hash((label, next(position))))
-            wrapped.shared.custom = custom
-            wrapped.shared.keeps_norm = self.trial is None and not custom and _rearranges(name, args, kwargs, lifted)
+            same = is_dropout(name)  # probes run without it
+            wrapped = self._wrap(leaf, roots, tracked[0].label if same else hash((label, next(position))))
+            wrapped.content.custom = custom
+            wrapped.content.keeps_norm = self.probe is None and not custom and _rearranges(name, args, kwargs, tracked)
             return wrapped
 
         return tree_map(wrap, out)
 
     # ---------------------------------------------------------------- meeting the batch
 
-    def _meet(self, func: Any, name: str, key: Any, entry: Entry, skeleton: Any, tensors: list[Tensor]) -> Any:
-        lifted = {i: t for i, t in enumerate(tensors) if isinstance(t, Lifted)}
-        roots = [root for t in lifted.values() for root in t.shared.roots]
-        if entry.reason is not None:
+    def _run_batched(self, func: Any, name: str, key: Any, use: UseLayout, skeleton: Any, tensors: list[Tensor]) -> Any:
+        tracked = {i: t for i, t in enumerate(tensors) if isinstance(t, TrackedTensor)}
+        roots = [root for t in tracked.values() for root in t.content.roots]
+        if use.reason is not None:
             self._check_out_of_place(func, skeleton, roots)
-            return self._refuse(func, skeleton, tensors, roots, entry.reason)
+            return self._refuse(func, skeleton, tensors, roots, use.reason)
         if name == "setitem":
-            return self._set_rows(func, skeleton, tensors, lifted, entry)
+            return self._set_rows(func, skeleton, tensors, tracked, use)
         expandable = name in _BROADCAST or (
-            name in ("matmul", "rmatmul") and all(t.dim() > 2 for i, t in enumerate(tensors) if i not in lifted)
+            name in ("matmul", "rmatmul") and all(t.dim() > 2 for i, t in enumerate(tensors) if i not in tracked)
         )
-        if name == "scaled_dot_product_attention" and set(lifted) <= set(range(3, len(tensors))):
+        if name == "scaled_dot_product_attention" and set(tracked) <= set(range(3, len(tensors))):
             expandable = True
         if expandable:
-            done, out = self._expand_first(func, name, entry, skeleton, tensors, lifted)
+            done, out = self._expand_first(func, name, use, skeleton, tensors, tracked)
             if done:
                 return out
         self._check_out_of_place(func, skeleton, roots)
-        return self._record_operation(func, name, key, entry, skeleton, tensors, lifted, roots)
+        return self._record_operation(func, name, key, use, skeleton, tensors, tracked, roots)
 
-    def _check_out_of_place(self, func: Any, skeleton: Any, roots: list[Root]) -> None:
+    def _check_out_of_place(self, func: Any, skeleton: Any, roots: list[TrackedParameter]) -> None:
         """Refuse at once where the result may never be looked at, since the target is."""
         name = getattr(func, "__name__", "")
         in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
         if in_place or name == "__setitem__" or "out" in skeleton[1]:
             raise refused(roots, f"{name} writes it into a tensor in place")
 
-    def _refuse(self, func: Any, skeleton: Any, tensors: list[Tensor], roots: list[Root], reason: str) -> Any:
+    def _refuse(
+        self, func: Any, skeleton: Any, tensors: list[Tensor], roots: list[TrackedParameter], reason: str
+    ) -> Any:
         """Go on, and raise if a gradient comes back: what is not trained on need not be told apart."""
         error = refused(roots, reason)
 
@@ -434,7 +448,7 @@ class Lifter:
 
         return self._tapped(self._on_values(func, skeleton, tensors), [], make, roots)
 
-    def _tapped(self, out: Any, saved: list[Tensor], make: Make, roots: Sequence[Root]) -> Any:
+    def _tapped(self, out: Any, saved: list[Tensor], make: Make, roots: Sequence[TrackedParameter]) -> Any:
         whole, made = split(out)
         floats = [t for t in made if _is_float(t)]
         if not floats:
@@ -442,7 +456,7 @@ class Lifter:
         queue = iter(self.recorder.tap(floats, saved, _names(roots), make))
         return join(whole, [next(queue) if _is_float(t) else t for t in made])
 
-    def _shape_of(self, name: str, entry: Entry, tensors: list[Tensor]) -> tuple[tuple[int, ...], Layout] | None:
+    def _shape_of(self, name: str, use: UseLayout, tensors: list[Tensor]) -> tuple[tuple[int, ...], SampleAxis] | None:
         """Shape of the broadcast result, and where samples are in it."""
         if name == "scaled_dot_product_attention":
             q, k = tensors[0], tensors[1]
@@ -452,83 +466,95 @@ class Lifter:
             shape = (*batch, 1, 1)
         else:
             shape = tuple(torch.broadcast_shapes(*(t.shape for t in tensors)))
-        layout = entry.outputs[0] if entry.outputs else None
-        if layout is None:
+        sample_axis = use.outputs[0] if use.outputs else None
+        if sample_axis is None:
             moving = [
                 (t, at)
-                for t, at in zip([t for t in tensors if not isinstance(t, Lifted)], entry.inputs, strict=True)
+                for t, at in zip([t for t in tensors if not isinstance(t, TrackedTensor)], use.inputs, strict=True)
                 if at is not None
             ]
             if not moving:
                 return None
             tensor, at = moving[0]
-            layout = Layout(len(shape) - tensor.dim() + at.axis, at.outer, at.inner)
-        if layout.axis >= len(shape) or (name in ("matmul", "rmatmul") and layout.axis >= len(shape) - 2):
+            sample_axis = SampleAxis(len(shape) - tensor.dim() + at.axis, at.outer, at.inner)
+        if sample_axis.axis >= len(shape) or (name in ("matmul", "rmatmul") and sample_axis.axis >= len(shape) - 2):
             return None
-        return (shape, layout)
+        return (shape, sample_axis)
 
     def _expand_first(
-        self, func: Any, name: str, entry: Entry, skeleton: Any, tensors: list[Tensor], lifted: dict[int, Lifted]
+        self,
+        func: Any,
+        name: str,
+        use: UseLayout,
+        skeleton: Any,
+        tensors: list[Tensor],
+        tracked: dict[int, TrackedTensor],
     ) -> tuple[bool, Any]:
         """Give the shared operands one row per sample before the operation; autograd does the rest."""
         with torch._C.DisableTorchFunctionSubclass():
-            found = self._shape_of(name, entry, tensors)
+            found = self._shape_of(name, use, tensors)
             n = self.rows
             if found is None or n is None or found[1].factors(found[0][found[1].axis], n) is None:
                 return False, None
-            shape, layout = found
+            shape, sample_axis = found
             wide: list[Tensor] = list(tensors)
             dtype = None
-            if all(t.dim() == 0 for t in lifted.values()):
-                moving = [t for t in tensors if not isinstance(t, Lifted) and _is_float(t)]
+            if all(t.dim() == 0 for t in tracked.values()):
+                moving = [t for t in tensors if not isinstance(t, TrackedTensor) and _is_float(t)]
                 dtype = moving[0].dtype if moving else None
             plans = []
-            for i, t in lifted.items():
-                value = t.shared.value.detach()
+            for i, t in tracked.items():
+                value = t.content.value.detach()
                 own = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-                if len(own) != len(shape) or own[layout.axis] != 1:
+                if len(own) != len(shape) or own[sample_axis.axis] != 1:
                     return False, None
                 target = list(own)
-                target[layout.axis] = shape[layout.axis]
+                target[sample_axis.axis] = shape[sample_axis.axis]
                 wide[i] = value.reshape(own).expand(target)
                 plans.append((i, t))
         for i, t in plans:
-            wide[i] = self._one_row_per_sample(wide[i], t.shared, layout, n)
+            wide[i] = self._one_row_per_sample(wide[i], t.content, sample_axis, n)
             if dtype is not None:
                 wide[i] = wide[i].to(dtype)
         args, kwargs = join(skeleton, wide)
         return True, func(*args, **kwargs)
 
-    def _one_row_per_sample(self, expanded: Tensor, shared: Shared, layout: Layout, n: int) -> Tensor:
+    def _one_row_per_sample(self, expanded: Tensor, shared: TrackedValue, sample_axis: SampleAxis, n: int) -> Tensor:
         name = _names(shared.roots)
 
         def make(saved: list[Tensor], grads: Grads) -> list[Any]:
             (grad,) = grads
             assert grad is not None
             shape = tuple(shared.value.shape)
-            rows = grad.new_zeros((0, *shape)) if n == 0 else sum_to(layout.samples(grad, n), shape)
-            return [SharedGradients(shared, rows, self.recorder.scale(n), name)]
+            rows = grad.new_zeros((0, *shape)) if n == 0 else sum_to(sample_axis.samples(grad, n), shape)
+            return [TrackedGradients(shared, rows, self.recorder.scale(n), name)]
 
         return self.recorder.tap([expanded], [], name, make)[0]
 
     def _set_rows(
-        self, func: Any, skeleton: Any, tensors: list[Tensor], lifted: dict[int, Lifted], entry: Entry
+        self, func: Any, skeleton: Any, tensors: list[Tensor], tracked: dict[int, TrackedTensor], use: UseLayout
     ) -> Any:
         """``batched[index] = shared``: the same index on a tensor of sample numbers says whose rows were set."""
         (target, index, value), _ = join(skeleton, list(tensors))
-        roots = [root for t in lifted.values() for root in t.shared.roots]
-        layout = entry.inputs[0] if entry.inputs else None
+        roots = [root for t in tracked.values() for root in t.content.roots]
+        sample_axis = use.inputs[0] if use.inputs else None
         n = self.rows
-        if not isinstance(value, Lifted) or len(lifted) != 1 or isinstance(target, Lifted) or not layout or n is None:
+        if (
+            not isinstance(value, TrackedTensor)
+            or len(tracked) != 1
+            or isinstance(target, TrackedTensor)
+            or not sample_axis
+            or n is None
+        ):
             return self._refuse_in_place(roots)
-        sizes = layout.factors(target.shape[layout.axis], n)
+        sizes = sample_axis.factors(target.shape[sample_axis.axis], n)
         if sizes is None:
             return self._refuse_in_place(roots)
         numbers = torch.arange(n, device=target.device).repeat_interleave(sizes[1]).repeat(sizes[0])
         shape = [1] * target.dim()
-        shape[layout.axis] = -1
+        shape[sample_axis.axis] = -1
         owner = numbers.reshape(shape).expand(target.shape)[index]
-        shared, name = value.shared, _names(roots)
+        shared, name = value.content, _names(roots)
         with torch._C.DisableTorchFunctionSubclass():
             wide = shared.value.detach().expand(owner.shape)
 
@@ -538,12 +564,12 @@ class Lifter:
             own = tuple(shared.value.shape)
             rows = [grad.new_zeros((0, *own))]
             rows += [sum_to(grad.masked_fill(owner != i, 0)[None], own) for i in range(n)]
-            return [SharedGradients(shared, torch.cat(rows), self.recorder.scale(n), name)]
+            return [TrackedGradients(shared, torch.cat(rows), self.recorder.scale(n), name)]
 
         target[index] = self.recorder.tap([wide], [], name, make)[0]
         return None
 
-    def _refuse_in_place(self, roots: list[Root]) -> Any:
+    def _refuse_in_place(self, roots: list[TrackedParameter]) -> Any:
         raise refused(roots, "it is written into a tensor in place")
 
     def _record_operation(
@@ -551,11 +577,11 @@ class Lifter:
         func: Any,
         name: str,
         key: Any,
-        entry: Entry,
+        use: UseLayout,
         skeleton: Any,
         tensors: list[Tensor],
-        lifted: dict[int, Lifted],
-        roots: list[Root],
+        tracked: dict[int, TrackedTensor],
+        roots: list[TrackedParameter],
     ) -> Any:
         """Run the operation on detached values, and keep what its gradients per sample need."""
         out = self._on_values(func, skeleton, tensors)
@@ -563,7 +589,7 @@ class Lifter:
         floats = [t for t in tensors_of(out) if _is_float(t)]
         if not floats:
             return out
-        outputs = entry.outputs
+        outputs = use.outputs
         if outputs is None and n is not None:
             outputs = tuple(guessed(t, self.axes.axis, n) for t in floats)
         reason = None
@@ -584,15 +610,15 @@ class Lifter:
             return self._tapped(out, [], refuse, roots)
         assert n is not None
         assert outputs is not None
-        positions = [i for i in range(len(tensors)) if i not in lifted]
-        layouts = {
+        positions = [i for i in range(len(tensors)) if i not in tracked]
+        sample_axes = {
             i: at if at is not None and at.fits(tensors[i], n) else None
-            for i, at in zip(positions, entry.inputs, strict=True)
+            for i, at in zip(positions, use.inputs, strict=True)
         }
-        shared = {i: t.shared for i, t in lifted.items()}
+        shared = {i: t.content for i, t in tracked.items()}
         with torch._C.DisableTorchFunctionSubclass():
             autocast = autocast_dtype(floats[0].device.type)
-        meeting = Meeting(func, skeleton, shared, layouts, list(outputs), _names(roots), autocast)  # type: ignore[arg-type]
+        op = BatchedOp(func, skeleton, shared, sample_axes, list(outputs), _names(roots), autocast)  # type: ignore[arg-type]
         first = outputs[0]
         expands = not positions and len(shared) == len(outputs) == 1 and name in _EXPANSIONS
         if expands and first is not None and first.outer == 1:  # the adjoint of an expansion is a sum
@@ -601,15 +627,15 @@ class Lifter:
 
         def make(saved: list[Tensor], grads: Grads) -> list[Any]:
             plain = dict(zip(positions, saved, strict=True))
-            return [MeetingGradients(meeting, plain, grads, n, self.recorder.scale(n), how)]
+            return [BatchedOpGradients(op, plain, grads, n, self.recorder.scale(n), how)]
 
         return self._tapped(out, [tensors[i].detach() for i in positions], make, roots)
 
 
-def _rearranges(name: str, args: Any, kwargs: Any, lifted: list[Lifted]) -> bool:
+def _rearranges(name: str, args: Any, kwargs: Any, tracked: list[TrackedTensor]) -> bool:
     """Whether the result holds numbers of one parameter, each at most once."""
-    (first, *more) = lifted
-    if more or not (first.shared.is_parameter or first.shared.keeps_norm):
+    (first, *more) = tracked
+    if more or not (first.content.is_parameter or first.content.keeps_norm):
         return False
     if name == "embedding" and len(args) == 3 - ("padding_idx" in kwargs) and isinstance(args[0], Tensor):
         padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
@@ -617,7 +643,7 @@ def _rearranges(name: str, args: Any, kwargs: Any, lifted: list[Lifted]) -> bool
     return name in _REARRANGEMENTS
 
 
-def _names(roots: Sequence[Root]) -> str:
+def _names(roots: Sequence[TrackedParameter]) -> str:
     return ", ".join(sorted({root.name for root in roots}))
 
 

@@ -27,7 +27,7 @@ from ..noise.gaussian import fresh_generator
 
 
 @dataclass(frozen=True)
-class Part:
+class PhysicalBatch:
     """What the loader knows of a batch it hands out.
 
     Attributes:
@@ -49,7 +49,7 @@ class Consumer(Protocol):
     def start_pass(self) -> None:
         """A pass over the loader begins; raise to stop it."""
 
-    def start_part(self, part: Part) -> None:
+    def start_part(self, part: PhysicalBatch) -> None:
         """``part`` is about to be handed out."""
 
     def releases_left(self) -> int | None:
@@ -130,7 +130,7 @@ class PartSampler(Sampler[list[int]]):
         self.logical = logical
         self.max_size = max_size
         self.limit = limit
-        self.queue: deque[Part] = deque()
+        self.queue: deque[PhysicalBatch] = deque()
         self._serial = 0
         self._per_batch = 1 if max_size is None else max(1, math.ceil(expected / max_size))
 
@@ -143,7 +143,7 @@ class PartSampler(Sampler[list[int]]):
         self.queue = deque()
         return self._parts(self.queue, self.limit())
 
-    def _parts(self, queue: deque[Part], limit: int | None) -> Iterator[list[int]]:
+    def _parts(self, queue: deque[PhysicalBatch], limit: int | None) -> Iterator[list[int]]:
         if limit == 0:
             return
         for count, indices in enumerate(self.logical, start=1):
@@ -151,7 +151,7 @@ class PartSampler(Sampler[list[int]]):
             serial, step = self._serial, self.max_size or max(1, len(indices))
             chunks = [indices[i : i + step] for i in range(0, len(indices), step)] or [[]]
             for index, chunk in enumerate(chunks):
-                queue.append(Part(serial, index, len(chunk), index == len(chunks) - 1))
+                queue.append(PhysicalBatch(serial, index, len(chunk), index == len(chunks) - 1))
                 yield chunk
             if limit is not None and count >= limit:
                 return
@@ -219,7 +219,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self.sample_rate = sample_rate
         self._consumer = consumer
         self._poisson = isinstance(sampler.logical, PoissonSampler)
-        self._pass: deque[Part] | None = None
+        self._pass: deque[PhysicalBatch] | None = None
         super().__init__(
             loader.dataset,
             batch_sampler=sampler,
@@ -249,7 +249,7 @@ class PrivateDataLoader(DataLoader[Any]):
         if workers is not None and hasattr(workers, "_shutdown_workers"):
             workers._shutdown_workers()
 
-    def _hand_out(self, batches: Iterator[Any], queue: deque[Part]) -> Iterator[Any]:
+    def _hand_out(self, batches: Iterator[Any], queue: deque[PhysicalBatch]) -> Iterator[Any]:
         started = False
         for batch in batches:
             if not started:
