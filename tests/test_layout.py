@@ -13,7 +13,7 @@ PACKAGE = Path(dp_hooks.__file__).parent
 # Each layer may import from the layers above it in this list, and from its own.
 LAYERS = [
     "errors",
-    "_validate _tree",
+    "_validate _tree _operations",
     "rules _no_randomness _rerun privacy.noise privacy.clipping privacy.accounting privacy.report "
     "capture.parameter_swap capture.compile_stance capture.samples.axis capture.samples.custom_functions",
     "privacy.sampling gradients capture.validate capture.samples.uses capture.samples.probe capture.module_hooks "

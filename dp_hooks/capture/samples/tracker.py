@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._no_randomness import is_dropout
+from ..._operations import (
+    ASKS_FOR_TYPE,
+    ASKS_ONLY,
+    BROADCASTS,
+    DROPOUT_ARGUMENTS,
+    EXPANSIONS,
+    JOINS,
+    LEAVES_AUTOGRAD,
+    MATRIX_PRODUCTS,
+    METADATA,
+    REARRANGEMENTS,
+    VIEWS_BY_NAME,
+    is_dropout,
+)
 from ..._rerun import autocast_dtype
 from ..._tree import join, split, tensors_of, tree_map
 from ...errors import UnsupportedModelError
@@ -31,29 +44,8 @@ Grads = list[Tensor | None]
 # From saved tensors and output gradients: the sources they make.
 Make = Callable[[list[Tensor], Grads], Sequence[Any]]
 
-# Operations that broadcast their operands against each other: a shared one may be expanded to one row per sample first.
-_BROADCAST = frozenset(
-    "add sub subtract rsub mul multiply div divide true_divide where addcmul addcdiv lerp pow float_power maximum minimum fmax "
-    "fmin masked_fill copy hypot atan2 logaddexp logaddexp2 xlogy copysign clamp clip iadd isub imul idiv itruediv radd rsub rmul "
-    "rtruediv rdiv truediv".split()
-)
-_EXPANSIONS = ("expand", "broadcast_to", "repeat", "tile")
-_LOOKS_ONLY = ("type_as", "to", "expand_as", "view_as", "reshape_as")
-METADATA = frozenset(
-    "size dim ndimension numel nelement stride is_floating_point is_complex is_contiguous element_size storage_offset data_ptr "
-    "get_device is_inference is_pinned untyped_storage is_same_size is_nonzero item tolist numpy equal allclose __bool__ __int__ "
-    "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
-    "__deepcopy__ __reduce_ex__ __repr__ __dlpack__".split()
-)
-_TO_ELSEWHERE = frozenset("detach numpy tolist item data_ptr untyped_storage array dlpack".split())
-_REARRANGEMENTS = frozenset(
-    "T mT view reshape permute transpose t unsqueeze squeeze flatten unflatten contiguous movedim swapaxes select narrow".split()
-)
 # How often a pass that meets something new is tried again from the start; several times where it tosses coins.
 _RETRIES = 8
-_LISTS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
-_DRAWS = ("dropout_p", "dropout")
-VIEWS_BY_NAME = ("T", "mT", "H", "mH", "real", "imag")
 
 
 class Recorder(Protocol):
@@ -221,7 +213,7 @@ class Tracker:
         tracked = [t for t in tensors if isinstance(t, TrackedTensor)]
         name = _name_of(func)
         inside = [] if torch.is_grad_enabled() else self._function_arguments()
-        if inside and (name in _TO_ELSEWHERE or _attribute(func) == "data"):
+        if inside and (name in LEAVES_AUTOGRAD or _attribute(func) == "data"):
             self._note_bypassed(inside)
         if name == "__get__":
             attribute = _attribute(func)
@@ -239,17 +231,17 @@ class Tracker:
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
         wanted = bool(inside) or gradients_wanted(self.probe)
-        if constant or not wanted or (name in _LOOKS_ONLY and not isinstance(tensors[0], TrackedTensor)):
+        if constant or not wanted or (name in ASKS_ONLY and not isinstance(tensors[0], TrackedTensor)):
             return self._on_values(func, skeleton, tensors)
         if is_dropout(name) and len(tensors) == 1:
             return self._shared_result(func, args, kwargs, tracked, name)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
         others = [t for t in tensors if not isinstance(t, TrackedTensor)]
-        if name in _LOOKS_ONLY[:2] and len(others) == 1:  # it only asks for the type
+        if name in ASKS_FOR_TYPE and len(others) == 1:  # it only asks for the type
             return tensors[0].to(others[0].device, others[0].dtype)
         labels = tuple(t.label for t in tracked)
-        key = (name, tuple(sorted(set(labels))) if name in _LISTS else labels, len(others))
+        key = (name, tuple(sorted(set(labels))) if name in JOINS else labels, len(others))
         count = self.counts.get(key, 0)
         if self.probe is not None:
             use = self.probe.arguments(others)
@@ -420,8 +412,8 @@ class Tracker:
             return self._refuse(func, skeleton, tensors, roots, use.reason)
         if name == "setitem":
             return self._set_rows(func, skeleton, tensors, tracked, use)
-        expandable = name in _BROADCAST or (
-            name in ("matmul", "rmatmul") and all(t.dim() > 2 for i, t in enumerate(tensors) if i not in tracked)
+        expandable = name in BROADCASTS or (
+            name in MATRIX_PRODUCTS and all(t.dim() > 2 for i, t in enumerate(tensors) if i not in tracked)
         )
         if name == "scaled_dot_product_attention" and set(tracked) <= set(range(3, len(tensors))):
             expandable = True
@@ -463,7 +455,7 @@ class Tracker:
         if name == "scaled_dot_product_attention":
             q, k = tensors[0], tensors[1]
             shape: tuple[int, ...] = (*q.shape[:-1], k.shape[-2])
-        elif name in ("matmul", "rmatmul"):
+        elif name in MATRIX_PRODUCTS:
             batch = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
             shape = (*batch, 1, 1)
         else:
@@ -479,7 +471,7 @@ class Tracker:
                 return None
             tensor, at = moving[0]
             sample_axis = SampleAxis(len(shape) - tensor.dim() + at.axis, at.outer, at.inner)
-        if sample_axis.axis >= len(shape) or (name in ("matmul", "rmatmul") and sample_axis.axis >= len(shape) - 2):
+        if sample_axis.axis >= len(shape) or (name in MATRIX_PRODUCTS and sample_axis.axis >= len(shape) - 2):
             return None
         return (shape, sample_axis)
 
@@ -622,7 +614,7 @@ class Tracker:
             autocast = autocast_dtype(floats[0].device.type)
         op = BatchedOp(func, skeleton, shared, sample_axes, list(outputs), _names(roots), autocast)  # type: ignore[arg-type]
         first = outputs[0]
-        expands = not positions and len(shared) == len(outputs) == 1 and name in _EXPANSIONS
+        expands = not positions and len(shared) == len(outputs) == 1 and name in EXPANSIONS
         if expands and first is not None and first.outer == 1:  # the adjoint of an expansion is a sum
             return self._one_row_per_sample(out, next(iter(shared.values())), first, n)
         how = self.way.setdefault(key, {})
@@ -642,7 +634,7 @@ def _rearranges(name: str, args: Any, kwargs: Any, tracked: list[TrackedTensor])
     if name == "embedding" and len(args) == 3 - ("padding_idx" in kwargs) and isinstance(args[0], Tensor):
         padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
         return padding is None and args[0].unique().numel() == args[0].numel()
-    return name in _REARRANGEMENTS
+    return name in REARRANGEMENTS
 
 
 def _names(roots: Sequence[TrackedParameter]) -> str:
@@ -655,7 +647,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _probabilities(name: str, skeleton: Any) -> list[float]:
     args, kwargs = skeleton
-    found = [kwargs[key] for key in _DRAWS if isinstance(kwargs.get(key), float)]
+    found = [kwargs[key] for key in DROPOUT_ARGUMENTS if isinstance(kwargs.get(key), float)]
     if name == "scaled_dot_product_attention" and len(args) > 4:
         found.append(args[4])
     return found
