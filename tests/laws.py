@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dp_hooks import HookController, dp_step, gradients
+from dp_hooks import HookController, dp_step
 from dp_hooks.errors import SelfCheckError, UnsupportedModelError
+from dp_hooks.gradients import terms
+from dp_hooks.gradients.sample_gradients import SampleGradients
 
 from .cases import Case
 from .models import loader_of, moved, norm_of, put, scope_over, values
@@ -41,7 +43,7 @@ class Mode:
         """Switch to this mode; gives the ``grad_sample_mode`` to ask for."""
         with pytest.MonkeyPatch.context() as patch:
             if self.deferred:
-                patch.setattr(gradients, "_GENEROSITY", 0)
+                patch.setattr(terms, "_GENEROSITY", 0)
             yield self.grad_sample_mode
 
 
@@ -70,9 +72,7 @@ def attached(model: nn.Module, mode: Mode, **options: object) -> Iterator[HookCo
 
 
 @contextmanager
-def captured(
-    controller: HookController, mode: Mode, losses: Callable[[], Tensor]
-) -> Iterator[gradients.SampleGradients]:
+def captured(controller: HookController, mode: Mode, losses: Callable[[], Tensor]) -> Iterator[SampleGradients]:
     """Back-propagate ``losses()``, reduced as is declared, and give what was captured; two passes give one sum of it."""
     with controller.two_passes() if mode.two_pass else nullcontext():
         values = losses()
@@ -180,10 +180,11 @@ def released(
 def gradients_are_those_of_single_samples(case: Case, mode: Mode) -> None:
     """What is captured of a batch is what plain autograd gives for each sample alone, and nothing is left of the capture."""
     model, batch = case.made()
-    expected = sample_grads(model, case.loss, *batch)
+    own, expected = list(model.parameters()), sample_grads(model, case.loss, *batch)
     before = Snapshot(model)
     with attached(model, mode) as controller:
         agrees(controller, mode, lambda: case.loss(model, *batch), expected, case.tolerance)
+        assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
     assert before.differences() == []
 
 
@@ -240,6 +241,7 @@ def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
         with scope as (opt, loader):
             for part, kept in zip(loader, (order, order[1:]), strict=True):
                 step(model, opt, part)
+                assert all(p.grad is None for p in model.parameters())
                 moves.append([n * m for m in moved(start, model)])
                 wanted = clipped_sum({k: g[kept] for k, g in grads.items()}, bound)
                 for (name, _), move in zip(model.named_parameters(), moves[-1], strict=True):

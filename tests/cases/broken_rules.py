@@ -44,13 +44,13 @@ def plain_sum(w, g):
 def products(side, fn):
     """The library's own rule with one side of its outer products changed."""
 
-    def factored(call):
-        found = LINEAR.factored(call)
+    def outer_products(call):
+        found = LINEAR.outer_products(call)
         for use in found.values():
             setattr(use, side, fn(getattr(use, side)))
         return found
 
-    return dataclasses.replace(LINEAR, factored=factored)
+    return dataclasses.replace(LINEAR, outer_products=outer_products)
 
 
 def _first_token(call):

@@ -10,7 +10,7 @@ from torch import nn
 from dp_hooks import HookController, explain, private_training
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 
-from .models import MODES
+from ..models import MODES
 
 
 class Net(nn.Module):

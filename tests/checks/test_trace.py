@@ -12,11 +12,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from dp_hooks import dp_step, errors, private_training
-from dp_hooks.hook_controller import MODES
-from dp_hooks.self_check import SelfCheck
+from dp_hooks.capture.controller import MODES
+from dp_hooks.checks.self_check import SelfCheck
 
-from .models import Net, randn
-from .reference import sample_grads
+from ..models import Net, randn
+from ..reference import sample_grads
 
 N, T, D = 6, 4, 5
 STYLES = ("bare loop", "dp_step")

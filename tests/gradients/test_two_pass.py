@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, UnsupportedModelError
-from dp_hooks.gradients import Captured
+from dp_hooks.gradients.terms import Deferred
 
 from ..models import (
     BUILDERS,
@@ -98,7 +98,7 @@ def test_passes_that_differ_are_refused():
 def test_nothing_captured_outlives_its_call(two_pass, monkeypatch):
     """In the first pass each captured call is gone before the next arrives; with one pass it is kept, as the contrast."""
     alive, most = weakref.WeakSet(), [0]
-    original = Captured.__post_init__
+    original = Deferred.__post_init__
 
     def counting(self):
         original(self)
@@ -110,7 +110,7 @@ def test_nothing_captured_outlives_its_call(two_pass, monkeypatch):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)), nn.Linear(4, 3)).double()
     with scope_over(model, self_check=False) as (_, loader):
         batch = next(iter(loader))
-        monkeypatch.setattr(Captured, "__post_init__", counting)
+        monkeypatch.setattr(Deferred, "__post_init__", counting)
         (two_pass_step if two_pass else one_pass_step)(model, batch)
     assert (most[0] <= 3) == two_pass
 

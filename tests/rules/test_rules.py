@@ -100,8 +100,8 @@ def test_norms_of_transformers_take_the_fast_formula(path, dtype):
     inputs = [torch.randn(N, 5, 6).to(dtype) for _ in range(2 if path in (MAMBA, QWEN) else 1)]
     with laws.attached(norm, laws.MODE["ghost"]) as controller:
         norm(*inputs).float().square().sum(dim=(1, 2)).mean().backward()
-        (site,) = controller._sites
-        assert site.memo["affine"] is True
+        (hooked,) = controller._hooked_modules
+        assert hooked.memo["affine"] is True
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1])

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import errors, private_training
 
-from .models import Snapshot
-from .reference import clipped_sum, sample_grads
-from .zoo_models import ADAPTERS, ARCHITECTURES, COUPLED, SAMPLES, build, two_adapters
+from ..cases.zoo import ADAPTERS, ARCHITECTURES, COUPLED, SAMPLES, build, two_adapters
+from ..reference import clipped_sum, sample_grads
+from ..snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the loss did not reach", "ignore:a step was taken on a batch that did not come from the private loader"
