@@ -229,28 +229,44 @@ def a_sample_that_is_not_finite_is_left_out(case: Case, mode: Mode) -> None:
 
 
 def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
-    """Without noise, SGD with rate 1 moves by the mean of clipped gradients, also when one is missing: by C and no more."""
+    """Without noise, SGD with rate 1 moves by the mean of clipped gradients, also when one is missing: by C and no more.
+
+    Parameters are the user's own all the time, and after the scope everything is as it was: plain training goes on.
+    """
     model, batch = case.made()
     grads = sample_grads(model, case.loss, *batch)
     norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
     order, bound, n = norms.argsort(descending=True), float(norms.median()), len(norms)
     data = [torch.cat([part[order], part[order[1:]]]) for part in batch]  # all, then all but the one with most to clip
-    before, start, moves, step = Snapshot(model), values(model), [], step_in(mode, case.loss)
-    with mode.on() as name:
-        scope = scope_over(model, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=name)
+    own = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+    def losses(model: nn.Module, *parts: Tensor) -> Tensor:
+        found = case.loss(model, *parts)
+        assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == own
+        return found
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before, start, moves, step = Snapshot(model, optimizer), values(model), [], step_in(mode, losses)
+    with mode.on() as way:
+        scope = scope_over(
+            model, optimizer=optimizer, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=way
+        )
         with scope as (opt, loader):
             for part, kept in zip(loader, (order, order[1:]), strict=True):
                 step(model, opt, part)
-                assert all(p.grad is None for p in model.parameters())
+                assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
                 moves.append([n * m for m in moved(start, model)])
                 wanted = clipped_sum({k: g[kept] for k, g in grads.items()}, bound)
-                for (name, _), move in zip(model.named_parameters(), moves[-1], strict=True):
+                for (name, _, _), move in zip(own, moves[-1], strict=True):
                     want = wanted.get(name, torch.zeros_like(move))  # nothing, of what is frozen
                     torch.testing.assert_close(move, want, rtol=max(1e-6, case.tolerance), atol=case.tolerance / 10)
                 assert norm_of(moves[-1]) <= len(kept) * bound * 1.001
                 put(model, start)
     assert 0.999 * bound <= norm_of([a - b for a, b in zip(*moves, strict=True)]) <= 1.001 * bound
     assert before.differences() == []
+    case.loss(model, *batch).sum().backward()
+    trained = {name: p.grad.to_dense() for name, p in model.named_parameters() if p.requires_grad}
+    assert_close(trained, {name: g.sum(0) for name, g in grads.items()}, case.tolerance)
 
 
 LAWS = [

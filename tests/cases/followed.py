@@ -460,11 +460,7 @@ FOLLOWED = [
     ),
     net("straight-through", lambda s, x: F.linear(x, s.w + (s.w.round() - s.w).detach()), rows(5, 4), w=(4, 4)),
     net(
-        "parametrised-and-shared",
-        lambda s, x: s.l(x) + s.l(s.t),
-        rows(5, 4),
-        l=lambda: weight_norm(linear()),
-        t=(5, 4),
+        "parametrised-and-shared", lambda s, x: s.l(x) + s.l(s.t), rows(5, 4), l=lambda: weight_norm(linear()), t=(5, 4)
     ),
     net("types-of-the-batch", lambda s, x: F.linear(x, s.w.to(x) * s.v.type_as(x)), rows(5, 4), w=(4, 4), v=(4, 4)),
     net(
@@ -622,10 +618,7 @@ MISLEADING = {
         lambda: [[randn(*shape, 4)] for shape in ((1, 5), (2, 6), (6, 2), (5, 5))],
     ),
     **{
-        f"{size}-positions": (
-            with_positions(size),
-            lambda size=size: [[randn(n, size, 4)] for n in (3, size, 1)],
-        )
+        f"{size}-positions": (with_positions(size), lambda size=size: [[randn(n, size, 4)] for n in (3, size, 1)])
         for size in (5, 7, 11, 35)
     },
 }

@@ -198,22 +198,14 @@ LAYERS = [
         lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1),
         lambda: randn(N, 1, 4).mT[..., None],
     ),
-    case(
-        "conv2d-channels-last",
-        lambda: nn.Conv2d(3, 4, 3),
-        channels_last(3, 6, 5),
-    ),
+    case("conv2d-channels-last", lambda: nn.Conv2d(3, 4, 3), channels_last(3, 6, 5)),
     case("conv2d-reflect", lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), rows(2, 5, 5)),
     case("conv3d", lambda: nn.Conv3d(2, 3, 2), rows(2, 4, 4, 4)),
     case("conv-transpose", lambda: nn.ConvTranspose2d(2, 3, 3, stride=2), rows(2, 4, 4)),
     case("prelu", lambda: chain(nn.Linear(4, 6), nn.PReLU(6)), rows(4)),
     case("bilinear", lambda: nn.Bilinear(4, 3, 5), rows(4), rows(3)),
     case("lstm", lambda: tokens_of(nn.LSTM(4, 3, batch_first=True)), rows(5, 4)),
-    case(
-        "gru-two-layers",
-        lambda: tokens_of(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True)),
-        rows(5, 4),
-    ),
+    case("gru-two-layers", lambda: tokens_of(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True)), rows(5, 4)),
     case("lstm-two-layers", lambda: tokens_of(nn.LSTM(4, 3, 2, batch_first=True)), rows(4, 4)),
     case("rnn-two-layers", lambda: tokens_of(nn.RNN(4, 3, 2, batch_first=True)), rows(4, 4)),
     case("rnn-cell", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4)), rows(4)),
@@ -285,16 +277,8 @@ LAYERS = [
     case("bag-sum-padding", lambda: nn.EmbeddingBag(7, 4, mode="sum", padding_idx=1), ids(9, top=3)),
     case("bag-mean-padding", lambda: nn.EmbeddingBag(7, 4, padding_idx=-6), ids(9, top=3)),
     case("bag-max-padding", lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=1), ids(9, top=3)),
-    case(
-        "bag-mean-all-padding",
-        lambda: nn.EmbeddingBag(7, 4, padding_idx=1),
-        PADDED,
-    ),
-    case(
-        "bag-max-all-padding",
-        lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=1),
-        PADDED,
-    ),
+    case("bag-mean-all-padding", lambda: nn.EmbeddingBag(7, 4, padding_idx=1), PADDED),
+    case("bag-max-all-padding", lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=1), PADDED),
     case("bag-int32", lambda: nn.EmbeddingBag(7, 4), lambda: ids(5)().int()),
     case("bag-large-table", lambda: nn.EmbeddingBag(300, 4), ids(5, top=300)),
     case("bag-sparse", lambda: nn.EmbeddingBag(7, 4, sparse=True), ids(5)),
@@ -407,11 +391,7 @@ LAYERS = [
     ),
     case("conv2d-few-pixels", lambda: nn.Conv2d(32, 24, 3, padding=1), rows(32, 3, 3)),
     case("conv2d-few-pixels-strided", lambda: nn.Conv2d(32, 24, 3, padding=2, stride=2, dilation=2), rows(32, 4, 3)),
-    case(
-        "conv2d-few-pixels-channels-last",
-        lambda: nn.Conv2d(32, 24, 2),
-        channels_last(32, 3, 4),
-    ),
+    case("conv2d-few-pixels-channels-last", lambda: nn.Conv2d(32, 24, 2), channels_last(32, 3, 4)),
     case("conv2d-same-few-pixels", lambda: nn.Conv2d(32, 24, 2, padding="same"), rows(32, 3, 3)),
     case(
         "conv2d-weight-channels-last", lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), rows(3, 6, 5)
@@ -425,11 +405,7 @@ LAYERS = [
         rows(2, 3, 2, 4),
     ),
     case("conv3d-circular", lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="circular"), rows(2, 3, 2, 2)),
-    case(
-        "conv3d-channels-last",
-        lambda: nn.Conv3d(2, 3, 2, stride=2, padding=1),
-        channels_last(2, 4, 3, 2),
-    ),
+    case("conv3d-channels-last", lambda: nn.Conv3d(2, 3, 2, stride=2, padding=1), channels_last(2, 4, 3, 2)),
     case(
         "conv-transpose-1d",
         lambda: nn.ConvTranspose1d(2, 3, 3, stride=3, padding=2, output_padding=2, dilation=2),
@@ -445,11 +421,7 @@ LAYERS = [
     ),
     case("conv-transpose-2d-depthwise", lambda: nn.ConvTranspose2d(4, 4, 2, groups=4), rows(4, 2, 3)),
     case("conv-transpose-2d-few-pixels", lambda: nn.ConvTranspose2d(32, 24, 3, stride=2, padding=1), rows(32, 2, 2)),
-    case(
-        "conv-transpose-2d-channels-last",
-        lambda: nn.ConvTranspose2d(3, 4, 3),
-        channels_last(3, 4, 3),
-    ),
+    case("conv-transpose-2d-channels-last", lambda: nn.ConvTranspose2d(3, 4, 3), channels_last(3, 4, 3)),
     case(
         "conv-transpose-3d",
         lambda: nn.ConvTranspose3d(2, 4, 2, stride=2, padding=1, output_padding=1, groups=2),

@@ -95,10 +95,7 @@ SOUND = {
     "reentrant checkpointing": (chain(partial(Checkpointed, True)), losses_of),
     "saved tensors on the CPU": (around(kept_on_cpu), losses_of),
     "dataclass": (around(lambda s, x: Output(s.inner(x))), of(lambda m, x: m(x).logits)),
-    "nested": (
-        around(lambda s, x: {"a": [s.inner(x), None], "b": (3, "c", x.long())}),
-        of(lambda m, x: m(x)["a"][0]),
-    ),
+    "nested": (around(lambda s, x: {"a": [s.inner(x), None], "b": (3, "c", x.long())}), of(lambda m, x: m(x)["a"][0])),
     "keywords and constants": (
         around(lambda s, *, x, power, name, nothing=None: s.inner(x) ** power),
         of(lambda m, x: m(x=x, power=2, name="a")),

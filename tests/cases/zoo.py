@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn
 from torchvision.models import swin_transformer
 
+from ..models import Net
+
 SAMPLES = 3
 LENGTH = 6
 VOCAB = 40
@@ -38,19 +40,6 @@ class Specimen:
 
 
 Builder = Callable[[], Specimen]
-
-
-class Net(nn.Module):
-    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
-
-    def __init__(self, fn: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.fn = (fn,)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.fn[0](self, **inputs)
 
 
 # ---------------------------------------------------------------- inputs
@@ -95,57 +84,43 @@ def waveform() -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- transformers
 
-WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+def every(value: Any, names: str) -> dict[str, Any]:
+    """Return settings that all have one value."""
+    return dict.fromkeys(names.split(), value)
+
+
+WIDE = every(2, "num_hidden_layers num_attention_heads") | {"hidden_size": 16, "intermediate_size": 24}
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL = every(0.0, "hidden_dropout_prob attention_probs_dropout_prob")
 TEXT = {**WIDE, **IDS, **STILL, "max_position_embeddings": 32, "num_labels": 3}
-DECODER = {
-    **WIDE,
-    **IDS,
-    "max_position_embeddings": 32,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "attention_dropout": 0.0,
-    "use_cache": False,
-}
+DECODER = WIDE | IDS | {"max_position_embeddings": 32, "num_key_value_heads": 1, "head_dim": 8}
+DECODER |= {"attention_dropout": 0.0, "use_cache": False}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 IMAGE = {**WIDE, **STILL, "image_size": 16, "patch_size": 8, "num_labels": 3, "attention_dropout": 0.0}
-AUDIO = {
-    **WIDE,
-    **STILL,
-    "vocab_size": 12,
-    "conv_dim": (8, 8),
-    "conv_stride": (5, 4),
-    "conv_kernel": (10, 4),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "activation_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
-    "final_dropout": 0.0,
-    "layerdrop": 0.0,
-    "apply_spec_augment": False,
-    "mask_time_prob": 0.0,
-}
-SEQ2SEQ = {
-    **IDS,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 32,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-    "use_cache": False,
-}
+AUDIO = (
+    WIDE
+    | STILL
+    | every(0.0, "activation_dropout attention_dropout hidden_dropout feat_proj_dropout final_dropout layerdrop")
+    | {
+        "vocab_size": 12,
+        "conv_dim": (8, 8),
+        "conv_stride": (5, 4),
+        "conv_kernel": (10, 4),
+        "num_feat_extract_layers": 2,
+    }
+    | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    | {"apply_spec_augment": False, "mask_time_prob": 0.0}
+)
+SEQ2SEQ = (
+    IDS
+    | {"d_model": 16, "max_position_embeddings": 32, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    | every(1, "encoder_layers decoder_layers")
+    | every(2, "encoder_attention_heads decoder_attention_heads")
+    | every(24, "encoder_ffn_dim decoder_ffn_dim")
+    | every(0.0, "dropout attention_dropout activation_dropout")
+    | {"use_cache": False}
+)
 
 
 def first(output: Any) -> Tensor:
@@ -221,39 +196,19 @@ def only(read: Callable[[Any], Tensor], builder: Builder) -> Builder:
 GPT = {**IDS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
 GPT_STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BART = {**SEQ2SEQ, "num_labels": 3}
-T5 = {
-    **IDS,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "relative_attention_num_buckets": 4,
-    "relative_attention_max_distance": 8,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-    "use_cache": False,
-}
+T5 = (
+    IDS
+    | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0, "use_cache": False}
+    | {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 8, "decoder_start_token_id": 0}
+)
 DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
-SWIN = {
-    **STILL,
-    "image_size": 16,
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depths": [2, 1],
-    "num_heads": [2, 2],
-    "window_size": 4,
-    "drop_path_rate": 0.0,
-    "num_labels": 3,
-}
-CONVNEXT = {
-    "hidden_sizes": [8, 12],
-    "depths": [1, 1],
-    "num_stages": 2,
-    "patch_size": 4,
-    "image_size": 16,
-    "num_labels": 3,
-}
+SWIN = (
+    STILL
+    | {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+    | {"drop_path_rate": 0.0, "num_labels": 3}
+)
+CONVNEXT = every([1, 1], "depths") | {"hidden_sizes": [8, 12], "num_stages": 2, "patch_size": 4, "image_size": 16}
+CONVNEXT |= {"num_labels": 3}
 STATE = {**IDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 3, "use_cache": False}
 SQUEEZED = {f"{name}_groups": 2 for name in ("q", "k", "v", "intermediate", "output")} | {"post_attention_groups": 1}
 MIXTRAL = hf("MixtralForCausalLM", text, {**DECODER, **EXPERTS}, num_local_experts=3, sliding_window=None)
@@ -278,9 +233,7 @@ ENCODERS: dict[str, Builder] = {
     "deberta": hf("DebertaForMaskedLM", text, DEBERTA),
     "mpnet": hf("MPNetForMaskedLM", text, TEXT, relative_attention_num_buckets=32),
     "xlnet": hf(
-        "XLNetLMHeadModel",
-        text,
-        {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0},
+        "XLNetLMHeadModel", text, {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0}
     ),
     "funnel": hf(
         "FunnelForMaskedLM",
@@ -319,11 +272,7 @@ CAUSAL: dict[str, Builder] = {
     ),
     "gptj": hf("GPTJForCausalLM", text, {**GPT, **GPT_STILL, "rotary_dim": 4}),
     "gpt-neox": hf("GPTNeoXForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}),
-    "opt": hf(
-        "OPTForCausalLM",
-        text,
-        {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
-    ),
+    "opt": hf("OPTForCausalLM", text, {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "bloom": hf(
         "BloomForCausalLM",
         text,
@@ -433,15 +382,7 @@ SOUND: dict[str, Builder] = {
     "ast": hf(
         "ASTForAudioClassification",
         lambda: {"input_values": randn(16, 8)},
-        {
-            **WIDE,
-            **STILL,
-            "patch_size": 4,
-            "time_stride": 4,
-            "frequency_stride": 4,
-            "max_length": 16,
-            "num_mel_bins": 8,
-        },
+        WIDE | STILL | every(4, "patch_size time_stride frequency_stride") | {"max_length": 16, "num_mel_bins": 8},
         num_labels=3,
     ),
 }
@@ -716,10 +657,7 @@ COUPLED: dict[str, Builder] = {
         head=head,
     ),
     "attention-over-samples": plain(
-        lambda s, x: s.head(s.body(x, x, x)[0].mean(1)),
-        sequence,
-        body=lambda: nn.MultiheadAttention(8, 2),
-        head=head,
+        lambda s, x: s.head(s.body(x, x, x)[0].mean(1)), sequence, body=lambda: nn.MultiheadAttention(8, 2), head=head
     ),
     "batch-mean": plain(
         lambda s, x: s.head(torch.tanh(s.body(x) - x.mean(0))), sequence, body=lambda: nn.Linear(8, 8), head=head
