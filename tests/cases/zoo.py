@@ -193,6 +193,8 @@ def only(read: Callable[[Any], Tensor], builder: Builder) -> Builder:
     return build
 
 
+SHORT = {"max_position_embeddings": 32, "use_cache": False}
+BARE = WIDE | IDS | SHORT
 GPT = {**IDS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
 GPT_STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BART = {**SEQ2SEQ, "num_labels": 3}
@@ -239,17 +241,13 @@ ENCODERS: dict[str, Builder] = {
         "FunnelForMaskedLM",
         text,
         {**IDS, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24},
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
+        **every(0.0, "hidden_dropout attention_dropout activation_dropout"),
     ),
     "convbert": hf("ConvBertForMaskedLM", text, TEXT, embedding_size=8, conv_kernel_size=3, head_ratio=2),
     "modernbert": hf(
         "ModernBertForMaskedLM",
         text,
-        {**WIDE, **IDS, "max_position_embeddings": 32, "local_attention": 4, "global_attn_every_n_layers": 2},
-        cls_token_id=1,
-        sep_token_id=2,
+        {**BARE, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
     "longformer": hf("LongformerForMaskedLM", lambda: {"input_ids": ids(8)}, TEXT, attention_window=4),
     "mobilebert": hf(
@@ -265,13 +263,11 @@ CAUSAL: dict[str, Builder] = {
     "gpt-neo": hf(
         "GPTNeoForCausalLM",
         text,
-        {**IDS, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 4},
+        {**IDS, **SHORT, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 4},
         attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=32,
-        use_cache=False,
     ),
     "gptj": hf("GPTJForCausalLM", text, {**GPT, **GPT_STILL, "rotary_dim": 4}),
-    "gpt-neox": hf("GPTNeoXForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}),
+    "gpt-neox": hf("GPTNeoXForCausalLM", text, BARE),
     "opt": hf("OPTForCausalLM", text, {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "bloom": hf(
         "BloomForCausalLM",
@@ -286,19 +282,12 @@ CAUSAL: dict[str, Builder] = {
     "qwen2": hf("Qwen2ForCausalLM", text, DECODER),
     "qwen3": hf("Qwen3ForCausalLM", text, DECODER),
     "qwen2-moe": single_precision(hf("Qwen2MoeForCausalLM", text, {**DECODER, **EXPERTS}, num_experts=3)),
-    "jetmoe": single_precision(
-        hf("JetMoeForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}, **JETMOE)
-    ),
+    "jetmoe": single_precision(hf("JetMoeForCausalLM", text, BARE, **JETMOE)),
     "gemma": hf("GemmaForCausalLM", text, DECODER),
     "gemma2": hf("Gemma2ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
     "gemma3": hf("Gemma3ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
     "phi": hf("PhiForCausalLM", text, DECODER, num_key_value_heads=2, resid_pdrop=0.0, embd_pdrop=0.0),
-    "falcon": hf(
-        "FalconForCausalLM",
-        text,
-        {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-        use_cache=False,
-    ),
+    "falcon": hf("FalconForCausalLM", text, BARE, hidden_dropout=0.0, attention_dropout=0.0),
     "olmo": hf("OlmoForCausalLM", text, DECODER),
     "mamba": hf("MambaForCausalLM", unpadded, STATE, time_step_rank=4),
     "mamba2": hf("Mamba2ForCausalLM", unpadded, STATE, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4),
@@ -306,17 +295,12 @@ CAUSAL: dict[str, Builder] = {
         "RwkvForCausalLM",
         unpadded,
         {**IDS, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24},
-        context_length=16,
-        rescale_every=0,
-        use_cache=False,
+        **{"context_length": 16, "rescale_every": 0, "use_cache": False},
     ),
     "recurrent-gemma": hf(
         "RecurrentGemmaForCausalLM",
         text,
-        DECODER,
-        lru_width=16,
-        attention_window_size=4,
-        conv1d_width=3,
+        {**DECODER, "lru_width": 16, "attention_window_size": 4, "conv1d_width": 3},
         block_types=["recurrent", "attention"],
     ),
 }
@@ -348,21 +332,14 @@ VISION: dict[str, Builder] = {
         "SegformerForImageClassification",
         image,
         {**STILL, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 12]},
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
-        drop_path_rate=0.0,
-        num_labels=3,
+        **{"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+        **{"drop_path_rate": 0.0, "num_labels": 3},
     ),
     "poolformer": hf(
         "PoolFormerForImageClassification",
         image,
         {"hidden_sizes": [8, 12], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2]},
-        padding=[2, 1],
-        mlp_ratio=2.0,
-        drop_path_rate=0.0,
-        num_labels=3,
+        **{"padding": [2, 1], "mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_labels": 3},
     ),
 }
 
@@ -433,30 +410,22 @@ TIMM: dict[str, Builder] = {
     "timm-mambaout": timm_model("mambaout_femto", 32, **STAGES),
 }
 
+
+def residual(norm: Any) -> nn.Module:
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm)
+
+
+SWIN_SIZES = [2, 2], 8, [2, 1], [2, 2], [4, 4]
+SWIN_ENDS = {"stochastic_depth_prob": 0.0, "num_classes": 3}
+
 TORCHVISION: dict[str, Builder] = {
-    "resnet-groupnorm": pictures(
-        lambda: torchvision.models.ResNet(
-            torchvision.models.resnet.BasicBlock,
-            [1, 1, 1, 1],
-            num_classes=3,
-            norm_layer=lambda channels: nn.GroupNorm(4, channels),
-        )
-    ),
+    "resnet-groupnorm": pictures(lambda: residual(lambda channels: nn.GroupNorm(4, channels))),
     "torchvision-vit": pictures(lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 24, num_classes=3)),
-    "torchvision-swin": pictures(
-        lambda: torchvision.models.SwinTransformer(
-            [2, 2], 8, [2, 1], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=3
-        )
-    ),
+    "torchvision-swin": pictures(lambda: swin_transformer.SwinTransformer(*SWIN_SIZES, **SWIN_ENDS)),
     "torchvision-swin-v2": pictures(
-        lambda: torchvision.models.SwinTransformer(
-            [2, 2],
-            8,
-            [2, 1],
-            [2, 2],
-            [4, 4],
-            stochastic_depth_prob=0.0,
-            num_classes=3,
+        lambda: swin_transformer.SwinTransformer(
+            *SWIN_SIZES,
+            **SWIN_ENDS,
             block=swin_transformer.SwinTransformerBlockV2,
             downsample_layer=swin_transformer.PatchMergingV2,
         )
@@ -561,6 +530,11 @@ def head() -> nn.Module:
     return nn.Linear(8, 3)
 
 
+def headed(fn: Callable[..., Any], body: Callable[[], nn.Module], inputs: Callable[[], Any] = sequence) -> Builder:
+    """Return a builder for a linear layer on what ``fn(body, **inputs)`` gives."""
+    return plain(lambda s, **inputs: s.head(fn(s.body, **inputs)), inputs, body=body, head=head)
+
+
 PLAIN: dict[str, Builder] = {
     "rnn": recurrent(nn.RNN),
     "lstm": recurrent(nn.LSTM, num_layers=2, bidirectional=True),
@@ -571,35 +545,22 @@ PLAIN: dict[str, Builder] = {
         cells=lambda: nn.LSTM(8, 6, batch_first=True),
         head=lambda: nn.Linear(6, 3),
     ),
-    "torch-transformer": plain(
-        lambda s, x, y: s.head(s.body(x, y).mean(1)),
+    "torch-transformer": headed(
+        lambda body, x, y: body(x, y).mean(1),
+        lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
         lambda: {"x": randn(5, 8), "y": randn(4, 8)},
-        body=lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
-        head=head,
     ),
-    "torch-encoder-time-first": plain(
-        lambda s, x: s.head(s.body(x.transpose(0, 1)).mean(0)),
-        sequence,
-        body=lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
-        head=head,
+    "torch-encoder-time-first": headed(
+        lambda body, x: body(x.transpose(0, 1)).mean(0),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
     ),
-    "multihead-attention": plain(
-        lambda s, x: s.head(s.body(x, x, x, need_weights=False)[0].mean(1)),
-        sequence,
-        body=lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
-        head=head,
+    "multihead-attention": headed(
+        lambda body, x: body(x, x, x, need_weights=False)[0].mean(1),
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
     ),
-    "weight-norm": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        sequence,
-        body=lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
-        head=head,
-    ),
-    "embedding-bag": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        lambda: {"x": ids()},
-        body=lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"),
-        head=head,
+    "weight-norm": headed(lambda body, x: torch.tanh(body(x)), lambda: parametrizations.weight_norm(nn.Linear(8, 8))),
+    "embedding-bag": headed(
+        lambda body, x: torch.tanh(body(x)), lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"), lambda: {"x": ids()}
     ),
     "class-token": plain(
         lambda s, x: s.head(s.body(torch.cat([s.token.expand(len(x), 1, -1), x], 1) + s.at[None])[:, 0]),
@@ -633,10 +594,6 @@ ARCHITECTURES: dict[str, Builder] = {
 # ---------------------------------------------------------------- what couples samples
 
 
-def residual(norm: Any) -> nn.Module:
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm)
-
-
 COUPLED: dict[str, Builder] = {
     "clip-logits": hf("CLIPModel", image_and_text, CLIP, read=lambda output: output.logits_per_image),
     "siglip-logits": hf(
@@ -650,18 +607,11 @@ COUPLED: dict[str, Builder] = {
         "Wav2Vec2ConformerForCTC", waveform, AUDIO, conv_depthwise_kernel_size=3, max_source_positions=32
     ),
     "timm-convmixer": pictures(lambda: importlib.import_module("timm.models.convmixer").ConvMixer(8, 2, num_classes=3)),
-    "spectral-norm": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        sequence,
-        body=lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),
-        head=head,
+    "spectral-norm": headed(
+        lambda body, x: torch.tanh(body(x)), lambda: parametrizations.spectral_norm(nn.Linear(8, 8))
     ),
-    "attention-over-samples": plain(
-        lambda s, x: s.head(s.body(x, x, x)[0].mean(1)), sequence, body=lambda: nn.MultiheadAttention(8, 2), head=head
-    ),
-    "batch-mean": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x) - x.mean(0))), sequence, body=lambda: nn.Linear(8, 8), head=head
-    ),
+    "attention-over-samples": headed(lambda body, x: body(x, x, x)[0].mean(1), lambda: nn.MultiheadAttention(8, 2)),
+    "batch-mean": headed(lambda body, x: torch.tanh(body(x) - x.mean(0)), lambda: nn.Linear(8, 8)),
 }
 
 # ---------------------------------------------------------------- building
