@@ -572,7 +572,7 @@ class HookController:
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
-        names = ("_passes", "_rows", "_depth", "_twice", "_aside", "_refilled")
+        names = ("_passes", "_rows", "_depth", "_two_pass", "_outer_task", "_retracked_task")
         with self._grad_samples.aside(self.params):
             kept, tracker = {name: getattr(self, name) for name in names}, self._tracker.state()
             self._two_pass, self._outer_task = None, torch._C._current_graph_task_id()
