@@ -13,7 +13,7 @@ PACKAGE = Path(dp_hooks.__file__).parent
 # Each layer may import from the layers above it in this list, and from its own.
 LAYERS = [
     "errors",
-    "_validate _tree",
+    "_validate _tree distributed",
     "rules _no_randomness privacy.noise privacy.clipping privacy.accounting privacy.report "
     "capture.parameter_swap capture.compile_stance capture.samples.axis",
     "_rerun privacy.sampling gradients.sample_gradients capture.validate capture.samples.probe capture.module_hooks "

@@ -18,7 +18,7 @@ from ..gradients.sample_gradients import SampleGradients
 from ..privacy.accounting.meter import PrivacyMeter
 from ..privacy.clipping import ClippingFunction
 from ..privacy.noise.gaussian import GaussianNoise
-from ..privacy.sampling.loader import PhysicalBatch
+from ..privacy.sampling.physical import PhysicalBatch
 
 _HOOKS = tuple(
     f"_optimizer_{method}_{when}_hooks"

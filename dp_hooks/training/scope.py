@@ -19,12 +19,18 @@ from .._validate import bad, boolean, fraction, one_of, positive_int
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
 from ..checks.self_check import SelfCheck
+from ..distributed.world import processes
 from ..errors import ScopeError
-from ..privacy.accounting.meter import Budget, PrivacyMeter, calibrate, check_budget, make_accountant
+from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
+from ..privacy.accounting.meter import PrivacyMeter
+from ..privacy.accounting.opacus import make_accountant
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.report import PrivacyReport
-from ..privacy.sampling.loader import PhysicalBatch, PrivateDataLoader, make_loader, plan_sampling
+from ..privacy.sampling.loader import PrivateDataLoader
+from ..privacy.sampling.make import make_loader
+from ..privacy.sampling.physical import PhysicalBatch
+from ..privacy.sampling.scheme import plan_sampling
 from .optimizer import PrivateOptimizer, check_optimizer
 
 _active: contextvars.ContextVar[tuple[PrivateTraining, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
@@ -101,7 +107,7 @@ class PrivateTraining:
         if ledger is not None:
             raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
         self._noise.check_devices({p.device for p in self._params})
-        if _processes() > 1:
+        if processes() > 1:
             raise ScopeError(
                 "torch.distributed runs with several processes, which this version does not support: noise and "
                 "sampling would have to be coordinated. Train in one process."
@@ -317,12 +323,6 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
     return names
-
-
-def _processes() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
 
 
 def active_scope(model: object) -> PrivateTraining | None:
