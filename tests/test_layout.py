@@ -27,6 +27,7 @@ LAYERS = [
     "checks.compare",
     "checks.recorded_call",
     "checks.self_check",
+    "training.wrapped_optimizer training.clipped_sum training.claims",
     "training.optimizer",
     "training.scope",
     "training integrations checks",

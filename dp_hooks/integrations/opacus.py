@@ -136,23 +136,7 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
             InvalidArgumentError: an argument that cannot be used.
             UnsupportedModelError: the model cannot be trained privately; lists every offending module.
         """
-        return self._open(
-            module,
-            optimizer,
-            criterion,
-            data_loader,
-            wrap_model,
-            rand_on_empty=rand_on_empty,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            poisson_sampling=poisson_sampling,
-            clipping=clipping,
-            noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            **kwargs,
-        )
+        return self._open(**_given(locals()))
 
     def make_private_with_epsilon(
         self,
@@ -174,63 +158,27 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         wrap_model: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
-        """Like :meth:`make_private`, with sigma calculated for a budget.
+        """Like :meth:`make_private`, with sigma calculated for a budget: ``epochs`` passes spend at most ``target_epsilon``.
 
-        The loader yields exactly the number of batches the budget was calculated for, over all passes together; a further
+        ``target_delta`` is the delta that goes with it; all other arguments are those of :meth:`make_private`. The loader
+        yields exactly the number of batches the budget was calculated for, over all passes together; a further
         ``optimizer.step()`` raises ``BudgetExhaustedError``.
-
-        Args:
-            module: see :meth:`make_private`.
-            optimizer: see :meth:`make_private`.
-            criterion: see :meth:`make_private`.
-            data_loader: see :meth:`make_private`.
-            target_epsilon: epsilon after ``epochs`` passes.
-            target_delta: the delta that goes with it.
-            epochs: number of passes.
-            max_grad_norm: see :meth:`make_private`.
-            batch_first: see :meth:`make_private`.
-            loss_reduction: see :meth:`make_private`.
-            poisson_sampling: see :meth:`make_private`.
-            clipping: see :meth:`make_private`.
-            noise_generator: see :meth:`make_private`.
-            grad_sample_mode: see :meth:`make_private`.
-            wrap_model: see :meth:`make_private`.
-            **kwargs: see :meth:`make_private`.
-
-        Returns:
-            As :meth:`make_private`.
 
         Raises:
             InvalidArgumentError: also if this engine has spent budget already.
+            UnsupportedModelError: see :meth:`make_private`.
         """
-        return self._open(
-            module,
-            optimizer,
-            criterion,
-            data_loader,
-            wrap_model,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            epochs=epochs,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            poisson_sampling=poisson_sampling,
-            clipping=clipping,
-            noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            **kwargs,
-        )
+        return self._open(**_given(locals()))
 
     def _open(
         self,
+        *,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         criterion: Any,
         data_loader: DataLoader[Any],
-        wrap_model: bool,
-        *,
         grad_sample_mode: str,
+        wrap_model: bool,
         rand_on_empty: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
@@ -312,3 +260,9 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``; infinite after a step without noise."""
         return epsilon_of(self.accountant, delta)
+
+
+def _given(local: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the method whose ``locals()`` these are at its beginning, without ``self``."""
+    given = {name: value for name, value in local.items() if name not in ("self", "kwargs")}
+    return {**given, **local["kwargs"]}

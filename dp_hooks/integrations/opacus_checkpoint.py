@@ -42,17 +42,7 @@ class OpacusCheckpoints:
         them.
         """
         # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
-        PrivacyEngine.save_checkpoint(
-            self,
-            path=path,
-            module=module,
-            optimizer=optimizer,
-            noise_scheduler=noise_scheduler,
-            grad_clip_scheduler=grad_clip_scheduler,
-            checkpoint_dict=checkpoint_dict,
-            module_state_dict_kwargs=module_state_dict_kwargs,
-            torch_save_kwargs=torch_save_kwargs,
-        )
+        PrivacyEngine.save_checkpoint(**locals())
 
     def load_checkpoint(
         self,

@@ -3,18 +3,27 @@
 import math
 from dataclasses import dataclass
 
-from opacus.accountants import IAccountant, create_accountant
+from opacus.accountants import IAccountant
 
 from ..._validate import bad, fraction, non_negative, positive
 from ...errors import AccountingError
-from .opacus import DELTA, epsilon_of
+from .opacus import DELTA, epsilon_after
 
 _LARGEST_SIGMA = 1e4
 _LARGEST_EPSILON = 100.0
 _SIGMA = "pass 0 or more: it is the standard deviation of the noise in units of the clipping bound."
 
 
-@dataclass
+@dataclass(frozen=True)
+class Target:
+    """What is to be spent: at most ``epsilon`` at ``delta``, in ``epochs`` passes over the data."""
+
+    epsilon: float
+    delta: float
+    epochs: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """A calibrated number of releases within ``(epsilon, delta)``."""
 
@@ -25,8 +34,8 @@ class Budget:
 
 def check_budget(
     noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object
-) -> tuple[float | None, float | None, float | None, float | None]:
-    """Check the four budget arguments together and return them as floats.
+) -> float | Target:
+    """Check the four budget arguments together; return the noise multiplier that was given, or what to calculate it for.
 
     Raises:
         InvalidArgumentError: both or neither of ``noise_multiplier`` and ``target_epsilon``, or a value out of range.
@@ -46,7 +55,7 @@ def check_budget(
             raise bad(
                 "epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier."
             )
-        return sigma, None, delta, None
+        return sigma
     epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
     if epsilon > _LARGEST_EPSILON:
         raise bad(
@@ -59,11 +68,11 @@ def check_budget(
         raise bad("target_delta", None, f"target_epsilon needs a target_delta: {DELTA}")
     if epochs is None:
         raise bad("epochs", None, "target_epsilon needs the number of passes over the data to spend it on.")
-    return None, epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0.")
+    return Target(epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0."))
 
 
-def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate: float, releases: int) -> float:
-    """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within ``(epsilon, delta)``.
+def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float) -> float:
+    """Return the noise multiplier with which ``budget.releases`` steps at ``sample_rate`` stay within the budget.
 
     The result is the larger end of a bisection, so epsilon is never above the target, and at least 99.9 % of it is used
     (less only where the accountant's own resolution is coarser). Opacus's ``get_noise_multiplier`` is not used: it
@@ -73,19 +82,21 @@ def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate
         InvalidArgumentError: the accountant holds charges already, which the calculation would leave out, or it cannot
             certify such a small epsilon with any noise.
     """
+    epsilon = budget.epsilon
     if accountant.history:
         raise bad(
             "target_epsilon",
             epsilon,
-            "the accountant already holds spent budget, which a noise multiplier calculated for a fresh start would "
-            "ignore. Use a new accountant (a new engine), or pass noise_multiplier.",
+            "the accountant already holds spent budget, which a noise multiplier calculated for a fresh start would ignore. "
+            "To go on with a budget where it stopped, open the scope with a new accountant and the same target_epsilon, "
+            "target_delta and epochs, and load what was spent before entering it: "
+            "scope.accountant.load_state_dict(saved), where saved = old_accountant.state_dict(). With an engine, call "
+            "make_private_with_epsilon of a new one, and then its load_checkpoint.",
         )
 
     def spent(sigma: float) -> float:
-        trial = create_accountant(mechanism=accountant.mechanism())
-        trial.history = [(sigma, sample_rate, releases)]
         try:
-            return epsilon_of(trial, delta)
+            return epsilon_after(accountant, [(sigma, sample_rate, budget.releases)], budget.delta)
         except (AccountingError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
             return math.inf
 
@@ -96,7 +107,7 @@ def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate
             raise bad(
                 "target_epsilon",
                 epsilon,
-                f"the {accountant.mechanism()!r} accountant cannot certify it at delta={delta} with any noise. "
+                f"the {accountant.mechanism()!r} accountant cannot certify it at delta={budget.delta} with any noise. "
                 "Pass a larger target_epsilon, or a larger target_delta.",
             )
     low = high / 2

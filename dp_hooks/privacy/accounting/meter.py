@@ -2,11 +2,12 @@
 
 import warnings
 
-from opacus.accountants import IAccountant, create_accountant
+from opacus.accountants import IAccountant
 
+from ..._validate import non_negative
 from ...errors import BudgetExhaustedError, ScopeError
 from .calibrate import Budget
-from .opacus import epsilon_of
+from .opacus import charge, epsilon_after, epsilon_of
 
 
 class PrivacyMeter:
@@ -22,20 +23,35 @@ class PrivacyMeter:
         self,
         accountant: IAccountant,
         *,
-        sigma: float,
+        noise_multiplier: float,
         charged_rate: float,
         poisson: bool,
         budget: Budget | None = None,
     ) -> None:
-        """Charge to ``accountant``; ``sigma`` and ``charged_rate`` are what the budget was calculated for."""
+        """Charge to ``accountant``; a ``budget`` was calculated for this ``noise_multiplier`` and ``charged_rate``."""
         self.accountant = accountant
-        self.sigma = sigma
         self.charged_rate = charged_rate
         self.poisson = poisson
         self.budget = budget
         self.steps = 0
         self.foreign_steps = 0
+        self._noise_multiplier = noise_multiplier
         self._pass_sigma: float | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma: what the next release is charged with."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        value = non_negative("noise_multiplier", value)
+        if self.budget is not None and value != self._noise_multiplier:
+            raise ScopeError(
+                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
+                "scope with noise_multiplier=... to schedule it."
+            )
+        self._noise_multiplier = value
 
     @property
     def remaining(self) -> int | None:
@@ -45,53 +61,48 @@ class PrivacyMeter:
         """
         if self.budget is None:
             return None
-        kinds = {(sigma, rate) for sigma, rate, _ in self.accountant.history}
-        if kinds <= {(self.sigma, self.charged_rate)}:
-            return max(0, self.budget.releases - int(sum(steps for _, _, steps in self.accountant.history)))
+        history = self.accountant.history
+        if all((sigma, rate) == (self.noise_multiplier, self.charged_rate) for sigma, rate, _ in history):
+            return max(0, self.budget.releases - int(sum(steps for _, _, steps in history)))
         # Something else was charged, too: one more release is allowed as long as epsilon stays within the target.
-        return 1 if self._epsilon_with(self.sigma, self.charged_rate) <= self.budget.epsilon else 0
+        return 1 if self._allows_one_more(self.charged_rate) else 0
+
+    @property
+    def batches_left(self) -> int | None:
+        """Logical batches that a pass may have if it begins now; None: no bound."""
+        left = self.remaining
+        return None if left and not self.poisson else left  # a pass that has begun is paid for as a whole
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``."""
         return epsilon_of(self.accountant, delta)
 
-    def _charge(self, sigma: float, rate: float) -> None:
-        before = list(self.accountant.history)
-        try:
-            self.accountant.step(noise_multiplier=sigma, sample_rate=rate)
-        except ValueError as error:
-            self.accountant.history = before  # the GDP accountant forgets what was spent when it refuses more
-            raise ScopeError(
-                f"the {self.accountant.mechanism()!r} accountant cannot add a step with noise multiplier {sigma} at rate "
-                f'{rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
-            ) from error
-
-    def start_pass(self, sigma: float) -> None:
+    def start_pass(self) -> None:
         """Account for a new pass over the loader, just before its first batch is handed out."""
         if self.poisson:
             return
         if self.remaining == 0:
             raise self._exhausted()
-        self._charge(sigma, self.charged_rate)
-        self._pass_sigma = sigma
+        charge(self.accountant, self.noise_multiplier, self.charged_rate)
+        self._pass_sigma = self.noise_multiplier
 
-    def check_step(self, sigma: float, *, foreign: bool) -> None:
-        """Raise if one more step with ``sigma`` may not be taken; changes nothing."""
+    def check_step(self, *, foreign: bool) -> None:
+        """Raise if one more step may not be taken; changes nothing."""
         if foreign:
-            if self.budget is not None and self._epsilon_with(sigma, 1.0) > self.budget.epsilon:
+            if not self._allows_one_more(1.0):
                 raise self._exhausted(
                     " (the batch did not come from the private loader, so the step has no amplification by sampling)"
                 )
         elif self.poisson:
             if self.remaining == 0:
                 raise self._exhausted()
-        elif self._pass_sigma is not None and sigma < self._pass_sigma:
+        elif self._pass_sigma is not None and self.noise_multiplier < self._pass_sigma:
             raise ScopeError(
-                f"noise_multiplier={sigma} is below the {self._pass_sigma} that this pass over the loader was charged "
-                "with. Without Poisson sampling a pass is charged at its start: lower the noise between passes."
+                f"noise_multiplier={self.noise_multiplier} is below the {self._pass_sigma} that this pass over the loader "
+                "was charged with. Without Poisson sampling a pass is charged at its start: lower the noise between passes."
             )
 
-    def charge_step(self, sigma: float, *, foreign: bool) -> None:
+    def charge_step(self, *, foreign: bool) -> None:
         """Charge one step, before anything of it is released."""
         if foreign:
             if self.foreign_steps == 0:
@@ -100,17 +111,17 @@ class PrivacyMeter:
                     "it was sampled, so the step is charged without amplification (as if it held the whole dataset)",
                     stacklevel=2,
                 )
-            self._charge(sigma, 1.0)
+            charge(self.accountant, self.noise_multiplier, 1.0)
             self.foreign_steps += 1
         elif self.poisson:
-            self._charge(sigma, self.charged_rate)
+            charge(self.accountant, self.noise_multiplier, self.charged_rate)
         self.steps += 1
 
-    def _epsilon_with(self, sigma: float, rate: float) -> float:
-        assert self.budget is not None
-        trial = create_accountant(mechanism=self.accountant.mechanism())
-        trial.history = [*self.accountant.history, (sigma, rate, 1)]
-        return epsilon_of(trial, self.budget.delta)
+    def _allows_one_more(self, rate: float) -> bool:
+        budget = self.budget
+        if budget is None:
+            return True
+        return epsilon_after(self.accountant, [(self.noise_multiplier, rate, 1)], budget.delta) <= budget.epsilon
 
     def _exhausted(self, why: str = "") -> BudgetExhaustedError:
         assert self.budget is not None

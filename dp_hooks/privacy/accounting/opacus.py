@@ -1,12 +1,13 @@
-"""Opacus's accountants: made by name, and asked for epsilon."""
+"""Opacus's accountants: made by name, charged, and asked for epsilon."""
 
 import math
 import warnings
+from collections.abc import Sequence
 
 from opacus.accountants import IAccountant, create_accountant
 
 from ..._validate import fraction, one_of
-from ...errors import AccountingError
+from ...errors import AccountingError, ScopeError
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
@@ -17,6 +18,23 @@ def make_accountant(accountant: str | IAccountant) -> IAccountant:
     if isinstance(accountant, IAccountant):
         return accountant
     return create_accountant(mechanism=one_of("accountant", accountant, ACCOUNTANTS))
+
+
+def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: float) -> None:
+    """Add one release to what ``accountant`` holds.
+
+    Raises:
+        ScopeError: the accountant cannot add such a step to its history, which is left as it was.
+    """
+    before = list(accountant.history)
+    try:
+        accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
+    except ValueError as error:
+        accountant.history = before  # the GDP accountant forgets what was spent when it refuses more
+        raise ScopeError(
+            f"the {accountant.mechanism()!r} accountant cannot add a step with noise multiplier {noise_multiplier} at rate "
+            f'{sample_rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
+        ) from error
 
 
 def epsilon_of(accountant: IAccountant, delta: float) -> float:
@@ -44,3 +62,10 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
                 f"the {accountant.mechanism()!r} accountant cannot tell epsilon at delta={delta} for its history ({error}). "
                 'What was charged is kept; use accountant="prv" or "rdp" for such steps.'
             ) from error
+
+
+def epsilon_after(accountant: IAccountant, more: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """Return what :func:`epsilon_of` would be after ``more`` (sigma, sample rate, steps) as well; nothing is charged."""
+    trial = create_accountant(mechanism=accountant.mechanism())
+    trial.history = [*accountant.history, *more]
+    return epsilon_of(trial, delta)

@@ -2,28 +2,18 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from ...errors import ScopeError
+from ..accounting.meter import PrivacyMeter
 from .empty_batch import EmptyAwareCollate
-from .physical import PartSampler, PhysicalBatch
+from .once_per_pass import OncePerPass
+from .physical import PhysicalBatch, PhysicalSampler
 from .poisson import PoissonSampler
-
-
-class Consumer(Protocol):
-    """Who is told about the batches, in the order in which they are handed out."""
-
-    def start_pass(self) -> None:
-        """A pass over the loader begins; raise to stop it."""
-
-    def start_part(self, part: PhysicalBatch) -> None:
-        """``part`` is about to be handed out."""
-
-    def releases_left(self) -> int | None:
-        """Logical batches that the budget still allows; None: no bound."""
+from .scheme import SamplingPlan
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -36,15 +26,26 @@ class PrivateDataLoader(DataLoader[Any]):
     def __init__(
         self,
         loader: DataLoader[Any],
-        sampler: PartSampler,
-        consumer: Consumer,
+        sampler: PhysicalSampler,
+        meter: PrivacyMeter,
+        before_batch: Callable[[PhysicalBatch], None],
         sample_rate: float,
     ) -> None:
-        """Take everything but the sampling from ``loader``."""
+        """Take everything but the sampling from ``loader``.
+
+        Args:
+            loader: the loader that the user built.
+            sampler: draws the batches.
+            meter: is told when a pass begins, and may refuse it.
+            before_batch: called with each batch before it is handed out.
+            sample_rate: q.
+        """
         self.sample_rate = sample_rate
-        self._consumer = consumer
+        self._meter = meter
+        self._before_batch = before_batch
         self._poisson = isinstance(sampler.logical, PoissonSampler)
         self._pass: deque[PhysicalBatch] | None = None
+        self._closed = False
         super().__init__(
             loader.dataset,
             batch_sampler=sampler,
@@ -61,29 +62,59 @@ class PrivateDataLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        """Begin a pass: yields batches, in the structure of the original loader's."""
-        sampler = cast(PartSampler, self.batch_sampler)
-        if self._consumer.releases_left() == 0:
+        """Begin a pass: yields batches, in the structure of the original loader's.
+
+        Raises:
+            ScopeError: the scope is over; also from a pass that began within it.
+        """
+        self._check_open()
+        if self._meter.remaining == 0:
             warnings.warn("the privacy budget is used up: the loader yields no more batches", stacklevel=2)
         batches = super().__iter__()
-        return self._hand_out(batches, sampler.queue)
+        return self._hand_out(batches, cast(PhysicalSampler, self.batch_sampler).queue)
 
     def close(self) -> None:
-        """Stop persistent workers, which would otherwise outlive the scope."""
+        """Refuse every further batch, and stop persistent workers, which would otherwise outlive the scope."""
+        self._closed = True
         workers, self._iterator = self._iterator, None
         if workers is not None and hasattr(workers, "_shutdown_workers"):
             workers._shutdown_workers()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ScopeError(
+                "the private loader was used after the end of its scope. Iterate it inside the with block; to go on "
+                "without privacy, use the original loader."
+            )
+
     def _hand_out(self, batches: Iterator[Any], queue: deque[PhysicalBatch]) -> Iterator[Any]:
         started = False
         for batch in batches:
+            self._check_open()
             if not started:
-                self._consumer.start_pass()
+                self._meter.start_pass()
                 started, self._pass = True, queue
             if self._pass is not queue and not self._poisson:
                 raise ScopeError(
                     "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
                     "start, with the noise of that moment. Finish or leave one pass before beginning the next."
                 )
-            self._consumer.start_part(queue.popleft())
+            self._before_batch(queue.popleft())
             yield batch
+
+
+def make_loader(
+    loader: DataLoader[Any],
+    plan: SamplingPlan,
+    meter: PrivacyMeter,
+    before_batch: Callable[[PhysicalBatch], None],
+    max_physical_batch_size: int | None,
+) -> PrivateDataLoader:
+    """Build the private loader for ``plan``; the arguments are those of :class:`PrivateDataLoader`."""
+    logical: PoissonSampler | OncePerPass
+    if plan.poisson:
+        logical = PoissonSampler(plan.examples, plan.sample_rate, plan.batches_per_pass, loader.generator)
+    else:
+        logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
+    sampler = PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left)
+    return PrivateDataLoader(loader, sampler, meter, before_batch, plan.sample_rate)

@@ -1,7 +1,7 @@
 """The order of an ordinary sampler, as long as no example comes twice in a pass."""
 
-from collections.abc import Iterator, Sized
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import BatchSampler, Sampler
 
@@ -11,13 +11,13 @@ from ...errors import ScopeError
 class OncePerPass(Sampler[list[int]]):
     """Hands on the batches of an ordinary sampler and stops at the first example that appears twice in a pass."""
 
-    def __init__(self, batches: "Sampler[list[int]] | BatchSampler") -> None:
+    def __init__(self, batches: BatchSampler) -> None:
         """Guard ``batches``."""
         self.batches = batches
 
     def __len__(self) -> int:
         """Batches in a pass."""
-        return len(cast(Sized, self.batches))
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Iterate over one pass."""

@@ -28,7 +28,7 @@ class PhysicalBatch:
     last: bool
 
 
-class PartSampler(Sampler[list[int]]):
+class PhysicalSampler(Sampler[list[int]]):
     """Splits logical batches into physical ones and keeps, per pass, a queue that says which part is which.
 
     Loader workers fetch ahead of the training loop, so the queue is filled when indices are drawn and read when batches
@@ -37,7 +37,7 @@ class PartSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        logical: "PoissonSampler | OncePerPass",
+        logical: PoissonSampler | OncePerPass,
         expected: float,
         max_size: int | None,
         limit: Callable[[], int | None],
@@ -50,7 +50,7 @@ class PartSampler(Sampler[list[int]]):
         self.max_size = max_size
         self.limit = limit
         self.queue: deque[PhysicalBatch] = deque()
-        self._serial = 0
+        self._drawn = 0
         self._per_batch = 1 if max_size is None else max(1, math.ceil(expected / max_size))
 
     def __len__(self) -> int:
@@ -66,11 +66,11 @@ class PartSampler(Sampler[list[int]]):
         if limit == 0:
             return
         for count, indices in enumerate(self.logical, start=1):
-            self._serial += 1
-            serial, step = self._serial, self.max_size or max(1, len(indices))
+            self._drawn += 1
+            number, step = self._drawn, self.max_size or max(1, len(indices))
             chunks = [indices[i : i + step] for i in range(0, len(indices), step)] or [[]]
             for index, chunk in enumerate(chunks):
-                queue.append(PhysicalBatch(serial, index, len(chunk), index == len(chunks) - 1))
+                queue.append(PhysicalBatch(number, index, len(chunk), index == len(chunks) - 1))
                 yield chunk
             if limit is not None and count >= limit:
                 return

@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 from ..._validate import bad, fraction
-from .loader import PrivateDataLoader
+from .physical import PhysicalSampler
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) 
     """
     if not isinstance(loader, DataLoader):
         raise bad("loader", loader, "pass the torch.utils.data.DataLoader with the training data.")
-    if isinstance(loader, PrivateDataLoader):
+    if isinstance(loader.batch_sampler, PhysicalSampler):
         raise bad("loader", loader, "it is a private loader already; pass the DataLoader it was made from.")
     if isinstance(loader.dataset, IterableDataset):
         raise bad(
