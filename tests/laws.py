@@ -74,11 +74,9 @@ def attached(model: nn.Module, mode: Mode, **options: object) -> Iterator[HookCo
 @contextmanager
 def captured(controller: HookController, mode: Mode, losses: Callable[[], Tensor]) -> Iterator[SampleGradients]:
     """Back-propagate ``losses()``, reduced as is declared, and give what was captured; two passes give one sum of it."""
-    with controller.two_passes() if mode.two_pass else nullcontext():
+    with controller.two_passes(lambda: loss.backward()) if mode.two_pass else nullcontext():
         values = losses()
         loss = values.sum() / (1 if controller.loss_reduction == "sum" else max(1, len(values)))
-        if mode.two_pass:
-            controller.repeat_backward = loss.backward
         loss.backward(retain_graph=mode.two_pass)
         written = {p: p.grad_sample for p in controller.params if hasattr(p, "grad_sample")}
         found = controller.take()

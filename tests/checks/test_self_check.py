@@ -40,7 +40,7 @@ def stepped(model, opt, x):
     return any(bool(m.any()) for m in moved(before, model))
 
 
-def refused(loss, opt, match=""):
+def refused(loss, opt, match=None):
     with pytest.raises(errors.SelfCheckError, match=match):
         back_and_step(loss, opt)
 

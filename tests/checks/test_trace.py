@@ -73,8 +73,8 @@ def still(before, model):
 def checks(monkeypatch):
     """A list that grows with every comparison of the self-check."""
     seen = []
-    judge = SelfCheck._judge
-    monkeypatch.setattr(SelfCheck, "_judge", lambda self, *args: (seen.append(1), judge(self, *args))[1])
+    compare = SelfCheck._compare
+    monkeypatch.setattr(SelfCheck, "_compare", lambda self, *args: (seen.append(1), compare(self, *args))[1])
     return seen
 
 
@@ -343,7 +343,8 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode):
         return (out.softmax(0) if "loss" in reading else out).square().mean()
 
     model = net(forward)
-    with enter(model, mode) as (opt, loader):
+    scope = enter(model, mode)
+    with scope as (opt, loader):
         (x,) = next(iter(loader))
         if reading != "sound":
             with pytest.raises(errors.SelfCheckError):
@@ -355,7 +356,7 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode):
         model(x).backward()
         got = {name: p.grad_sample for name, p in model.named_parameters()}
         opt.zero_grad()
-        opt._controller.disable_hooks()
+        scope.controller.disable_hooks()
         torch.testing.assert_close(got, sample_grads(model, lambda m, part: m(part), x))
 
 
@@ -410,7 +411,8 @@ def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first):
     model = Net(lambda s, x: s.b(s.encoder(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)), b=nn.Linear(D, 3))
     model.encoder = encoder
     model.double()
-    with enter(model, "hooks") as (opt, loader):
+    scope = enter(model, "hooks")
+    with scope as (opt, loader):
         for index, (x,) in enumerate(loader):
             flat = (index % 2 == 0) == flat_first
 
@@ -420,9 +422,9 @@ def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first):
             losses(model, x).mean().backward()
             got = {name: p.grad_sample.clone() for name, p in model.named_parameters()}
             opt.zero_grad()
-            opt._controller.disable_hooks()
+            scope.controller.disable_hooks()
             expected = sample_grads(model, losses, x)
-            opt._controller.enable_hooks()
+            scope.controller.enable_hooks()
             torch.testing.assert_close(got, expected)
             losses(model, x).mean().backward()
             opt.step()

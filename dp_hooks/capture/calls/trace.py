@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from typing_extensions import ParamSpec, TypeVar
 
-from .._no_randomness import Draws
-from .._operations import CHANGES_GRADIENT, DRAWS, METADATA, TAKES_SIZES, VIEWS_BY_NAME
+from ..._no_randomness import Draws
+from ..._operations import CHANGES_GRADIENT, DRAWS, METADATA, TAKES_SIZES, VIEWS_BY_NAME
 
 P = ParamSpec("P")
 T = TypeVar("T")
