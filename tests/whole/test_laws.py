@@ -14,14 +14,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Faults that are known and open: law, case and mode. Once one is repaired its row fails, and has to go.
 UNCOUNTED = "a use outside the parameter's own module is left out of the norms of two passes"
-NO_ROWS = "a choice of no sample from a call with several rows for each cannot be told its shape"
 OPEN = {
     **{(law, "weight-of-another-module", "two-pass"): UNCOUNTED for law in laws.LAWS[:3] + laws.LAWS[4:]},
     **{
         (laws.frozen_parts_change_nothing, f"{kind}-function-of-another-module", "two-pass"): UNCOUNTED
         for kind in ("plain", "two-part")
     },
-    **{(laws.a_sample_that_is_not_finite_is_left_out, "windows", mode): NO_ROWS for mode in ("deferred", "two-pass")},
 }
 
 

@@ -2,10 +2,10 @@
 
 # mypy: disable-error-code="no-any-return"
 
-import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,34 +38,29 @@ class Run:
     loader: Any
     losses: Losses
     prepared: Any = None
+    passes: int = 0
 
     def backward(self, batch: Any) -> None:
         """Back-propagate the mean of the per-sample losses."""
         self.losses(self.model, *batch).mean().backward()
 
 
-def ordinary(run: Run) -> None:
+def ordinary(run: Run, batch: Any) -> None:
     """Run one pass of an ordinary loop."""
-    for batch in run.loader:
-        run.opt.zero_grad()
-        run.backward(batch)
-        run.opt.step()
+    run.opt.zero_grad()
+    run.backward(batch)
+    run.opt.step()
 
 
-def by_function(fn: Callable[[nn.Module, Any], Tensor]) -> Callable[[Run], None]:
-    """Return a loop in which ``fn`` under ``dp_step`` takes the step."""
-
-    def loop(run: Run) -> None:
-        step = dp_step(fn)
-        for batch in run.loader:
-            step(run.model, batch)
-
-    return loop
+def by_function(fn: Callable[[nn.Module, Any], Tensor]) -> Callable[[Run, Any], None]:
+    """Return a step that ``fn`` under ``dp_step`` takes."""
+    step = dp_step(fn)
+    return lambda run, batch: step(run.model, batch)  # type: ignore[func-returns-value]
 
 
 @dataclass
 class Trap:
-    """A model, its data and a loop; ``refused`` is what the error has to name, or empty where the step must be right.
+    """A model, its data and a step; ``refused`` is what the error has to name, or empty where the step must be right.
 
     ``before`` runs ahead of the scope. ``exact`` is off where only the bound on every sample's contribution can be told.
     ``together``: the reference differentiates each loss of one batched forward pass (where random numbers are drawn).
@@ -74,7 +69,7 @@ class Trap:
     model: Callable[[], nn.Module]
     data: Callable[[], list[Tensor]]
     refused: str = ""
-    loop: Callable[[Run], None] = ordinary
+    step: Callable[..., None] = ordinary
     losses: Losses = losses
     error: type[BaseException] | tuple[type[BaseException], ...] = DPHooksError
     before: Callable[[nn.Module, list[Tensor]], Any] = lambda model, data: None
@@ -82,6 +77,7 @@ class Trap:
     exact: bool = True
     tolerance: float = 1e-7
     dtype: torch.dtype = torch.float64
+    passes: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -132,76 +128,60 @@ def padded() -> list[Tensor]:
 # ---------------------------------------------------------------- loops
 
 
-def unfreezing(run: Run) -> None:
+def unfreezing(run: Run, batch: Any) -> None:
     run.model[0].requires_grad_(True)
-    ordinary(run)
+    ordinary(run, batch)
 
 
-def forward_only(run: Run) -> None:
+def forward_only(run: Run, batch: Any) -> None:
     """Evaluate in training mode on the batch and on other rows, then train."""
-    for batch in run.loader:
-        run.model(*batch)
-        run.model(*(part[:2] for part in batch))
-        run.backward(batch)
-        run.opt.step()
+    run.model(*batch)
+    run.model(*(part[:2] for part in batch))
+    run.backward(batch)
+    run.opt.step()
 
 
-def two_passes(run: Run) -> None:
+def two_passes(run: Run, batch: Any) -> None:
     """Back-propagate half of the loss twice, through the same graph."""
-    for batch in run.loader:
-        loss = run.losses(run.model, *batch).mean() / 2
-        loss.backward(retain_graph=True)
-        loss.backward()
-        run.opt.step()
+    loss = run.losses(run.model, *batch).mean() / 2
+    loss.backward(retain_graph=True)
+    loss.backward()
+    run.opt.step()
 
 
-def two_losses(run: Run) -> None:
+def two_losses(run: Run, batch: Any) -> None:
     """Back-propagate two losses, from two forward passes."""
-    for batch in run.loader:
-        for part in (0.25, 0.75):
-            (part * run.losses(run.model, *batch).mean()).backward()
-        run.opt.step()
+    for part in (0.25, 0.75):
+        (part * run.losses(run.model, *batch).mean()).backward()
+    run.opt.step()
 
 
-def adversarial(run: Run) -> None:
+def adversarial(run: Run, batch: Any) -> None:
     """Ask for the gradient of the input first."""
-    for (x,) in run.loader:
-        probe = x.clone().requires_grad_()
-        torch.autograd.grad(run.losses(run.model, probe).sum(), probe)
-        run.backward([x])
-        run.opt.step()
+    (x,) = batch
+    probe = x.clone().requires_grad_()
+    torch.autograd.grad(run.losses(run.model, probe).sum(), probe)
+    run.backward([x])
+    run.opt.step()
 
 
-def penalised(run: Run) -> None:
-    for (x,) in run.loader:
-        probe = x.clone().requires_grad_()
-        loss = run.losses(run.model, probe).mean()
-        (slope,) = torch.autograd.grad(loss, probe, create_graph=True)
-        (loss + slope.square().sum()).backward()
-        run.opt.step()
+def penalised(run: Run, batch: Any) -> None:
+    (x,) = batch
+    probe = x.clone().requires_grad_()
+    loss = run.losses(run.model, probe).mean()
+    (slope,) = torch.autograd.grad(loss, probe, create_graph=True)
+    (loss + slope.square().sum()).backward()
+    run.opt.step()
 
 
-def scaled(run: Run) -> None:
-    """The loop of mixed precision with a gradient scaler."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for batch in run.loader:
-        scaler.scale(run.losses(run.model, *batch).mean()).backward()
-        scaler.step(run.opt)
-        scaler.update()
-
-
-def unscaling(run: Run, enabled: bool = False) -> None:
-    """The same with the gradients unscaled before the step."""
+def scaled(run: Run, batch: Any, enabled: bool = True, unscale: bool = False) -> None:
+    """Step as in mixed precision, with a gradient scaler, perhaps with the gradients unscaled before."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
-    for batch in run.loader:
-        scaler.scale(run.losses(run.model, *batch).mean()).backward()
+    scaler.scale(run.losses(run.model, *batch).mean()).backward()
+    if unscale:
         scaler.unscale_(run.opt)
-        scaler.step(run.opt)
-        scaler.update()
-
-
-def unscaled(run: Run) -> None:
-    unscaling(run, enabled=True)
+    scaler.step(run.opt)
+    scaler.update()
 
 
 def autocast_losses(model: nn.Module, *batch: Any) -> Tensor:
@@ -210,71 +190,55 @@ def autocast_losses(model: nn.Module, *batch: Any) -> Tensor:
     return out.float().square().flatten(1).sum(1)
 
 
-def own_loss(run: Run) -> None:
-    for batch in run.loader:
-        run.model(*batch)["loss"].backward()
-        run.opt.step()
+def own_loss(run: Run, batch: Any) -> None:
+    run.model(*batch)["loss"].backward()
+    run.opt.step()
 
 
-def looked_at(run: Run) -> None:
+def looked_at(run: Run, batch: Any) -> None:
     """Look at ``p.grad`` in all the usual ways between ``backward`` and the step."""
-    for batch in run.loader:
-        run.backward(batch)
-        assert all(p.grad is None for p in run.model.parameters())
-        assert float(nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)) == 0
-        run.opt.step()
+    run.backward(batch)
+    assert all(p.grad is None for p in run.model.parameters())
+    assert float(nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)) == 0
+    run.opt.step()
 
 
-def discarded(run: Run) -> None:
+def discarded(run: Run, batch: Any) -> None:
     """Drop one backward pass by ``zero_grad``."""
-    for batch in run.loader:
-        (7 * run.losses(run.model, *batch).mean()).backward()
-        run.opt.zero_grad()
+    (7 * run.losses(run.model, *batch).mean()).backward()
+    run.opt.zero_grad()
+    run.backward(batch)
+    run.opt.step()
+
+
+def continued(run: Run, batch: Any) -> None:
+    """Leave the batch of the first pass after ``backward``, without a step."""
+    (7 * run.losses(run.model, *batch).mean()).backward()
+    run.opt.zero_grad()
+    if run.passes:
         run.backward(batch)
         run.opt.step()
+    run.passes += 1
 
 
-def continued(run: Run) -> None:
-    """Leave one batch after ``backward`` without a step, and take the step for the next."""
-    for k, batch in enumerate([b for _ in range(2) for b in run.loader]):
-        (7 * run.losses(run.model, *batch).mean()).backward()
-        if k == 0:
-            run.opt.zero_grad()
-            continue
-        run.opt.zero_grad()
-        run.backward(batch)
-        run.opt.step()
-
-
-def compiled_before(model: nn.Module, data: list[Tensor]) -> Any:
-    """Compile the model, and run it forwards and backwards."""
+def compiled_before(model: nn.Module, data: list[Tensor], in_place: bool = False) -> Any:
+    """Compile the model, perhaps by its own ``compile``, and run it forwards and backwards."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    losses(compiled, *data).mean().backward()
+    made = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    losses(made, *data).mean().backward()
     model.zero_grad()
-    return compiled
+    return made
 
 
-def compiled_in_place(model: nn.Module, data: list[Tensor]) -> Any:
-    """The same, with the model's own ``compile``."""
-    torch._dynamo.reset()
-    model.compile(backend="eager")
-    losses(model, *data).mean().backward()
-    model.zero_grad()
-    return model
-
-
-def compiled_inside(run: Run) -> None:
-    """Compile the model in the scope, and train with that."""
-    torch._dynamo.reset()
-    compiled(dataclasses.replace(run, prepared=torch.compile(run.model, backend="eager")))
-
-
-def compiled(run: Run) -> None:
-    """Train with what was compiled."""
-    for batch in run.loader:
-        run.losses(run.prepared, *batch).mean().backward()
-        run.opt.step()
+def compiled(run: Run, batch: Any) -> None:
+    """Train with what was compiled, in the scope if not before."""
+    if run.prepared is None:
+        torch._dynamo.reset()
+    made = run.prepared or torch.compile(run.model, backend="eager")
+    run.losses(made, *batch).mean().backward()
+    run.opt.step()
 
 
 def times_own(self: Any, x: Tensor) -> Tensor:
@@ -336,9 +300,9 @@ TRAPS: dict[str, Trap] = {
         refused=r"0\.weight",
     ),
     "G9 class token with dropout": Trap(lambda: vision(0.5), tokens, losses=seeded, together=True),
-    "G13 forward passes without backward": Trap(mlp, tokens, loop=forward_only),
+    "G13 forward passes without backward": Trap(mlp, tokens, step=forward_only),
     "G14 unfreezing": Trap(
-        lambda: nn.Sequential(linear().requires_grad_(False), linear()), tokens, loop=unfreezing, refused=r"0\.weight"
+        lambda: nn.Sequential(linear().requires_grad_(False), linear()), tokens, step=unfreezing, refused=r"0\.weight"
     ),
     "G15 BatchNorm": Trap(
         lambda: nn.Sequential(linear(), nn.BatchNorm1d(T), linear()), tokens, refused=r"1 \(BatchNorm1d\)"
@@ -354,13 +318,13 @@ TRAPS: dict[str, Trap] = {
     "G15 contrastive loss": Trap(
         mlp,
         tokens,
-        loop=by_function(lambda m, b: F.cross_entropy(m(b[0])[:, 0] @ m(b[0])[:, 0].T, torch.arange(len(b[0])))),
+        step=by_function(lambda m, b: F.cross_entropy(m(b[0])[:, 0] @ m(b[0])[:, 0].T, torch.arange(len(b[0])))),
         refused="train function",
     ),
     "G15 load balancing": Trap(
         lambda: routed(True),
         tokens,
-        loop=by_function(lambda m, b: m(b[0])[0].square().flatten(1).sum(1).mean() + m(b[0])[1]),
+        step=by_function(lambda m, b: m(b[0])[0].square().flatten(1).sum(1).mean() + m(b[0])[1]),
         refused="train function|router",
     ),
     "G15 load balancing in a bare loop": Trap(
@@ -370,55 +334,64 @@ TRAPS: dict[str, Trap] = {
         refused="the model|router",
     ),
     "G16 token mean in a train function": Trap(
-        mlp, padded, loop=by_function(lambda m, b: token_mean(m, *b)), refused="train function"
+        mlp, padded, step=by_function(lambda m, b: token_mean(m, *b)), refused="train function"
     ),
     "G16 token mean in the model": Trap(
         lambda: Net(lambda s, x, y: {"loss": token_mean(s.net, x, y)}, net=mlp()),
         padded,
-        loop=own_loss,
+        step=own_loss,
         refused="the model",
     ),
     "G17 sum for mean in a train function": Trap(
-        mlp, tokens, loop=by_function(lambda m, b: losses(m, *b).sum()), refused="loss_reduction='mean'"
+        mlp, tokens, step=by_function(lambda m, b: losses(m, *b).sum()), refused="loss_reduction='mean'"
     ),
     "G17 mean for sum in a train function": Trap(
         mlp,
         tokens,
-        loop=by_function(lambda m, b: losses(m, *b).mean()),
+        step=by_function(lambda m, b: losses(m, *b).mean()),
         options={"loss_reduction": "sum"},
         refused="loss_reduction='sum'",
     ),
     "G17 mean for sum in the model": Trap(
-        with_loss, tokens, loop=own_loss, options={"loss_reduction": "sum"}, refused="loss_reduction='sum'"
+        with_loss, tokens, step=own_loss, options={"loss_reduction": "sum"}, refused="loss_reduction='sum'"
     ),
     "G20 autocast": Trap(
         mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-3
     ),
-    "G20 gradient scaler": Trap(mlp, tokens, loop=scaled, refused="GradScaler"),
-    "G20 gradient scaler, unscaled": Trap(mlp, tokens, loop=unscaled, refused="GradScaler"),
-    "G20 gradient scaler, switched off": Trap(mlp, tokens, loop=unscaling),
-    "G21 one graph twice": Trap(mlp, tokens, loop=two_passes),
-    "G21 two losses": Trap(lambda: vision(0.0), tokens, loop=two_losses),
-    "G22 gradient of the input": Trap(mlp, tokens, loop=adversarial),
-    "G23 gradient penalty": Trap(mlp, tokens, loop=penalised, refused="create_graph"),
+    "G20 gradient scaler": Trap(mlp, tokens, step=scaled, refused="GradScaler"),
+    "G20 gradient scaler, unscaled": Trap(mlp, tokens, step=partial(scaled, unscale=True), refused="GradScaler"),
+    "G20 gradient scaler, switched off": Trap(mlp, tokens, step=partial(scaled, unscale=True, enabled=False)),
+    "G21 one graph twice": Trap(mlp, tokens, step=two_passes),
+    "G21 two losses": Trap(lambda: vision(0.0), tokens, step=two_losses),
+    "G22 gradient of the input": Trap(mlp, tokens, step=adversarial),
+    "G23 gradient penalty": Trap(mlp, tokens, step=penalised, refused="create_graph"),
     "G24 means of 1e4": Trap(lambda: nn.Linear(64, 64), far_off, losses=cancelling, dtype=torch.float32, exact=False),
     "G25 input written later": Trap(
         lambda: Net(written_later, a=linear(), b=linear()), tokens, error=RuntimeError, refused="modified by an inplace"
     ),
-    "G26 compiled and run before": Trap(mlp, tokens, before=compiled_before, loop=compiled),
-    "G26 compiled in place and run before": Trap(mlp, tokens, before=compiled_in_place, loop=compiled),
-    "G26 compiled inside": Trap(lambda: Net(times_own, net=mlp(), g=param(D)), tokens, loop=compiled_inside),
-    "P6 the loss of the output object": Trap(
-        with_loss, tokens, loop=own_loss, losses=lambda m, x: m(x)["logits"].square().flatten(1).sum(1)
+    "G26 compiled and run before": Trap(mlp, tokens, before=compiled_before, step=compiled),
+    "G26 compiled in place and run before": Trap(
+        mlp, tokens, before=partial(compiled_before, in_place=True), step=compiled
     ),
-    "P9 gradients looked at": Trap(mlp, tokens, loop=looked_at),
-    "L9 zero_grad": Trap(mlp, tokens, loop=discarded),
-    "L9 continue": Trap(mlp, tokens, loop=continued),
+    "G26 compiled inside": Trap(lambda: Net(times_own, net=mlp(), g=param(D)), tokens, step=compiled),
+    "P6 the loss of the output object": Trap(
+        with_loss, tokens, step=own_loss, losses=lambda m, x: m(x)["logits"].square().flatten(1).sum(1)
+    ),
+    "P9 gradients looked at": Trap(mlp, tokens, step=looked_at),
+    "L9 zero_grad": Trap(mlp, tokens, step=discarded),
+    "L9 continue": Trap(mlp, tokens, step=continued, passes=2),
 }
 
 # Two passes are taken by train functions only, never by loops.
 each_mode = pytest.mark.parametrize("mode", [mode for mode in laws.MODES if not mode.two_pass], ids=str)
 NUMBERS = {f"G{k}" for k in range(1, 27)} | {"P6", "P9", "L9"}
+
+
+def train(trap: Trap, run: Run) -> None:
+    """Take the row's step for every batch."""
+    for _ in range(trap.passes):
+        for batch in run.loader:
+            trap.step(run, batch)
 
 
 def made(name: str) -> tuple[Trap, nn.Module, list[Tensor]]:
@@ -454,8 +427,8 @@ def summed(name: str, bound: float, mode: laws.Mode, without: int | None = None)
         data = [torch.cat([t[:without], t[without + 1 :]]) for t in data]
     prepared = trap.before(model, data)
     start, own = values(model), [set(vars(p)) for p in model.parameters()]
-    with mode.on() as name, scope_of(trap, model, data, bound, name) as (opt, loader):
-        trap.loop(Run(model, opt, loader, trap.losses, prepared))
+    with mode.on() as way, scope_of(trap, model, data, bound, way) as (opt, loader):
+        train(trap, Run(model, opt, loader, trap.losses, prepared))
         for p, before in zip(model.parameters(), own, strict=True):
             assert vars(p).keys() - before <= {"grad_sample", "__getstate__"}
     return [len(data[0]) * change for change in moved(start, model)]
@@ -502,20 +475,13 @@ def test_a_trap_is_refused(name: str, mode: laws.Mode) -> None:
     start = values(model)
     trainable = [p.requires_grad for p in model.parameters()]
     before = Snapshot(model)
-    charged = None
-
-    def train() -> None:
-        nonlocal charged
-        scope = scope_of(trap, model, data, 1.0, mode.grad_sample_mode)
-        charged = scope.accountant.history
-        with scope as (opt, loader):
-            trap.loop(Run(model, opt, loader, trap.losses, prepared))
-
-    with pytest.raises(trap.error) as caught:
-        train()
+    with mode.on() as way:
+        scope = scope_of(trap, model, data, 1.0, way)
+        with pytest.raises(trap.error) as caught, scope as (opt, loader):
+            train(trap, Run(model, opt, loader, trap.losses, prepared))
     assert re.search(trap.refused, str(caught.value)), str(caught.value)
     assert_same(values(model), start)
-    assert not charged
+    assert not scope.accountant.history
     for p, was in zip(model.parameters(), trainable, strict=True):
         assert p.grad is None  # also of those that the loop unfroze
         p.requires_grad_(was)
