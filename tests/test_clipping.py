@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivacyEngineHookBased, PrivateTraining, dp_step, private_training
-from dp_hooks.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping, make_clipping
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.noise import GaussianNoise
+from dp_hooks.privacy.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    FlatClipping,
+    GroupClipping,
+    SampleNorms,
+    make_clipping,
+)
+from dp_hooks.privacy.noise.gaussian import GaussianNoise
 
 from .gaussian import NEVER, Wide, fits, noise_of
 from .models import (
@@ -174,7 +181,7 @@ def test_automatic_factors_of_extreme_norms() -> None:
     model = build("mlp")
     p, *_ = model.parameters()
     norms = torch.tensor([0.0, 1e-30, 1e30, math.inf, math.nan], dtype=torch.float64)
-    (found,) = made("automatic", 2.0, model).factors({p: norms}).values()
+    (found,) = made("automatic", 2.0, model).factors(SampleNorms({p: norms})).values()
     torch.testing.assert_close(found, torch.tensor([200.0, 200.0, 2e-15, 0, 0], dtype=torch.float64))
 
 
@@ -217,7 +224,7 @@ def test_factors_keep_random_gradients_within_the_sensitivity(kind: str, dtype: 
     function = made(options.get("clipping", "flat"), options["max_grad_norm"], model)
     generator = drawn(3)
     norms = {p: 10 ** (torch.rand(2000, generator=generator) * 36 - 18).to(dtype) for p in model.parameters()}
-    factors = function.factors({p: norm.square() for p, norm in norms.items()})
+    factors = function.factors(SampleNorms({p: norm.square() for p, norm in norms.items()}))
     contributions = sum((factors[p].double() * norms[p].double()).square() for p in norms).sqrt()
     assert float(contributions.max()) <= sensitivity * (1 + 4 * torch.finfo(dtype).eps)
 
@@ -232,7 +239,7 @@ def test_a_sample_without_a_usable_norm_is_dropped_everywhere(kind: str) -> None
     for target in model.parameters():
         norms = {p: torch.ones(len(bad) + 1) for p in model.parameters()}
         norms[target][: len(bad)] = torch.tensor(bad)
-        for factors in function.factors(norms).values():
+        for factors in function.factors(SampleNorms(norms)).values():
             assert factors[: len(bad)].tolist() == [0.0] * len(bad)
             assert 0 < float(factors[-1]) <= 1
 
@@ -485,7 +492,9 @@ def test_one_sample_moves_the_count_by_at_most_half(norm: float) -> None:
 
     def count(rows: Tensor) -> float:
         zeros = torch.zeros_like(rows)
-        return float(function.statistic({p: rows if k == 1 else zeros for k, p in enumerate(model.parameters())}))
+        return float(
+            function.statistic(SampleNorms({p: rows if k == 1 else zeros for k, p in enumerate(model.parameters())}))
+        )
 
     change = count(squares) - count(squares[:-1])
     assert change == (0.0 if not math.isfinite(norm) or norm == 1e200 else 0.5 if norm <= 1 else -0.5)

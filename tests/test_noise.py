@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import noise as noise_module
 from dp_hooks import private_training
 from dp_hooks.errors import DPHooksError, InvalidArgumentError, ScopeError
-from dp_hooks.noise import GaussianNoise, fresh_generator
+from dp_hooks.privacy.noise import entropy
+from dp_hooks.privacy.noise.entropy import fresh_generator
+from dp_hooks.privacy.noise.gaussian import GaussianNoise
 
 from .gaussian import COUNT, NEVER, Wide, fits, noise_of, released, wide_scope
 from .models import drawn
@@ -301,7 +302,7 @@ def test_fresh_generators_are_seeded_with_all_their_state() -> None:
 
 def test_a_random_state_of_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the state cannot be filled with entropy, nothing weaker is used in its place."""
-    monkeypatch.setattr(noise_module, "_STATE_BYTES", 1234)
+    monkeypatch.setattr(entropy, "_STATE_BYTES", 1234)
     with pytest.raises(DPHooksError, match="not 1234"):
         fresh_generator(torch.device("cpu"))
 

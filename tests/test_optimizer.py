@@ -14,8 +14,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import HookController, PrivateTraining, private_training
-from dp_hooks.clipping import FlatClipping
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
+from dp_hooks.privacy.clipping import FlatClipping, SampleNorms
 
 from .models import (
     BOUND,
@@ -828,7 +828,7 @@ def sum_of(rows: Tensor, kind: str) -> list[Tensor]:
     assert found is not None
     clipping = FlatClipping(1e-3)
     sums = found.weighted_sums(
-        clipping.factors(found.sq_norms(found.params)), torch.ones(found.samples, dtype=torch.bool)
+        clipping.factors(SampleNorms(found.sq_norms(found.params))), torch.ones(found.samples, dtype=torch.bool)
     )
     controller.cleanup()
     return list(sums.values())

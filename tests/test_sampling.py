@@ -27,7 +27,7 @@ from transformers import BatchEncoding
 
 from dp_hooks import PrivateDataLoader, private_training
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.sampling import PoissonSampler
+from dp_hooks.privacy.sampling.poisson import PoissonSampler
 
 from .gaussian import NEVER
 from .models import drawn
@@ -256,10 +256,10 @@ def test_workers_with_prefetching_deliver_every_part_in_order() -> None:
         loader = DataLoader(Rows(12), batch_size=4, collate_fn=_as_tensor, generator=drawn(3), **more)
         rows = []
         scope = _scope_over(loader, max_physical_batch_size=2)
-        with scope as (_, private):
+        with scope as (opt, private):
             for _ in range(2):
                 for batch in private:
-                    part = scope.current_part
+                    part = opt.physical_batch
                     rows.append((part.logical, part.index, part.last, batch[:, 0].tolist()))
                     assert part.size == len(batch)
         return rows
@@ -296,13 +296,13 @@ def test_breaking_off_with_workers_leaves_the_next_pass_aligned() -> None:
         Rows(8), batch_size=8, collate_fn=_as_tensor, num_workers=2, persistent_workers=True, generator=drawn()
     )
     scope = _scope_over(loader, max_physical_batch_size=2, sample_rate=1.0)
-    with scope as (_, private):
+    with scope as (opt, private):
         next(iter(private))
-        first = scope.current_part
+        first = opt.physical_batch
         sizes = []
         for batch in private:
-            sizes.append((scope.current_part.index, len(batch)))
-            assert scope.current_part.logical > first.logical
+            sizes.append((opt.physical_batch.index, len(batch)))
+            assert opt.physical_batch.logical > first.logical
         private._iterator._shutdown_workers()
     assert sizes == [(0, 2), (1, 2), (2, 2), (3, 2)]
 
@@ -467,9 +467,9 @@ def test_physical_parts_are_small_and_their_union_is_the_logical_batch(largest: 
         return DataLoader(Rows(40), batch_size=8, collate_fn=_as_tensor, generator=drawn(4))
 
     scope = _scope_over(loader(), max_physical_batch_size=largest)
-    with scope as (_, private):
+    with scope as (opt, private):
         for batch in private:
-            part = scope.current_part
+            part = opt.physical_batch
             assert len(batch) == part.size
             assert len(batch) <= largest
             rows = logical.setdefault(part.logical, [])
@@ -487,9 +487,9 @@ def test_physical_parts_of_order_based_batches() -> None:
     loader = DataLoader(Rows(10), batch_size=4, collate_fn=_as_tensor)
     scope = _scope_over(loader, max_physical_batch_size=3, poisson_sampling=False)
     seen = []
-    with scope as (_, private):
+    with scope as (opt, private):
         for batch in private:
-            seen.append((batch[:, 0].tolist(), scope.current_part.last))
+            seen.append((batch[:, 0].tolist(), opt.physical_batch.last))
     assert seen == [([1, 2, 3], False), ([4], True), ([5, 6, 7], False), ([8], True), ([9, 10], True)]
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .outer import Outer
-from .rule import Call, Dims, Rule
+from .outer import OuterProducts
+from .rule import Call, Rule
 
 
 def wide(tensor: Tensor, *others: Tensor) -> Tensor:
@@ -34,28 +34,23 @@ def _is_transposed(call: Call) -> bool:
     return not isinstance(call.module, nn.Linear)
 
 
-def dims(call: Call) -> dict[str, Dims]:
-    """The weight's: as many tokens as there are vectors in a sample."""
-    return {"weight": Dims(_tokens(call), *call.parameter("weight").shape)} if "weight" in call.names else {}
-
-
-def factored(call: Call) -> dict[str, Outer]:
+def outer_products(call: Call) -> dict[str, OuterProducts]:
     """``dW[n, o, i] = sum_t g[n, t, o] x[n, t, i]``; the other way round for the transposed weight of ``Conv1D``."""
     if "weight" not in call.names:
         return {}
     x, g = _factors(call)
     left, right = (x, g) if _is_transposed(call) else (g, x)
-    return {"weight": Outer(left, right, call.parameter("weight").shape)}
+    return {"weight": OuterProducts(left, right, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Outer products summed over ``t``, and for the bias ``db[n, o] = sum_t g[n, t, o]``."""
-    out = {name: use.grads() for name, use in factored(call).items()}
+    out = {name: use.grads() for name, use in outer_products(call).items()}
     if "bias" in call.names:
         out["bias"] = _as_tokens(wide(call.grad), _tokens(call)).sum(1)
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, dims=dims, factored=factored, subclasses=True, any_rank=True)
+LINEAR = Rule("Linear", grad_samples, outer_products=outer_products, subclasses=True, any_rank=True)
 # transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
-CONV1D = Rule("Conv1D", grad_samples, dims=dims, factored=factored, any_rank=True)
+CONV1D = Rule("Conv1D", grad_samples, outer_products=outer_products, any_rank=True)

@@ -1,0 +1,112 @@
+"""SampleGradients: the per-sample gradients of one physical batch; tied weights and repeated uses are added up here."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..rules import CHUNK, ghost_norms, sum_of_squares, weighted_sum
+from .terms import Sums, Term
+
+
+class SampleGradients:
+    """The gradients of ``samples`` samples, from all backward passes between two boundaries.
+
+    A parameter that was used more than once (tied weights, a layer called again, a second backward pass over the same
+    samples) has several sources: their gradients are added per sample before any norm is taken, so that a sample counts once,
+    however often it was used.
+    """
+
+    def __init__(self, samples: int, sources: Sequence[Term]) -> None:
+        self.samples = samples
+        self._sources: dict[nn.Parameter, list[Term]] = {}
+        for source in sources:
+            for param in source.params:
+                self._sources.setdefault(param, []).append(source)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters that got a gradient."""
+        return list(self._sources)
+
+    def grads(self, param: nn.Parameter, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Per-sample gradients ``[len(rows), *param.shape]``, all uses added up."""
+        first, *more = self._sources[param]
+        total = first.grads(param, rows)
+        for source in more:
+            total = total + source.grads(param, rows)
+        return total
+
+    def _groups(self, wanted: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Put together the parameters that have one source only, and the same one."""
+        groups: dict[int, list[nn.Parameter]] = {}
+        for param in wanted:
+            first, *more = self._sources[param]
+            groups.setdefault(id(param) if more else id(first), []).append(param)
+        return list(groups.values())
+
+    def _chunks(self, param: nn.Parameter, rows: Tensor | None) -> list[slice] | list[Tensor]:
+        step = max(1, CHUNK // max(1, param.numel()))
+        if rows is not None:
+            return list(rows.split(step))
+        return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
+
+    @torch.no_grad()
+    def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
+        """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
+        out: Sums = {}
+        for group in self._groups(wanted):
+            out.update(self._norms_of(group))
+        return out
+
+    def _norms_of(self, group: list[nn.Parameter]) -> Sums:
+        first, *more = self._sources[group[0]]
+        out = {} if more else first.sq_norms(group) or {}
+        return {p: out[p] if p in out else self._shared_norms(p) for p in group}
+
+    def _shared_norms(self, param: nn.Parameter) -> Tensor:
+        """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
+        uses = [source.outer_products(param) for source in self._sources[param]]
+        outer_products = [use for use in uses if use is not None]
+        if len(outer_products) == len(uses):
+            return ghost_norms.sq_norms(outer_products)
+        parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
+        empty = param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))
+        return torch.cat([*parts, empty])
+
+    @torch.no_grad()
+    def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
+        """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
+
+        Sums are in at least float32, whatever the parameters are in: rounding to less must come after the noise, since a
+        rounded sum of many samples can move by more than C when one sample goes.
+
+        Args:
+            factors: ``[samples]`` for every wanted parameter.
+            finite: ``[samples]`` bool; the other samples are left out by selection, not by a factor of 0.
+            consume: let go of what a parameter's sum was made of as soon as it is there.
+        """
+        chosen = None if bool(finite.all()) else finite.nonzero().flatten()
+
+        out: Sums = {}
+        for param, factor in factors.items():
+            rows = None if chosen is None else chosen.to(factor.device)
+            out[param] = self._weighted_sum(param, factor, rows)
+            if consume:
+                del self._sources[param]
+        return out
+
+    def _weighted_sum(self, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        total: Tensor | None = None
+        for source in self._sources[param]:
+            for value in self._summands(source, param, factor, rows):
+                total = value.to(dtype) if total is None else total.add_(value)
+        return torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
+
+    def _summands(self, source: Term, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
+        fast = source.weighted_sums([param], factor, rows)
+        if fast is not None and param in fast:
+            return [fast[param]]
+        parts = self._chunks(param, rows)
+        return [weighted_sum(source.grads(param, part), factor[part]) for part in parts]

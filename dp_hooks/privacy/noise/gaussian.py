@@ -1,0 +1,122 @@
+"""Gaussian noise on the clipped sum."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from ..._validate import bad
+from .cores import idle_cores
+from .entropy import fresh_generator
+
+# Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
+_BLOCK = 1 << 15
+# Sums of fewer numbers than this are not worth starting a thread for.
+_WORTH_A_THREAD = 1 << 18
+
+
+class GaussianNoise:
+    """Adds ``N(0, std^2)`` to tensors in place.
+
+    By default each device gets generators of its own, seeded from the operating system's entropy and never saved:
+    ``torch.manual_seed`` does not fix them, and nobody who knows the training script can replay them. A
+    ``generator`` makes runs repeatable, and lets everybody who knows its seed subtract the noise.
+
+    On CPU the fresh noise is drawn by as many threads as PyTorch uses, each from an independent generator: PyTorch draws
+    normal numbers on one core.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        """Draw from ``generator``, or from fresh generators per device."""
+        self.generator = generator
+        self._fresh: dict[torch.device, list[torch.Generator]] = {}
+
+    def check_devices(self, devices: set[torch.device]) -> None:
+        """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
+        if self.generator is not None and any(d.type != self.generator.device.type for d in devices):
+            names = sorted(map(str, devices))
+            raise bad(
+                "noise_generator",
+                self.generator,
+                f"it lives on {self.generator.device}, the parameters on {names}; pass torch.Generator(device=...) there.",
+            )
+
+    def _generators(self, device: torch.device, count: int) -> list[torch.Generator]:
+        if self.generator is not None:
+            return [self.generator]
+        fresh = self._fresh.setdefault(device, [])
+        while len(fresh) < count:
+            fresh.append(fresh_generator(device))
+        return fresh[:count]
+
+    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> None:
+        """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
+
+        The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
+        size is needed on CPU; on other devices one as large as the largest tensor.
+        """
+        if std == 0:
+            for total in totals:
+                total.mul_(scale)
+            return
+        blocks: list[Tensor] = []
+        for total in totals:
+            flat = _flat(total) if total.device.type == "cpu" else None
+            if flat is None:
+                (generator,) = self._generators(total.device, 1)
+                self._add(
+                    total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale
+                )
+            else:
+                blocks.extend(flat.split(_BLOCK))
+        self._add_blocks(blocks, std, scale)
+
+    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> None:
+        if not blocks:
+            return
+        wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
+        generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
+        queue: SimpleQueue[Tensor] = SimpleQueue()
+        for block in blocks:
+            queue.put(block)
+
+        def work(generator: torch.Generator) -> None:
+            buffers: dict[torch.dtype, Tensor] = {}
+            with suppress(Empty):
+                while True:
+                    block = queue.get_nowait()
+                    dtype = _wide(block)
+                    if dtype not in buffers:
+                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
+                    self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
+
+        if len(generators) == 1:
+            work(generators[0])
+            return
+        # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
+        # for one that shares the core of a busy thread.
+        with idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
+            for job in [pool.submit(work, generator) for generator in generators]:
+                job.result()
+
+    @staticmethod
+    def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> None:
+        draw.normal_(0.0, std * scale, generator=generator)
+        if total.dtype == draw.dtype:
+            torch.add(draw, total, alpha=scale, out=total)
+        else:
+            total.copy_(draw.add_(total, alpha=scale))
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
+    strides = tensor.stride()
+    plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return plain.view(-1) if plain.is_contiguous() else None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,120 @@
+"""The loader that a private scope hands out."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from ...errors import ScopeError
+from ..accounting.meter import PrivacyMeter
+from .empty_batch import EmptyAwareCollate
+from .once_per_pass import OncePerPass
+from .physical import PhysicalBatch, PhysicalSampler
+from .poisson import PoissonSampler
+from .scheme import SamplingPlan
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """The loader a private scope hands out: same dataset, collate function and workers, but private batches.
+
+    Attributes:
+        sample_rate: q, the probability of an example to be in a batch.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: PhysicalSampler,
+        meter: PrivacyMeter,
+        before_batch: Callable[[PhysicalBatch], None],
+        sample_rate: float,
+    ) -> None:
+        """Take everything but the sampling from ``loader``.
+
+        Args:
+            loader: the loader that the user built.
+            sampler: draws the batches.
+            meter: is told when a pass begins, and may refuse it.
+            before_batch: called with each batch before it is handed out.
+            sample_rate: q.
+        """
+        self.sample_rate = sample_rate
+        self._meter = meter
+        self._before_batch = before_batch
+        self._poisson = isinstance(sampler.logical, PoissonSampler)
+        self._pass: deque[PhysicalBatch] | None = None
+        self._closed = False
+        super().__init__(
+            loader.dataset,
+            batch_sampler=sampler,
+            collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset),
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+            pin_memory_device=loader.pin_memory_device,
+        )
+
+    def __iter__(self) -> Any:
+        """Begin a pass: yields batches, in the structure of the original loader's.
+
+        Raises:
+            ScopeError: the scope is over; also from a pass that began within it.
+        """
+        self._check_open()
+        if self._meter.remaining == 0:
+            warnings.warn("the privacy budget is used up: the loader yields no more batches", stacklevel=2)
+        batches = super().__iter__()
+        return self._hand_out(batches, cast(PhysicalSampler, self.batch_sampler).queue)
+
+    def close(self) -> None:
+        """Refuse every further batch, and stop persistent workers, which would otherwise outlive the scope."""
+        self._closed = True
+        workers, self._iterator = self._iterator, None
+        if workers is not None and hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ScopeError(
+                "the private loader was used after the end of its scope. Iterate it inside the with block; to go on "
+                "without privacy, use the original loader."
+            )
+
+    def _hand_out(self, batches: Iterator[Any], queue: deque[PhysicalBatch]) -> Iterator[Any]:
+        started = False
+        for batch in batches:
+            self._check_open()
+            if not started:
+                self._meter.start_pass()
+                started, self._pass = True, queue
+            if self._pass is not queue and not self._poisson:
+                raise ScopeError(
+                    "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
+                    "start, with the noise of that moment. Finish or leave one pass before beginning the next."
+                )
+            self._before_batch(queue.popleft())
+            yield batch
+
+
+def make_loader(
+    loader: DataLoader[Any],
+    plan: SamplingPlan,
+    meter: PrivacyMeter,
+    before_batch: Callable[[PhysicalBatch], None],
+    max_physical_batch_size: int | None,
+) -> PrivateDataLoader:
+    """Build the private loader for ``plan``; the arguments are those of :class:`PrivateDataLoader`."""
+    logical: PoissonSampler | OncePerPass
+    if plan.poisson:
+        logical = PoissonSampler(plan.examples, plan.sample_rate, plan.batches_per_pass, loader.generator)
+    else:
+        logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
+    sampler = PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left)
+    return PrivateDataLoader(loader, sampler, meter, before_batch, plan.sample_rate)

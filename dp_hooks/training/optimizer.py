@@ -1,0 +1,330 @@
+"""The optimizer that a private scope hands out: clips, adds noise, charges, and only then lets the user's own one step."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._validate import non_negative
+from ..capture.controller import HookController
+from ..checks.self_check import SelfCheck
+from ..errors import ScopeError, UnsupportedModelError
+from ..privacy.accounting.meter import PrivacyMeter
+from ..privacy.noise.gaussian import GaussianNoise
+from ..privacy.noise.standard_deviation import standard_deviation
+from ..privacy.sampling.physical import PhysicalBatch
+from .clipped_sum import ClippedSum
+from .wrapped_optimizer import WrappedOptimizer
+
+StepHook = Callable[["PrivateOptimizer"], None]
+
+
+class PrivateOptimizer(WrappedOptimizer):
+    """A drop-in ``torch.optim.Optimizer`` around the user's own.
+
+    ``step()`` clips the captured per-sample gradients, adds ``N(0, (noise_multiplier * sensitivity)^2)`` to their sum
+    (somewhat more with adaptive clipping, which also releases a count), charges the accountant, writes the noised gradient
+    to ``p.grad`` and calls the wrapped optimizer. Inside the scope ``p.grad`` is None until then.
+
+    Guarantee: one example of the dataset changes the clipped sum by at most the clipping function's sensitivity, and no
+    function of that sum leaves this class without noise.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        controller: HookController,
+        clipped_sum: ClippedSum,
+        noise: GaussianNoise,
+        meter: PrivacyMeter,
+        expected_batch_size: float,
+        loss_reduction: str,
+        self_check: SelfCheck | None = None,
+    ) -> None:
+        """Wrap ``optimizer``; the pieces come checked from the scope.
+
+        Args:
+            optimizer: the user's own.
+            controller: captures the gradients.
+            clipped_sum: clips them and adds them up.
+            noise: draws the noise.
+            meter: is charged, and knows the noise multiplier.
+            expected_batch_size: what the noised sum is divided by, if ``loss_reduction`` is "mean".
+            loss_reduction: "mean" or "sum".
+            self_check: looks at gradients before they are used.
+        """
+        super().__init__(optimizer)
+        self.expected_batch_size = expected_batch_size
+        self.loss_reduction = loss_reduction
+        self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._controller = controller
+        self._sum = clipped_sum
+        self._noise = noise
+        self._meter = meter
+        self._self_check = self_check
+        self._step_hooks: list[StepHook] = []
+        self._closed = False
+        self._stepping = False
+        self._batch: PhysicalBatch | None = None
+        self._batch_done = False
+        self._mentioned: set[nn.Parameter] = set()
+
+    # ---------------------------------------------------------------- privacy parameters
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma: what is charged, the standard deviation of the noise in units of the sensitivity. Schedulers may set it.
+
+        With adaptive clipping it pays for the count of unclipped samples as well, and the gradients get more noise.
+        """
+        return self._meter.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self._sum.clipping.check_noise(non_negative("noise_multiplier", value))
+        self._meter.noise_multiplier = value
+
+    @property
+    def max_grad_norm(self) -> Any:
+        """The clipping bound C; a list, or a dictionary by name pattern, where there are several. Schedulers may set it.
+
+        With adaptive clipping it is the bound of the next step, and setting it starts afresh from there.
+        """
+        return self._sum.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: Any) -> None:
+        self._sum.max_grad_norm = value
+
+    @property
+    def clipping_details(self) -> dict[str, float]:
+        """Further settings of the clipping function; with adaptive clipping also how the noise is split."""
+        return self._sum.clipping.details(self.noise_multiplier)
+
+    @property
+    def sensitivity(self) -> float:
+        """S: what one example can change in the clipped sum; the noise is in units of it."""
+        return self._sum.clipping.sensitivity
+
+    @property
+    def physical_batch(self) -> PhysicalBatch | None:
+        """What is known of the batch that the private loader handed out last; None before the first."""
+        return self._batch
+
+    def attach_step_hook(self, fn: StepHook) -> None:
+        """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
+        self._step_hooks.append(fn)
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Refused: physical batches belong to the scope, which knows them (Opacus's ``BatchMemoryManager`` calls this)."""
+        raise ScopeError(
+            "BatchMemoryManager is not needed here: pass max_physical_batch_size to private_training or make_private."
+        )
+
+    # ---------------------------------------------------------------- torch.optim.Optimizer
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by ``torch.amp.GradScaler.step``, which would have to unscale gradients that are clipped already."""
+        raise ScopeError(
+            "GradScaler multiplies the loss by a scale that per-sample clipping would not know of: the clipping bound would be "
+            "divided by it. Call loss.backward() and opt.step() without the scaler; autocast alone is fine."
+        )
+
+    def __repr__(self) -> str:
+        """Show the privacy parameters and the wrapped optimizer."""
+        return (
+            f"PrivateOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
+            f"{self.original_optimizer!r})"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what was captured since the last step, and every ``p.grad``.
+
+        Finished physical parts of the present logical batch are kept. ``set_to_none=False`` is taken as True.
+        """
+        if not self._closed:
+            self._controller.discard()
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one private step, or, in the middle of a logical batch, just add the finished physical part.
+
+        Args:
+            closure: evaluated once, with gradients enabled, before the step.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ScopeError: after the scope's end, without gradients, or twice for one logical batch.
+            BudgetExhaustedError: the step would exceed the budget.
+            UnsupportedModelError: a trainable parameter was added or unfrozen inside the scope.
+            In each case before anything was released or charged.
+        """
+        return self._step(closure, empty=False)
+
+    def step_empty(self) -> None:
+        """Take the step of a batch without examples: nothing was back-propagated, and noise alone is released and charged.
+
+        Raises:
+            ScopeError, BudgetExhaustedError, UnsupportedModelError: as :meth:`step`.
+        """
+        self._step(None, empty=True)
+
+    # ---------------------------------------------------------------- inside
+
+    def _step(self, closure: Callable[[], Any] | None, *, empty: bool) -> Any:
+        self._check_open()
+        batch = self._batch
+        finishes = batch is None or batch.last
+        if finishes:
+            self._meter.check_step(foreign=batch is None)
+        self._check_params()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_step(empty=empty)
+        self._add_batch()
+        if finishes:
+            self._release(foreign=batch is None)
+        return loss
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ScopeError(
+                "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
+                "the original optimizer."
+            )
+
+    def _check_params(self) -> None:
+        managed = {id(p) for p in self.params}
+        params = [p for group in self.param_groups for p in group["params"]]
+        unmanaged = [p for p in params if p.requires_grad and id(p) not in managed]
+        for p in unmanaged:
+            p.grad = None  # it is of private samples, and without noise
+        if unmanaged:
+            names = ", ".join(self._controller.name_of(p) for p in unmanaged[:8])
+            raise UnsupportedModelError(
+                f"{names}: became trainable after the scope began, so gradients were neither clipped nor noised. "
+                "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
+                "accountant=scope.accountant."
+            )
+
+    def _check_step(self, *, empty: bool) -> None:
+        batch = self._batch
+        if batch is not None and self._batch_done:
+            raise ScopeError(
+                "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
+                "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
+            )
+        empty = empty or (batch is not None and batch.size == 0)
+        if self._controller.is_stale:
+            raise ScopeError(
+                "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
+                "Take the step before the next batch, or call opt.zero_grad() to drop them."
+            )
+        if not self._controller.has_gradients and not empty and not self._sum:
+            raise ScopeError(
+                "opt.step() found no gradients: no backward pass through the model's hooked layers since the last step. "
+                "Call loss.backward() before it, on a loss of this model, outside torch.no_grad()."
+            )
+
+    def start_batch(self, batch: PhysicalBatch) -> None:
+        """The loader is about to hand out ``batch``: finish the one before it, or forget a logical batch left early."""
+        before = self._batch
+        if batch.index == 0:
+            self._sum.clear()
+        elif before is None or (before.logical, before.index + 1) != (batch.logical, batch.index):
+            raise ScopeError(
+                "two passes over the private loader are interleaved: physical parts of different logical batches would "
+                "be added up. Finish or leave one pass before beginning the next."
+            )
+        elif not self._batch_done:
+            self._add_batch()
+        self._batch, self._batch_done = batch, False
+        self._controller.next_batch()
+        if self._self_check is not None:
+            self._self_check.new_step()
+
+    def _add_batch(self) -> None:
+        """Add what was captured of the present physical batch to the sum of its logical batch."""
+        gradients = self._controller.take()
+        if gradients is not None:
+            self._check_rows(gradients.samples)
+            captured = {id(p) for p in gradients.params}
+            params = [p for p in self.params if id(p) in captured and p.requires_grad]
+            if self._self_check is not None:
+                if self._self_check.needed(gradients.samples):
+                    self._self_check.check_calls(gradients.samples)
+                self._self_check.new_step()
+            if gradients.samples > 0 and params:
+                self._sum.add(gradients, params)
+        self._batch_done = True
+
+    def _check_rows(self, samples: int) -> None:
+        if self._batch is not None and samples > self._batch.size:
+            raise ScopeError(
+                f"the model saw {samples} samples, but the private loader handed out {self._batch.size} examples: one "
+                "example may then be clipped several times over. Keep one row per example (add up the losses of "
+                "augmented copies in separate forward passes)."
+            )
+
+    def _release(self, *, foreign: bool) -> None:
+        sums, statistic = self._sum.take()
+        clipping, sigma = self._sum.clipping, self.noise_multiplier  # a step hook may set others for the next step
+        params = [p for p in self.params if p.requires_grad]
+        self._mention_unused([p for p in params if p not in sums])
+        for p in params:
+            if p not in sums:
+                sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
+        scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
+        self._noise.add_([sums[p] for p in params], std, scale)
+        noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
+        self._meter.charge_step(foreign=foreign)
+        for hook in self._step_hooks:
+            hook(self)
+        for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
+            for p in group["params"]:
+                p.grad = noised.get(p)
+        self._stepping = True
+        try:
+            self.original_optimizer.step()
+        finally:
+            self._stepping = False
+        clipping.update(statistic, self._noise, sigma)
+
+    def _mention_unused(self, unused: list[nn.Parameter]) -> None:
+        new = [p for p in unused if p not in self._mentioned]
+        if new and (self._batch is None or self._batch.size > 0):
+            self._mentioned.update(new)
+            names = ", ".join(self._controller.name_of(p) for p in new[:8])
+            warnings.warn(
+                f"the loss did not reach {names}{', ...' if len(new) > 8 else ''}: such parameters get noise but no signal. "
+                "Freeze them with requires_grad_(False) before entering the scope.",
+                stacklevel=5,
+            )
+
+    def _forbid_direct_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._stepping:
+            raise ScopeError(
+                "the original optimizer was stepped inside a private scope: that step would have neither noise nor "
+                "charge. Step the optimizer that the scope returned."
+            )
+
+    def open(self, stack: ExitStack) -> None:
+        """Guard the original optimizer until ``stack`` unwinds, and close this one then."""
+        handle = self.original_optimizer.register_step_pre_hook(self._forbid_direct_step)
+        stack.callback(handle.remove)
+        stack.callback(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._sum.clear()
+        self._batch = None
