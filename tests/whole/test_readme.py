@@ -90,7 +90,7 @@ def block_of(title):
 
 
 def prelude():
-    """Names that pieces of the guide use: those of the quick start, a batch, and a small language model."""
+    """Names that pieces of the guide use: those of the quick start, a batch, ``train_epoch``, and a small language model."""
     inputs = torch.randn(300, 20)
     labels = (inputs[:, 0] > 0).long()
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -99,7 +99,7 @@ def prelude():
     language_model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
     mask = (torch.arange(12) < torch.randint(3, 12, (20, 1))).long()
     texts = TensorDataset(torch.randint(3, 50, (20, 12)) * mask, mask)
-    return {
+    names = {
         **{name: getattr(dp_hooks, name) for name in dp_hooks.__all__},
         "torch": torch,
         "nn": nn,
@@ -108,13 +108,15 @@ def prelude():
         "optimizer": torch.optim.Adam(model.parameters(), lr=1e-2),
         "loader": loader,
         "criterion": nn.CrossEntropyLoss(),
-        "budget": {"target_epsilon": 8, "target_delta": 1e-5, "epochs": 10},
+        "budget": {"target_epsilon": 8, "target_delta": 1e-5, "epochs": 10, "accountant": "rdp"},  # "prv" takes longer
         "x": inputs[:8],
         "y": labels[:8],
         "language_model": language_model,
         "text_optimizer": torch.optim.Adam(language_model.parameters(), lr=1e-3),
         "text_loader": DataLoader(texts, batch_size=10),
     }
+    exec(PYTHON[block_of("The scope")].split("\n\n")[0], names)  # train_epoch
+    return names
 
 
 @cache
@@ -160,12 +162,12 @@ def test_a_continued_run_takes_exactly_the_steps_that_were_left():
 
 def test_the_loss_to_copy_is_that_of_transformers_for_every_text_alone():
     """The loss per text equals what the model of transformers gives for that text without its padding."""
-    names, _ = run(block_of("The loss of a language model"))
+    names, _ = run(block_of("Language models and mixed precision"))
     model, ids, mask = names["language_model"].eval(), *names["text_loader"].dataset.tensors
     with torch.no_grad():
         losses = names["train_step"].__wrapped__(model, (ids, mask))
         alone = [model(input_ids=i[m == 1][None], labels=i[m == 1][None]).loss for i, m in zip(ids, mask, strict=True)]
-    torch.testing.assert_close(losses, torch.stack(alone))
+    torch.testing.assert_close(losses, torch.stack(alone), atol=0.02, rtol=0.02)  # the loss to copy is under autocast
 
 
 def test_the_mean_over_all_tokens_is_refused():
@@ -209,7 +211,7 @@ def reference():
     """Return the lines of the reference, broken where they are long."""
     names = [name for name in dp_hooks.__all__ if callable(getattr(dp_hooks, name))]
     lines = []
-    for name in sorted(names, key=lambda name: (name in HANDED_OUT, inspect.isclass(getattr(dp_hooks, name)), name)):
+    for name in sorted(names, key=lambda name: (name in HANDED_OUT, name[0].isupper(), name)):
         thing = getattr(dp_hooks, name)
         calls = [f".{method}{signature(getattr(thing, method), bound=True)}" for method in HANDED_OUT.get(name, ())]
         words = f"{name}: {'  '.join(calls) or 'a DataLoader'}" if name in HANDED_OUT else name + signature(thing)
@@ -226,20 +228,17 @@ def test_the_reference_has_every_public_name_with_its_signature():
 
 
 def test_the_reference_names_attributes_that_exist():
-    """The attributes and errors that the reference lists below the signatures exist."""
-    listed = dict(re.findall(r"^- `(\w+)`(.*(?:\n  .*)*)", section("Reference"), re.MULTILINE))
+    """Every attribute and error that the reference lists below the signatures exists, and no error is left out."""
+    names, text = prelude(), re.sub(r"^```.*?^```$", "", section("Reference"), flags=re.MULTILINE | re.DOTALL)
+    words = {word for word in spans(text) if re.fullmatch(r"\w+", word)}
     scope = private_training(
-        *(prelude()[n] for n in ("model", "optimizer", "loader")), noise_multiplier=1.0, max_grad_norm=1.0
+        names["model"], names["optimizer"], names["loader"], noise_multiplier=1.0, max_grad_norm=1.0
     )
     with scope as (opt, loader):
-        objects = {"PrivateTraining": scope, "PrivateOptimizer": opt, "PrivateDataLoader": loader, "errors": errors}
-        for name, thing in objects.items():
-            words = [word for word in spans(listed[name]) if re.fullmatch(r"\w+", word)]
-            assert words
-            known = {*dir(thing), *dp_hooks.__all__, "private_training", "opt", "DataLoader"}
-            assert not set(words) - known, name
+        known = set().union(*map(dir, (scope, opt, loader, scope.controller, errors, dp_hooks)))
+    assert words <= known | {"opt", "DataLoader", "PrivacyEngine", "dp_hooks"}
     raised = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, errors.DPHooksError)}
-    assert raised <= set(spans(listed["errors"]))
+    assert raised <= words
 
 
 def test_every_line_of_the_report_is_explained():
@@ -342,17 +341,11 @@ def literals():
 
 
 def test_error_texts_are_those_of_the_library():
-    """Every message in the troubleshooting table is one that the library, or Python over it, really gives."""
+    """Every message in the troubleshooting table is one that the library really gives."""
     texts = literals()
     messages = [span for row in rows(section("Troubleshooting")) for span in spans(row[0])]
     assert len(messages) > 10
-    unknown = {message for message in messages if not any(message in text for text in texts)}
-    names = prelude()
-    with pytest.raises(TypeError) as caught:
-        _, _ = private_training(
-            names["model"], names["optimizer"], names["loader"], noise_multiplier=1.0, max_grad_norm=1.0
-        )
-    assert unknown <= {str(caught.value)}
+    assert not {message for message in messages if not any(message in text for text in texts)}
 
 
 def test_the_two_commands_are_marked_and_first():
