@@ -358,7 +358,7 @@ def main() -> None:
             total, seen = 0.0, 0
             for batch in tqdm(private_loader, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
                 losses = train_step(top, batch)
-                if scope.current_part.last:  # one update per logical batch
+                if opt.physical_batch.last:  # one update per logical batch
                     schedule.step()
                 total, seen = total + float(losses.sum()), seen + losses.numel()
             print(
