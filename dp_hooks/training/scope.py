@@ -1,7 +1,5 @@
 """private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -32,7 +30,7 @@ from .clipped_sum import ClippedSum
 from .optimizer import PrivateOptimizer
 from .wrapped_optimizer import check_optimizer
 
-open_scopes: Claims[PrivateTraining] = Claims()
+open_scopes: Claims["PrivateTraining"] = Claims()
 
 
 class PrivateTraining:
