@@ -241,7 +241,7 @@ class PrivateOptimizer(WrappedOptimizer):
         elif not self._batch_done:
             self._add_batch()
         self.physical_batch, self._batch_done = batch, False
-        self._controller.batch_number += 1
+        self._controller.next_batch()
         if self._self_check is not None:
             self._self_check.new_step()
 

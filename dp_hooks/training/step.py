@@ -101,9 +101,17 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
 
         def run(part: Any) -> Tensor:
-            trace = controller.trace if controller.hooks_enabled else None
+            trace = controller.session.trace if controller.hooks_enabled else None
             with nullcontext() if trace is None else trace.function():
                 return _checked(fn, fn(model, part, *args, **kwargs), reduction)
+
+        def how_reduced(loss: Tensor) -> str:
+            return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
+
+        def back(loss: Tensor, *, again: bool) -> None:
+            how = how_reduced(loss)
+            with controller.reduced_by(how):
+                _reduced(loss, how).backward(retain_graph=again)
 
         check = scope.self_check
         spare = batch
@@ -113,20 +121,19 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             spare = private_copy(batch) if check.armed else tree_map(lambda leaf: leaf, batch)
         with (
             _dropped_on_error(controller),
-            controller.two_passes() if two_pass else nullcontext(),
+            controller.two_passes(lambda: back(loss, again=False)) if two_pass else nullcontext(),
             nullcontext() if check is None else check.deferred(),
         ):
             loss = run(batch)
             shape_seen[:] = [loss.dim() == 1]
-            how = scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
-            _private_backward(controller, loss, how, two_pass)
+            back(loss, again=two_pass)
             samples = controller.samples
             if loss.dim() == 1 and samples and len(loss) != samples:
                 raise InvalidArgumentError(
                     f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
                 )
             if check is not None and check.needed_for_function(samples):
-                _self_check(check, controller, run, spare, how)
+                _self_check(check, controller, run, spare, how_reduced(loss))
             optimizer.step()
         return loss.detach()
 
@@ -175,16 +182,6 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
     if loss.dim() == 0:
         return loss
     return loss.mean() if how == "mean" else loss.sum()
-
-
-def _private_backward(controller: HookController, loss: Tensor, how: str, two_pass: bool) -> None:
-    def backward(*, again: bool) -> None:
-        with controller.reduced_by(how):
-            _reduced(loss, how).backward(retain_graph=again)
-
-    if two_pass:
-        controller.repeat_backward = functools.partial(backward, again=False)
-    backward(again=two_pass)
 
 
 def _self_check(

@@ -8,84 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._rerun import autocast_as
 from ..._tree import join, tensors_of
-from ...errors import UnsupportedModelError
-from ...gradients.sample_gradients import scaled
-from ...rules import OuterProducts, sum_of_squares
-from ..parameter_swap import autocast_as
+from ...gradients.terms import Sums, Term
+from ...rules import sum_of_squares
 from .axis import SampleAxis
+from .tracked_value import TrackedValue
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
-
-
-@dataclass(eq=False)
-class TrackedParameter:
-    """A parameter in the small graph that leads from it to a tracked tensor: ``leaf`` stands for ``param`` there."""
-
-    param: nn.Parameter
-    leaf: Tensor
-    name: str
-
-
-@dataclass(eq=False)
-class TrackedValue:
-    """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
-
-    ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
-    ``custom``: custom autograd functions made it, whose backward need not be linear: sums are not taken before it.
-    """
-
-    value: Tensor
-    roots: tuple[TrackedParameter, ...]
-    keeps_norm: bool = False
-    custom: bool = False
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether it is a parameter itself, as it is."""
-        return len(self.roots) == 1 and self.value is self.roots[0].leaf
-
-    def to_parameter(self, param: nn.Parameter, grad: Tensor) -> Tensor:
-        """Take one gradient ``[*value.shape]`` back to ``param``."""
-        (root,) = (root for root in self.roots if root.param is param)
-        if self.is_parameter:
-            return grad
-        if not self.value.requires_grad:  # a custom function gave it back as not differentiable
-            return torch.zeros_like(root.leaf)
-        (found,) = torch.autograd.grad(
-            self.value, [root.leaf], grad.to(self.value.dtype), retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(root.leaf) if found is None else found
-
-    def rows_to_parameter(self, param: nn.Parameter, grads: Tensor) -> Tensor:
-        """Take gradients ``[n, *value.shape]`` back to ``param``: ``[n, *param.shape]``."""
-        if self.is_parameter:
-            return grads
-        if grads.shape[0] == 0:
-            return grads.new_zeros((0, *param.shape))
-        (root,) = (root for root in self.roots if root.param is param)
-        if not self.value.requires_grad:
-            return grads.new_zeros((grads.shape[0], *param.shape))
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                (found,) = torch.autograd.grad(
-                    self.value,
-                    [root.leaf],
-                    grads.to(self.value.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
-        except _FAILS:  # an operation without a batching rule
-            return torch.stack([self.to_parameter(param, grad) for grad in grads])
-        return grads.new_zeros((grads.shape[0], *param.shape)) if found is None else found
-
-    def scaled_rows_to_parameter(self, param: nn.Parameter, grads: Tensor, scale: float) -> Tensor:
-        """``scale`` times that, in at least float32; before it where the way back need not be linear."""
-        before, after = (scale, 1.0) if self.custom else (1.0, scale)
-        return scaled(self.rows_to_parameter(param, scaled(grads, before)), after)
 
 
 def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
@@ -102,41 +33,29 @@ def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @dataclass(eq=False)
-class TrackedGradients:
-    """A source: ``grads`` ``[n, *value.shape]`` are the per-sample gradients of a shared tensor."""
+class TrackedGradients(Term):
+    """A term: ``rows`` ``[n, *value.shape]`` are the per-sample gradients of a tensor that all samples share."""
 
     tracked: TrackedValue
     rows: Tensor
     scale: float
     name: str
 
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.rows.shape[0]
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters behind the shared tensor."""
-        return [root.param for root in self.tracked.roots]
+    def __post_init__(self) -> None:
+        """It adds to the parameters behind the shared tensor."""
+        self.samples, self.params = self.rows.shape[0], [root.param for root in self.tracked.roots]
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the chosen samples."""
         return self.tracked.scaled_rows_to_parameter(param, self.rows[rows], self.scale)
 
-    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """None: not a sum of outer products, as far as is known."""
-        return None
-
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms of the rows as they are, where the shared tensor is the parameter, or rearranges it."""
         if not (self.tracked.is_parameter or self.tracked.keeps_norm):
             return None
         return {param: sum_of_squares(self.rows) * self.scale**2 for param in params}
 
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weight the rows first: one pass back to the parameter instead of one per sample."""
         chosen = slice(None) if rows is None else rows
         if self.samples == 0 or self.tracked.custom:
@@ -174,8 +93,8 @@ def _contraction(outputs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
 
 
 @dataclass(eq=False)
-class BatchedOpGradients:
-    """A source: the inputs and output gradients of one operation, from which gradients are worked out when asked for."""
+class BatchedOpGradients(Term):
+    """A term: the inputs and output gradients of one operation, from which gradients are worked out when asked for."""
 
     op: BatchedOp
     plain: dict[int, Tensor]
@@ -184,15 +103,10 @@ class BatchedOpGradients:
     scale: float
     how: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """Where the operation was."""
-        return self.op.name
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters behind the shared tensors of the operation."""
-        return list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
+    def __post_init__(self) -> None:
+        """It adds to the parameters behind the shared tensors of the operation."""
+        self.name = self.op.name
+        self.params = list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
 
     def _all(self, values: dict[int, Tensor], plain: dict[int, Tensor]) -> list[Tensor]:
         return [values[i] if i in values else plain[i] for i in range(len(values) + len(plain))]
@@ -299,17 +213,7 @@ class BatchedOpGradients:
         assert total is not None
         return total
 
-    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """None: not a sum of outer products, as far as is known."""
-        return None
-
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
-        """No faster way."""
-        return None
-
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weight the output gradients: one ordinary backward pass through the operation."""
         tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.op.tracked.values())]
         halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.op.autocast is not None
@@ -331,13 +235,3 @@ class BatchedOpGradients:
             ]
             out[param] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return out
-
-
-def refused(roots: Sequence[TrackedParameter], reason: str) -> UnsupportedModelError:
-    """The error for parameters whose per-sample gradients cannot be told apart."""
-    params = ", ".join(sorted({root.name for root in roots}))
-    return UnsupportedModelError(
-        f"{params}: {reason}, so the per-sample gradients cannot be told apart. Remedy: give the "
-        "operation one row per sample, write a rule for the module with dp_hooks.register_rule, or freeze the "
-        "parameters named with requires_grad_(False)."
-    )
