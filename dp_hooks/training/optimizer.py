@@ -181,6 +181,7 @@ class PrivateOptimizer(WrappedOptimizer):
                 "the original optimizer."
             )
         batch = self.physical_batch
+        empty = empty or (batch is not None and batch.size == 0)
         finishes = batch is None or batch.last
         if finishes:
             self._meter.check_step(foreign=batch is None)
@@ -192,7 +193,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._check_step(empty=empty)
         self._add_batch()
         if finishes:
-            self._release(foreign=batch is None)
+            self._release(foreign=batch is None, empty=empty)
         return loss
 
     def _check_params(self) -> None:
@@ -216,7 +217,6 @@ class PrivateOptimizer(WrappedOptimizer):
                 "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
                 "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
             )
-        empty = empty or (batch is not None and batch.size == 0)
         if self._controller.is_stale:
             raise ScopeError(
                 "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
@@ -266,11 +266,12 @@ class PrivateOptimizer(WrappedOptimizer):
                 self._sum.add(gradients, params)
         self._batch_done = True
 
-    def _release(self, *, foreign: bool) -> None:
+    def _release(self, *, foreign: bool, empty: bool) -> None:
         sums, statistic = self._sum.take()
         clipping, sigma = self._sum.clipping, self.noise_multiplier  # a step hook may set others for the next step
         params = [p for p in self.params if p.requires_grad]
-        self._mention_unused([p for p in params if p not in sums])
+        if not empty:
+            self._mention_unused([p for p in params if p not in sums])
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
@@ -293,7 +294,7 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def _mention_unused(self, unused: list[nn.Parameter]) -> None:
         new = [p for p in unused if p not in self._mentioned]
-        if new and (self.physical_batch is None or self.physical_batch.size > 0):
+        if new:
             self._mentioned.update(new)
             names = ", ".join(self._controller.name_of(p) for p in new[:8])
             warnings.warn(
