@@ -1,15 +1,15 @@
 """Differentially private training for PyTorch models that are neither wrapped nor rewritten."""
 
 from . import errors
-from .explain import Explanation, explain
-from .hook_controller import HookController
-from .optimizer import PrivateOptimizer
-from .privacy_engine import PrivacyEngineHookBased
-from .report import PrivacyReport
+from .capture.controller import HookController
+from .checks.explain import Explanation, explain
+from .integrations.opacus import PrivacyEngineHookBased
+from .privacy.report import PrivacyReport
+from .privacy.sampling.loader import PrivateDataLoader
 from .rules import register_rule
-from .sampling import PrivateDataLoader
-from .scope import PrivateTraining, private_training
-from .step import dp_step
+from .training.optimizer import PrivateOptimizer
+from .training.scope import PrivateTraining, private_training
+from .training.step import dp_step
 
 __version__ = "0.1.0"
 

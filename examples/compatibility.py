@@ -55,8 +55,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dp_hooks
+from dp_hooks._no_randomness import NoDropout
 from dp_hooks.errors import DPHooksError
-from dp_hooks.no_dropout import NoDropout
 
 SAMPLES = 3
 TOKENS = 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dp_hooks import HookController
-from dp_hooks.eager import eager
+from dp_hooks.capture.compile_stance import eager
 
 from .models import build, drawn
 

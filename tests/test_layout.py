@@ -12,44 +12,64 @@ PACKAGE = Path(dp_hooks.__file__).parent
 
 # Each layer may import from the layers above it in this list, and from its own.
 LAYERS = [
-    {"errors"},
-    {"_validate", "_tree"},
-    {"rules", "slots", "noise", "clipping", "accounting", "report", "no_dropout", "eager"},
-    {"gradients", "model_check", "sampling", "batch_axes", "attachments", "buffers", "surroundings"},
-    {"lifted_gradients", "site_calls", "two_pass", "grad_samples", "passes"},
-    {"lifting"},
-    {"paths", "sites"},
-    {"taps", "trials"},
-    {"hook_controller"},
-    {"judgement"},
-    {"observed_call"},
-    {"self_check"},
-    {"optimizer"},
-    {"scope"},
-    {"privacy_engine", "step", "explain"},
-    {"__init__"},
+    "errors",
+    "_validate _tree",
+    "rules _no_randomness privacy.noise privacy.clipping privacy.accounting privacy.report "
+    "capture.parameter_swap capture.compile_stance capture.samples.axis",
+    "_rerun privacy.sampling gradients.sample_gradients capture.validate capture.samples.probe capture.module_hooks "
+    "capture.buffer_writes",
+    "gradients capture.backward_passes capture.samples.split_call capture.samples.tracked_gradients",
+    "capture.samples.tracker",
+    "capture.trace capture.hooked_modules",
+    "capture.gradient_tap capture.discovery",
+    "capture.controller",
+    "capture",
+    "checks.compare",
+    "checks.recorded_call",
+    "checks.self_check",
+    "training.optimizer",
+    "training.scope",
+    "training integrations checks",
+    "",
 ]
-RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split(" ")}
 ALLOWED = {"torch", "opacus", "typing_extensions"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def _module(path):
-    """Return the top-level module of the package that ``path`` belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Return the dotted name of the module in ``path``, without that of the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def _rank(module):
+    """Return the rank of the longest listed name that ``module`` is or is in."""
+    while module not in RANK:
+        module = module.rpartition(".")[0]
+    return RANK[module]
+
+
+def _is_module(name):
+    """Whether ``name`` is a file or a folder of the package."""
+    path = PACKAGE / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def _imports(path):
     """Return (modules of this package, other packages) imported by the file, wherever in it the import stands."""
-    depth = len(path.relative_to(PACKAGE).parts)
+    here = path.relative_to(PACKAGE).parts
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             outside.add(str(node.module).split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.level == depth:
-            inside |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level], *(node.module.split(".") if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+            if node.module:
+                names.append(".".join(base))
+            inside |= {name for name in names if _is_module(name)}
     return inside, outside
 
 
@@ -57,8 +77,8 @@ def _imports(path):
 def test_imports_point_one_way(path):
     """A file imports only from its own layer or lower ones, and each file belongs to a layer."""
     inside, _ = _imports(path)
-    rank = RANK[_module(path)]
-    upward = {name for name in inside if RANK[name] > rank}
+    rank = _rank(_module(path))
+    upward = {name for name in inside if _rank(name) > rank}
     assert not upward
 
 

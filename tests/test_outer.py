@@ -8,8 +8,9 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dp_hooks import HookController, gradients
-from dp_hooks.rules import Outer, outer
+from dp_hooks import HookController
+from dp_hooks.gradients import sample_gradients as gradients
+from dp_hooks.rules import OuterProducts, outer
 from dp_hooks.rules.convolution import Patches
 
 N = 5
@@ -33,12 +34,14 @@ class Made(TorchDispatchMode):
 
 def dense(tokens, scale=1.0, n=N, shape=(ROWS, COLUMNS)):
     shape = torch.Size(shape)
-    return Outer(torch.randn(n, tokens, shape[0]), torch.randn(n, tokens, shape[1:].numel()), shape, scale)
+    return OuterProducts(torch.randn(n, tokens, shape[0]), torch.randn(n, tokens, shape[1:].numel()), shape, scale)
 
 
 def lookup(tokens, scale=1.0, n=N, shape=(ROWS, COLUMNS)):
     shape = torch.Size(shape)
-    return Outer(torch.randint(0, shape[0], (n, tokens)), torch.randn(n, tokens, shape[1:].numel()), shape, scale)
+    return OuterProducts(
+        torch.randint(0, shape[0], (n, tokens)), torch.randn(n, tokens, shape[1:].numel()), shape, scale
+    )
 
 
 def patches(layer, size, scale=1.0, n=N):
@@ -58,7 +61,7 @@ def cast(use, dtype):
 
     if isinstance(use, Patches):
         return Patches(to(use._seen), to(use._seeing), use._layer, use.shape, use.scale)
-    return Outer(to(use.left), to(use.right), use.shape, use.scale)
+    return OuterProducts(to(use.left), to(use.right), use.shape, use.scale)
 
 
 def written_out(use):
@@ -116,7 +119,7 @@ def take(monkeypatch):
 
     def choose(way):
         free = {"gram": "gram_cost", "pixels": "gram_cost", "cut": "gram_cost", "written-out": "instantiation_cost"}
-        for cls in (Outer, Patches):
+        for cls in (OuterProducts, Patches):
             monkeypatch.setattr(cls, "gram_cost", lambda self, others: 1.0)
             monkeypatch.setattr(cls, "instantiation_cost", lambda self: 1.0)
             monkeypatch.setattr(cls, free[way], lambda self, *others: 0.0)
@@ -319,9 +322,9 @@ def test_hidden_states_that_are_much_alike_do_not_force_a_gradient_of_every_samp
     hidden = torch.randn(n, tokens, shape[1]) + 3 * torch.randn(shape[1])
     logits = torch.randn(n, tokens, shape[0]).mul_(2).softmax(-1)
     logits.scatter_add_(2, torch.randint(0, shape[0], (n, tokens, 1)), -torch.ones(n, tokens, 1))
-    uses = [Outer(logits, hidden, shape, -2.0)]
+    uses = [OuterProducts(logits, hidden, shape, -2.0)]
     if is_tied:
-        uses.append(Outer(torch.randint(0, shape[0], (n, 5)), torch.randn(n, 5, shape[1]), shape))
+        uses.append(OuterProducts(torch.randint(0, shape[0], (n, 5)), torch.randn(n, 5, shape[1]), shape))
     truth = squares(uses)
     with Made() as made:
         norms = outer.sq_norms(uses)
@@ -378,16 +381,16 @@ def tokens_that_cancel(kind, spread, dtype, n=8):
     if kind == "two uses":  # that cancel each other
         g = torch.randn(n, count, rows).to(dtype).float()
         other = torch.randn(n, count, columns) + spread
-        return [Outer(g, x, shape, 3.0), Outer(g, other.to(dtype).float(), shape, -3.0)]
+        return [OuterProducts(g, x, shape, 3.0), OuterProducts(g, other.to(dtype).float(), shape, -3.0)]
     if kind == "table":  # tied: what the lookups get cancels what the linear layer gets
         chosen = torch.randint(0, rows, (n, count))
-        return [Outer(chosen, x, shape), Outer(-F.one_hot(chosen, rows).float(), x.roll(1, 1), shape)]
+        return [OuterProducts(chosen, x, shape), OuterProducts(-F.one_hot(chosen, rows).float(), x.roll(1, 1), shape)]
     if kind == "pixels":
         layer = nn.Conv2d(columns, rows, 2)
         seen = (torch.randn(n, columns, 4, 4) + spread).to(dtype).float()
         g = torch.randn(n, rows, 3, 3)
         return [Patches(seen, (g - g.mean((2, 3), keepdim=True)).to(dtype).float(), layer, layer.weight.shape)]
-    return [Outer(g, x, shape)]
+    return [OuterProducts(g, x, shape)]
 
 
 KINDS = ["mean", "halves", "clusters", "padding", "signs", "two uses", "table", "pixels"]
@@ -452,7 +455,7 @@ def test_norms_that_overflow_on_the_way_only_are_found(take):
     take("gram")
     for left, right in ((1e20, 1e-10), (1e-10, 1e20), (1e25, 1e-25)):
         use = dense(7)
-        use = Outer(use.left * left, use.right * right, use.shape)
+        use = OuterProducts(use.left * left, use.right * right, use.shape)
         assert_bounds(outer.sq_norms([use]), squares([use]), torch.float32)
 
 

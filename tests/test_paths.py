@@ -12,8 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from dp_hooks import dp_step, errors, private_training
-from dp_hooks.hook_controller import MODES
-from dp_hooks.self_check import SelfCheck
+from dp_hooks.capture.controller import MODES
+from dp_hooks.checks.self_check import SelfCheck
 
 from .models import Net, randn
 from .reference import sample_grads

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
-from dp_hooks import HookController, errors, gradients, private_training, register_rule
+from dp_hooks import HookController, errors, private_training, register_rule
+from dp_hooks.gradients import sample_gradients as gradients
 from dp_hooks.rules import Rule, RuleTable, registry
 
 from .models import Net, randn

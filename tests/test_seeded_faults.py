@@ -298,16 +298,16 @@ def plain_sum(w: Tensor, g: Tensor) -> Tensor:
 
 def factors_of(change: Callable[[Any], None]) -> Rule:
     """The library's own rule with its outer products changed."""
-    assert LINEAR.factored is not None
-    own = LINEAR.factored
+    assert LINEAR.outer_products is not None
+    own = LINEAR.outer_products
 
-    def factored(call: Call) -> Any:
+    def outer_products(call: Call) -> Any:
         found = own(call)
         for use in found.values():
             change(use)
         return found
 
-    return dataclasses.replace(LINEAR, factored=factored)
+    return dataclasses.replace(LINEAR, outer_products=outer_products)
 
 
 def _scale(use: Any) -> None:

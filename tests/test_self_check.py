@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import dp_step, errors
-from dp_hooks.hook_controller import HookController
+from dp_hooks.capture.controller import HookController
 from dp_hooks.rules import registry
 from dp_hooks.rules.rule import Rule
 

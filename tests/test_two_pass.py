@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, UnsupportedModelError
-from dp_hooks.gradients import Captured
+from dp_hooks.gradients.sample_gradients import Deferred
 
 from .models import (
     BUILDERS,
@@ -123,7 +123,7 @@ def test_passes_that_differ_are_refused():
 def test_nothing_captured_outlives_its_call(two_pass, monkeypatch):
     """In the first pass each captured call is gone before the next arrives; with one pass it is kept, as the contrast."""
     alive, most = weakref.WeakSet(), [0]
-    original = Captured.__post_init__
+    original = Deferred.__post_init__
 
     def counting(self):
         original(self)
@@ -136,7 +136,7 @@ def test_nothing_captured_outlives_its_call(two_pass, monkeypatch):
     fn = two_pass_step if two_pass else dp_step(two_pass_step.__wrapped__)
     with scope_over(model, self_check=False) as (_, loader):
         batch = next(iter(loader))
-        monkeypatch.setattr(Captured, "__post_init__", counting)
+        monkeypatch.setattr(Deferred, "__post_init__", counting)
         fn(model, batch)
     assert (most[0] <= 3) == two_pass
 

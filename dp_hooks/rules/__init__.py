@@ -4,7 +4,7 @@ from . import outer
 from .embedding import refusal as embedding_refusal
 from .generic import GENERIC
 from .linear import wide
-from .outer import CHUNK, Outer, sum_of_squares
+from .outer import CHUNK, OuterProducts, sum_of_squares
 from .registry import RuleTable, register_rule
 from .rule import Call, Dims, Rule, check_samples, weighted_sum
 
@@ -13,7 +13,7 @@ __all__ = [
     "GENERIC",
     "Call",
     "Dims",
-    "Outer",
+    "OuterProducts",
     "Rule",
     "RuleTable",
     "check_samples",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .linear import wide
-from .outer import Outer
+from .outer import OuterProducts
 from .rule import Call, Dims, Rule
 
 # Multiplications that take as long as copying a number of a patch from a scattered place.
@@ -67,7 +67,7 @@ def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
     return F.pad(g, pad), x
 
 
-class Patches(Outer):
+class Patches(OuterProducts):
     """A use whose ``right`` factors are patches, which are only written out where they have to be.
 
     Inner products of patches are sums of inner products of pixels, since all patches are cut in the same way:
@@ -107,14 +107,14 @@ class Patches(Outer):
         """The dtype of the gradients."""
         return self.left.dtype
 
-    def right_products(self, other: Outer) -> Tensor:
+    def right_products(self, other: OuterProducts) -> Tensor:
         """Of patches with themselves from pixels where that is cheaper, else of the patches written out."""
         if other is self and self._cost_of_pixels() <= self._cost_of_patches():
             return self._products_of_pixels()
         right = self.right
         return torch.bmm(right, (right if other is self else other.right).mT)
 
-    def blocks(self) -> list[tuple[Outer, Outer, float]]:
+    def blocks(self) -> list[tuple[OuterProducts, OuterProducts, float]]:
         """One block: the work is in the pixels."""
         return [(self, self, self.scale**2)]
 
@@ -176,7 +176,7 @@ def dims(call: Call) -> dict[str, Dims]:
     return {"weight": Dims(places.shape[2:].numel(), weight.shape[0], weight[0].numel())}
 
 
-def factored(call: Call) -> dict[str, Outer]:
+def outer_products(call: Call) -> dict[str, OuterProducts]:
     """Positions as tokens."""
     if not dims(call):
         return {}
@@ -240,7 +240,13 @@ def _is_even(pad: list[int]) -> bool:
 
 
 CONVOLUTION = Rule(
-    "Convolution", grad_samples, weighted_sums=weighted_sums, dims=dims, factored=factored, subclasses=True, batch_dim=0
+    "Convolution",
+    grad_samples,
+    weighted_sums=weighted_sums,
+    dims=dims,
+    outer_products=outer_products,
+    subclasses=True,
+    batch_dim=0,
 )
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import wide
-from .outer import Outer
+from .outer import OuterProducts
 from .rule import Call, Dims, Rule
 
 
@@ -14,7 +14,7 @@ def dims(call: Call) -> dict[str, Dims]:
     return {"weight": Dims(call.grad.shape[1:-1].numel(), *call.parameter("weight").shape)}
 
 
-def factored(call: Call) -> dict[str, Outer]:
+def outer_products(call: Call) -> dict[str, OuterProducts]:
     """``dW[n] = sum_t onehot(ids[n, t]) (x) g[n, t]``, with zeros where the id is ``padding_idx``."""
     g = wide(call.grad)
     tokens = g.shape[1:-1].numel()
@@ -23,12 +23,12 @@ def factored(call: Call) -> dict[str, Outer]:
     padding = getattr(call.module, "padding_idx", None)
     if padding is not None:
         g = g.masked_fill((ids == padding)[..., None], 0)
-    return {"weight": Outer(ids, g, call.parameter("weight").shape)}
+    return {"weight": OuterProducts(ids, g, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Scatter-add of the output gradients into ``[n, V, d]``."""
-    return {name: use.grads() for name, use in factored(call).items()}
+    return {name: use.grads() for name, use in outer_products(call).items()}
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -51,7 +51,7 @@ EMBEDDING = Rule(
     "Embedding",
     grad_samples,
     dims=dims,
-    factored=factored,
+    outer_products=outer_products,
     parameters=frozenset({"weight"}),
     subclasses=True,
     any_rank=True,
@@ -104,9 +104,9 @@ def bag_dims(call: Call) -> dict[str, Dims]:
     return {"weight": Dims(call.input.numel() // max(1, call.samples), *call.parameter("weight").shape)}
 
 
-def bag_factored(call: Call) -> dict[str, Outer]:
+def bag_factored(call: Call) -> dict[str, OuterProducts]:
     """As for an embedding, with the bag's gradient handed to each of its ids; see ``_bag_tokens``."""
-    return {"weight": Outer(*_bag_tokens(call), call.parameter("weight").shape)}
+    return {"weight": OuterProducts(*_bag_tokens(call), call.parameter("weight").shape)}
 
 
 def bag_grad_samples(call: Call) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ EMBEDDING_BAG = Rule(
     "EmbeddingBag",
     bag_grad_samples,
     dims=bag_dims,
-    factored=bag_factored,
+    outer_products=bag_factored,
     parameters=frozenset({"weight"}),
     batch_dim=0,
 )

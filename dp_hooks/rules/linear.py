@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .outer import Outer
+from .outer import OuterProducts
 from .rule import Call, Dims, Rule
 
 
@@ -39,23 +39,23 @@ def dims(call: Call) -> dict[str, Dims]:
     return {"weight": Dims(_tokens(call), *call.parameter("weight").shape)} if "weight" in call.names else {}
 
 
-def factored(call: Call) -> dict[str, Outer]:
+def outer_products(call: Call) -> dict[str, OuterProducts]:
     """``dW[n, o, i] = sum_t g[n, t, o] x[n, t, i]``; the other way round for the transposed weight of ``Conv1D``."""
     if "weight" not in call.names:
         return {}
     x, g = _factors(call)
     left, right = (x, g) if _is_transposed(call) else (g, x)
-    return {"weight": Outer(left, right, call.parameter("weight").shape)}
+    return {"weight": OuterProducts(left, right, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
     """Outer products summed over ``t``, and for the bias ``db[n, o] = sum_t g[n, t, o]``."""
-    out = {name: use.grads() for name, use in factored(call).items()}
+    out = {name: use.grads() for name, use in outer_products(call).items()}
     if "bias" in call.names:
         out["bias"] = _as_tokens(wide(call.grad), _tokens(call)).sum(1)
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, dims=dims, factored=factored, subclasses=True, any_rank=True)
+LINEAR = Rule("Linear", grad_samples, dims=dims, outer_products=outer_products, subclasses=True, any_rank=True)
 # transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
-CONV1D = Rule("Conv1D", grad_samples, dims=dims, factored=factored, any_rank=True)
+CONV1D = Rule("Conv1D", grad_samples, dims=dims, outer_products=outer_products, any_rank=True)

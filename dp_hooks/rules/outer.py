@@ -23,7 +23,7 @@ _HALF = 32
 
 
 @dataclass(eq=False)
-class Outer:
+class OuterProducts:
     """``dW[n] = sum_t left[n, t] (x) right[n, t]``, the gradient of one use of a parameter.
 
     Attributes:
@@ -80,7 +80,7 @@ class Outer:
         """Take the norms from the diagonals of the Gram matrices ``[n, t, t]``."""
         self._norms = _diagonal_norms(left), _diagonal_norms(right)
 
-    def left_products(self, other: "Outer") -> Tensor:
+    def left_products(self, other: "OuterProducts") -> Tensor:
         """``left_t . left_s`` ``[n, t, s]``, ``t`` of this use and ``s`` of another, of any kinds."""
         if self.is_lookup and other.is_lookup:
             return (self.left[:, :, None] == other.left[:, None, :]).to(self.dtype)
@@ -90,7 +90,7 @@ class Outer:
             return _looked_up(other.left, self.left).mT
         return torch.bmm(self.left, other.left.mT)
 
-    def right_products(self, other: "Outer") -> Tensor:
+    def right_products(self, other: "OuterProducts") -> Tensor:
         """``right_t . right_s`` ``[n, t, s]``; a tensor of its own."""
         return torch.bmm(self.right, other.right.mT)
 
@@ -105,26 +105,28 @@ class Outer:
         """Multiplications per sample of the gradient itself, and of its square."""
         return self.rows * self.columns * ((0 if self.is_lookup else self.tokens) + 1.0)
 
-    def blocks(self) -> "list[tuple[Outer, Outer, float]]":
+    def blocks(self) -> "list[tuple[OuterProducts, OuterProducts, float]]":
         """Cut the pairs of tokens into blocks ``(a, b, weight)`` that need no work twice: Gram matrices are symmetric."""
         half, weight = self.tokens // 2, self.scale**2
         if half < _HALF:
             return [(self, self, weight)]
         one, two = (
-            Outer(self.left[:, part], self.right[:, part], self.shape)
+            OuterProducts(self.left[:, part], self.right[:, part], self.shape)
             for part in (slice(half), slice(half, self.tokens))
         )
         return [(one, one, weight), (two, two, weight), (one, two, 2 * weight)]
 
-    def pick(self, samples: slice | Tensor) -> "Outer":
+    def pick(self, samples: slice | Tensor) -> "OuterProducts":
         """Return the factors of some samples."""
         if isinstance(samples, slice) and samples == slice(None):
             return self
-        return Outer(self.left[samples], self.right[samples], self.shape, self.scale)
+        return OuterProducts(self.left[samples], self.right[samples], self.shape, self.scale)
 
-    def absolute(self) -> "Outer":
+    def absolute(self) -> "OuterProducts":
         """Return the factors without their signs: nothing cancels in what they give."""
-        return Outer(self.left if self.is_lookup else self.left.abs(), self.right.abs(), self.shape, abs(self.scale))
+        return OuterProducts(
+            self.left if self.is_lookup else self.left.abs(), self.right.abs(), self.shape, abs(self.scale)
+        )
 
     def grads(self) -> Tensor:
         """Per-sample gradients ``[n, *shape]``."""
@@ -163,13 +165,13 @@ def sum_of_squares(rows: Tensor) -> Tensor:
     return norms.square()
 
 
-def sq_norms(uses: Sequence[Outer]) -> Tensor:
+def sq_norms(uses: Sequence[OuterProducts]) -> Tensor:
     """Return ``[n]``: squared norms of the sum of all ``uses`` of one parameter, or upper bounds tight to 1e-3.
 
     A lone lookup and a lone token are exact; else the cheaper of two formulas is taken, from the number of multiplications
     per sample that each needs. Gram matrices of all tokens together need ``t^2 (o + i)`` (Li, Tramer, Liang, Hashimoto,
     "Large language models can be strong differentially private learners", ICLR 2022, section 4; see
-    :meth:`Outer.gram_cost`), the gradient itself ``t o i``. Choosing layer by layer is from Bu, Mao, Xu, "Scalable
+    :meth:`OuterProducts.gram_cost`), the gradient itself ``t o i``. Choosing layer by layer is from Bu, Mao, Xu, "Scalable
     and efficient training of large convolutional neural networks with differential privacy", NeurIPS 2022, section 4.1.
     """
     first = uses[0]
@@ -186,13 +188,13 @@ def sq_norms(uses: Sequence[Outer]) -> Tensor:
     return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 
 
-def _costs(uses: Sequence[Outer]) -> tuple[float, float]:
+def _costs(uses: Sequence[OuterProducts]) -> tuple[float, float]:
     """Multiplications per sample by Gram matrices and by instantiation."""
     tokens = sum(use.tokens for use in uses)
     return sum(use.gram_cost(tokens) for use in uses), sum(use.instantiation_cost() for use in uses)
 
 
-def instantiated_norms(uses: Sequence[Outer]) -> Tensor:
+def instantiated_norms(uses: Sequence[OuterProducts]) -> Tensor:
     """Return ``[n]``: squared norms of the per-sample gradients, written out for a few samples at a time."""
     first = uses[0]
     step = max(1, CHUNK // max(1, first.rows * first.columns))
@@ -205,7 +207,7 @@ def instantiated_norms(uses: Sequence[Outer]) -> Tensor:
     return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 
 
-def _lookup_norms(use: Outer) -> Tensor:
+def _lookup_norms(use: OuterProducts) -> Tensor:
     """Add up the rows that belong to the same (sample, id), then square: exact, with memory ``[n * t, i]``."""
     n, size = use.samples, use.rows
     samples = torch.arange(n, device=use.left.device)
@@ -214,7 +216,7 @@ def _lookup_norms(use: Outer) -> Tensor:
     return per_row.new_zeros(n).index_add_(0, keys // size, per_row) * use.scale**2
 
 
-def _gram_norms(uses: Sequence[Outer]) -> Tensor:
+def _gram_norms(uses: Sequence[OuterProducts]) -> Tensor:
     """``|dW|^2 = sum_{t,s} (left_t . left_s)(right_t . right_s)`` over the tokens of all uses, plus a rounding bound.
 
     Where tokens cancel, the sum loses digits, and a norm that is too small clips too little. An inner product of length
@@ -247,19 +249,21 @@ def _unsure(total: Tensor, slack: Tensor) -> Tensor:
     return (~(slack <= _SLACK * total) | total.isinf()).nonzero().flatten()
 
 
-def _in_parts(norms: Callable[[Sequence[Outer]], Tensor], uses: Sequence[Outer], samples: Tensor) -> Tensor:
+def _in_parts(
+    norms: Callable[[Sequence[OuterProducts]], Tensor], uses: Sequence[OuterProducts], samples: Tensor
+) -> Tensor:
     """Return ``norms`` of the chosen samples, whose factors are copied for a few at a time."""
     step = max(1, CHUNK // max(1, sum(use.tokens * (use.rows + use.columns) for use in uses)))
     return torch.cat([norms([use.pick(part) for use in uses]) for part in samples.split(step)])
 
 
-def _blocks(uses: Sequence[Outer]) -> list[tuple[Outer, Outer, float]]:
+def _blocks(uses: Sequence[OuterProducts]) -> list[tuple[OuterProducts, OuterProducts, float]]:
     """Cut all pairs of tokens, of the same use and of different ones, into blocks ``(a, b, weight)``."""
     blocks = [block for use in uses for block in use.blocks()]
     return blocks + [(a, b, 2 * a.scale * b.scale) for a, b in combinations(uses, 2)]
 
 
-def _size_of_terms(uses: Sequence[Outer]) -> Tensor:
+def _size_of_terms(uses: Sequence[OuterProducts]) -> Tensor:
     """Return ``[n]``: the Gram sum of factors without signs, for a tighter bound of rounding than norms of tokens give.
 
     What Higham and Mary bound the error of ``a . b`` by is ``|a| . |b|`` without signs, which the product of norms exceeds
@@ -271,7 +275,9 @@ def _size_of_terms(uses: Sequence[Outer]) -> Tensor:
     return torch.stack(sums).sum(0)
 
 
-def _block_sum(a: Outer, b: Outer, weight: float, rounding: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _block_sum(
+    a: OuterProducts, b: OuterProducts, weight: float, rounding: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """Return ``[n]``: the weighted sum over the pairs of tokens of ``a`` and ``b``, and how far off it may be."""
     left, right = a.left_products(b), a.right_products(b)
     if a is b:

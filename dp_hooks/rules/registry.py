@@ -93,7 +93,7 @@ class RuleTable:
         """Whether ``module`` must be differentiated as a whole, children included."""
         return isinstance(module, _READS_CHILDREN) or is_parametrized(module)
 
-    def lifts(self, module: nn.Module) -> bool:
+    def tracks(self, module: nn.Module) -> bool:
         """Whether the parameters of ``module`` are followed one operation at a time, for want of a rule."""
         return self._special(module) is GENERIC and not needs_loop(module)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._tree import tensors_of
 from ..errors import UnsupportedModelError
-from .outer import Outer
+from .outer import OuterProducts
 
 RunModule = Callable[[Mapping[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -92,7 +92,7 @@ class Dims:
     columns: int
 
 
-Factored = Callable[[Call], dict[str, Outer]]
+OuterProductsOf = Callable[[Call], dict[str, OuterProducts]]
 Sizes = Callable[[Call], dict[str, Dims]]
 
 
@@ -130,7 +130,7 @@ class Rule:
     sq_norms: GradSamples | None = None
     weighted_sums: WeightedSums | None = None
     dims: Sizes | None = None
-    factored: Factored | None = None
+    outer_products: OuterProductsOf | None = None
     parameters: frozenset[str] | None = frozenset({"weight", "bias"})
     subclasses: bool = False
     applies: Callable[[nn.Module], bool] = _always

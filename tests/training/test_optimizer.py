@@ -14,8 +14,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import HookController, PrivateTraining, private_training
-from dp_hooks.clipping import FlatClipping
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
+from dp_hooks.privacy.clipping import FlatClipping
 
 from .models import (
     BOUND,

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivacyEngineHookBased, private_training
-from dp_hooks.accounting import epsilon_of
 from dp_hooks.errors import BudgetExhaustedError, InvalidArgumentError, ScopeError
+from dp_hooks.privacy.accounting.meter import epsilon_of
 
 from .gaussian import NEVER
 from .models import equal_trees

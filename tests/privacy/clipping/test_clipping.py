@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivacyEngineHookBased, PrivateTraining, dp_step, private_training
-from dp_hooks.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping, make_clipping
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.noise import GaussianNoise
+from dp_hooks.privacy.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping, make_clipping
+from dp_hooks.privacy.noise.gaussian import GaussianNoise
 
 from .gaussian import NEVER, Wide, fits, noise_of
 from .models import (

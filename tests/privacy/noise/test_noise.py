@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks import noise as noise_module
 from dp_hooks import private_training
 from dp_hooks.errors import DPHooksError, InvalidArgumentError, ScopeError
-from dp_hooks.noise import GaussianNoise, fresh_generator
+from dp_hooks.privacy.noise import gaussian as noise_module
+from dp_hooks.privacy.noise.gaussian import GaussianNoise, fresh_generator
 
 from .gaussian import COUNT, NEVER, Wide, fits, noise_of, released, wide_scope
 from .models import drawn

@@ -27,7 +27,7 @@ from transformers import BatchEncoding
 
 from dp_hooks import PrivateDataLoader, private_training
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.sampling import PoissonSampler
+from dp_hooks.privacy.sampling.loader import PoissonSampler
 
 from .gaussian import NEVER
 from .models import drawn

@@ -1,0 +1,172 @@
+"""Runs a model without its random numbers, so that runs of different size can be compared."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DROPOUT = ("dropout1d", "dropout2d", "dropout3d")
+_NOISE = ("rand", "rand_like", "randn", "randn_like")
+_DRAWN_IN_PLACE = ("uniform_", "normal_", "exponential_", "log_normal_", "cauchy_")
+_KEPT = ("bernoulli", "bernoulli_")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_OTHERS = "randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split()
+# All that draw numbers, dropout aside.
+DRAWS = frozenset((*_NOISE, *_DRAWN_IN_PLACE, *_KEPT, *_OTHERS))
+# How many numbers at once may be what a branch hangs on.
+_COIN = 64
+
+
+def _other_generators() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _set_other_generators(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])
+
+
+@contextmanager
+def other_generators_kept() -> Iterator[None]:
+    """Put the generators of Python and NumPy back afterwards."""
+    state = _other_generators()
+    try:
+        yield
+    finally:
+        _set_other_generators(state)
+
+
+@dataclass(eq=False)
+class Draws:
+    """What a pass drew that can decide which way it takes: few numbers at once, and the generators beside torch's."""
+
+    numbers: list[tuple[str, Tensor]] = field(default_factory=list)
+    _generators: tuple[Any, Any] = field(default_factory=_other_generators)
+
+    def note(self, name: str, out: Any, rows: int | None) -> None:
+        """Keep what the function ``name``, one of :data:`DRAWS`, drew, unless it is for each of ``rows`` samples."""
+        if isinstance(out, Tensor) and (out.numel() == 1 or (out.numel() <= _COIN and rows not in out.shape)):
+            self.numbers.append((name, out.detach().clone()))
+
+    def begin_again(self) -> None:
+        """Set the generators of Python and NumPy to what they were."""
+        _set_other_generators(self._generators)
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a function of this name is some kind of dropout."""
+    return name.rstrip("_").endswith("dropout") or name in _DROPOUT
+
+
+class NoRandomness(TorchFunctionMode):
+    """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
+
+    ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left
+    alone: a model that shuffles samples mixes them. Random integers are drawn by the run on the whole batch, and a run on
+    one sample gets its own rows of them; with ``varied`` so is noise, to tell samples apart. Given the ``draws`` of a
+    pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same way again.
+    """
+
+    def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False) -> None:
+        """For runs on ``samples`` and on one of them."""
+        super().__init__()
+        self.samples = samples
+        self.draws = draws
+        self.varied = varied
+        # Whether noise with a row for each sample was replaced.
+        self.noisy = False
+        self._coins = 0
+        self._alone: int | None = None
+        self._drawn: list[Tensor] = []
+        self._next = 0
+        self._generators: dict[torch.Generator, Tensor] = {}
+
+    def begin_again(self, alone: int | None = None) -> None:
+        """A run begins, on all samples or on number ``alone``: seeds are set, and what is repeated begins at its start."""
+        torch.manual_seed(0)
+        random.seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
+        self._put_generators_back()
+        self._coins, self._next, self._alone = 0, 0, alone
+        if alone is None:
+            self._drawn = []
+        if self.draws is not None:
+            self.draws.begin_again()
+
+    def __exit__(self, *exc: Any) -> None:
+        """End it, with the user's own generators as they were."""
+        self._put_generators_back()
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def _put_generators_back(self) -> None:
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        return self._draw(func, name, args, kwargs or {}) if name in DRAWS else self._without(func, args, kwargs)
+
+    def _draw(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
+        if name in _KEPT:  # stochastic depth: keep probability p, divided by p afterwards
+            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            out = args[0].fill_(p) if name == "bernoulli_" else args[0].clone()
+        else:
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and name != "randperm":
+                with torch.no_grad():
+                    self._repeat(out, constant=name in (*_NOISE, *_DRAWN_IN_PLACE) and not self.varied)
+        queue = [] if self.draws is None else self.draws.numbers[self._coins :]
+        if queue and isinstance(out, Tensor) and queue[0][0] == name and queue[0][1].shape == out.shape:
+            self._coins += 1
+            with torch.no_grad():
+                out.copy_(queue[0][1])
+        return out
+
+    def _repeat(self, out: Tensor, *, constant: bool) -> None:
+        """Make ``out`` a constant, or the rows of its sample in what the run on the whole batch drew here."""
+        if constant:
+            self.noisy = self.noisy or self.samples in out.shape
+            out.fill_(0.75)
+        elif self._alone is None:
+            self._drawn.append(out.detach().clone())
+        elif self._next < len(self._drawn):
+            whole = self._drawn[self._next]
+            self._next += 1
+            axis = next((d for d, (a, b) in enumerate(zip(whole.shape, out.shape, strict=False)) if a != b), None)
+            if whole.shape == out.shape:
+                out.copy_(whole)
+            elif axis is not None and whole.dim() == out.dim() and whole.shape[axis] == self.samples:
+                mine = whole.narrow(axis, self._alone, 1)
+                if mine.shape == out.shape:
+                    out.copy_(mine)
+
+    @staticmethod
+    def _without(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if is_dropout(name):
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        elif name == "multi_head_attention_forward":
+            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        elif name in _RECURRENT:  # of their arguments only dropout is a float
+            args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
+        return func(*args, **kwargs)

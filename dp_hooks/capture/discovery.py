@@ -1,0 +1,188 @@
+"""Runs of a model on other numbers of rows, to find out where the batch is and what has to be repeated sample by sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._no_randomness import Draws, NoRandomness, other_generators_kept
+from .._tree import tree_map
+from ..errors import DPHooksError
+from .hooked_modules import HookedModules
+from .parameter_swap import attributes_kept
+from .samples.probe import Probe, SampleAxes, numbers_of_rows, rows_for_probe
+from .samples.tracker import Tracker
+
+# What a model may raise when it is run on another number of rows than it was given.
+_CANNOT_RUN = (
+    DPHooksError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class OutermostCall:
+    """The outermost call into the model that is running, on ``rows`` samples; None: it is not known on how many."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: int | None
+
+
+class Discovery:
+    """Tells the hooked modules and the tracker of a model what runs on a few rows have shown."""
+
+    def __init__(self, model: nn.Module, hooked_modules: HookedModules, tracker: Tracker) -> None:
+        """What is learned goes to ``tracker.axes`` and ``hooked_modules``."""
+        self._model = model
+        self._hooked_modules = hooked_modules
+        self._tracker = tracker
+
+    def learn(self, call: OutermostCall) -> None:
+        """Find out, once per outermost module and mode, which axes count samples, by runs on other numbers of rows."""
+        self._learn(call)
+
+    def learn_again(self, call: OutermostCall, draws: Draws | None) -> None:
+        """The same in the middle of ``call``, the way that it went so far; then it goes on as if nothing had been."""
+        held = [
+            (
+                hooked,
+                {name: owner._parameters[key] for owner, key, name in hooked.swap.places},
+                hooked.captures,
+                hooked.use,
+            )
+            for hooked in self._hooked_modules
+            if hooked.swap.swapped
+        ]
+        self._learn(call, draws, again=True)
+        for hooked, tensors, captures, use in held:
+            hooked.swap.put(tensors)  # type: ignore[arg-type]
+            hooked.captures, hooked.use = captures, use
+        self._hooked_modules.track_outside()
+
+    def _learn(self, call: OutermostCall, draws: Draws | None = None, again: bool = False) -> None:
+        axes, rows = self._tracker.axes, call.rows
+        key, two_distinct = (call.name, call.module.training), (call.name, call.module.training, "several")
+        self._tracker.strict = key in axes.shown
+        if not rows or (not again and (two_distinct in axes.tried or (rows == 1 and key in axes.tried))):
+            return
+        for hooked in self._hooked_modules:
+            if hooked.swap.swapped:  # an interrupted forward could not put them back
+                hooked.swap.restore()
+            if hooked.swap.foreign():
+                return  # a probe would put them back
+        axes.tried |= {key} if rows == 1 else {key, two_distinct}
+        probes: list[Probe] = []
+        counts = numbers_of_rows(self._model, (call.args, call.kwargs))
+        done = False
+        while not done:
+            count, mark_first = counts[len(probes)], rows > 1 and len(probes) == 1
+            probe = self._run_probe(call, rows, count, draws, mark_first=mark_first)
+            if mark_first and (probe is None or probe.out_of_order):
+                with_first_marked, probe = probe, self._run_probe(call, rows, count, draws, check_order=True)
+                if (
+                    with_first_marked is not None
+                    and probe is not None
+                    and self._repeat_one(with_first_marked.misplaced_by(probe))
+                ):
+                    probes = []
+                    continue
+            if probe is None:
+                return
+            probes.append(probe)
+            done = len(probes) == len(counts) or (len(probes) > 1 and SampleAxes.agree(probes))
+            if self._repeat_where_needed(probes, done):
+                probes, done = [], False  # what is repeated as a whole is tried anew
+        axes.learn(probes)
+        axes.shown.add(key)
+        self._tracker.strict = True
+        for hooked in self._hooked_modules:
+            whole = (
+                self._hooked_modules.repeated(hooked.module) is hooked
+            )  # its parameters are those of the hooked modules inside
+            touched = [n for n in hooked.swap.params if self._tracker.is_touched(hooked.full_name(n))]
+            hooked.outside = () if whole else tuple(touched)
+
+    def _repeat_where_needed(self, probes: list[Probe], done: bool) -> bool:
+        """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
+        wanted = [(frame.name, frame.module) for probe in probes for frame in probe.frames if frame.repeat]
+        for key, agreed in SampleAxes.merged(probes).items() if done else ():
+            if agreed is None or any(use.is_routed for use in agreed):
+                around = [probe.repeated_module(e) for probe in probes for e in probe.uses.get(key, [])]
+                wanted += [found for found in around if found is not None]
+        new = False
+        while self._repeat_one(wanted):
+            new = True
+        return new
+
+    def _repeat_one(self, calls: Sequence[tuple[str, nn.Module]]) -> bool:
+        """Have the first of ``calls`` repeated that is not yet; whether there is one."""
+        for name, module in calls:
+            if self._hooked_modules.repeated(module) is None:
+                self._hooked_modules.repeat(name, module)
+                return True
+        return False
+
+    def _run_probe(
+        self,
+        call: OutermostCall,
+        rows: int,
+        count: int,
+        draws: Draws | None,
+        *,
+        mark_first: bool = False,
+        check_order: bool = False,
+    ) -> Probe | None:
+        """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace."""
+        module, hooked_modules, tracker = call.module, self._hooked_modules, self._tracker
+        kept = (tracker.rows, tracker.counts, hooked_modules.repeating)
+        probe = Probe(count, two_distinct=rows > 1, mark_first=mark_first, check_order=check_order)
+        axis = tracker.axes.axis
+        args, kwargs = tree_map(
+            lambda leaf: rows_for_probe(leaf, rows, count, axis) if isinstance(leaf, Tensor) else leaf,
+            (call.args, call.kwargs),
+        )
+        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        tracker.probe, tracker.rows, tracker.counts = probe, count, {}
+        try:
+            with (
+                attributes_kept(module),
+                torch.random.fork_rng(devices=devices),
+                other_generators_kept(),
+                torch.enable_grad(),
+                NoRandomness(draws=draws) as without,
+                probe.watching(),
+            ):
+                without.begin_again()
+                for hooked in hooked_modules:
+                    if hooked_modules.repeated(hooked.module) is None:
+                        hooked.outside = tuple(hooked.swap.params)
+                        hooked.track_outside(tracker)
+                module(*args, **kwargs)
+        except _CANNOT_RUN:
+            probe.check_inputs()
+            return None
+        finally:
+            for hooked in hooked_modules:
+                hooked.outside = ()
+            hooked_modules.restore()
+            tracker.probe = None
+            tracker.rows, tracker.counts, hooked_modules.repeating = kept
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+        probe.check_inputs()
+        return probe

@@ -1,0 +1,106 @@
+"""Hooks put on modules from outside, of which copies and pickles of the modules know nothing."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from .parameter_swap import ParameterSwap
+
+# Put on hooked modules and taken away with the hooks: they make copies and pickles come out without hooks.
+_ON_MODULES = ("__getstate__", "__deepcopy__")
+_HOOK_DICTS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+class ModuleHooks:
+    """Knows which hooks are ours, so that copies of hooked modules come out with the user's hooks and parameters only."""
+
+    def __init__(self, swap: Callable[[], Iterable[ParameterSwap]]) -> None:
+        """``swap`` tells where other tensors may stand in the place of parameters."""
+        self._swaps = swap
+        self._ids: dict[int, set[int]] = {}
+
+    def attach(
+        self,
+        stack: ExitStack,
+        module: nn.Module,
+        before: Callable[..., Any],
+        after: Callable[..., Any] | None,
+        *,
+        outer: bool = False,
+    ) -> None:
+        """Hook ``before`` and ``after`` onto ``module`` until ``stack`` unwinds; until then copies of it go without them.
+
+        Unless ``outer``, captured inputs and outputs are what forward itself saw and returned, within users' hooks.
+        """
+        ids = self._clean_copies_of(module, stack)
+        handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
+        ids.add(handle.id)
+        if after is not None:
+            handle = module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True)
+            stack.callback(handle.remove)
+            ids.add(handle.id)
+
+    def has_others(self, module: nn.Module) -> bool:
+        """Whether ``module`` has forward hooks that are not ours."""
+        ours = self._ids.get(id(module), set())
+        return any(key not in ours for key in module._forward_hooks)
+
+    def forget(self) -> None:
+        """The hooks are gone."""
+        self._ids = {}
+
+    def _clean_copies_of(self, module: nn.Module, stack: ExitStack) -> set[int]:
+        """Let copies of ``module`` go without hooks of ours; returns the set of their ids."""
+        if id(module) not in self._ids:
+            self._ids[id(module)] = set()
+            vars(module)["__getstate__"] = functools.partial(self._state_of, module)
+            if hasattr(type(module), "__deepcopy__"):
+                vars(module)["__deepcopy__"] = functools.partial(self._copy_of, module)
+            for name in _ON_MODULES:
+                stack.callback(vars(module).pop, name, None)
+        return self._ids[id(module)]
+
+    def _state_of(self, module: nn.Module) -> dict[str, Any]:
+        """State for ``pickle`` and ``copy``: the module as it would be without hooks."""
+        own = getattr(type(module), "__getstate__", None)
+        default = getattr(object, "__getstate__", None)
+        return self._without_hooks(module, vars(module) if own is None or own is default else own(module))
+
+    def _without_hooks(self, module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+        state = {key: value for key, value in attributes.items() if key not in _ON_MODULES}
+        ours = self._ids.get(id(module), set())
+        for key in _HOOK_DICTS:
+            state[key] = OrderedDict((k, v) for k, v in state[key].items() if k not in ours)
+        originals = {(id(owner), key): swap.params[name] for swap in self._swaps() for owner, key, name in swap.places}
+        state["_parameters"] = {
+            key: originals.get((id(module), key), param) for key, param in state["_parameters"].items()
+        }
+        return state
+
+    def _copy_of(self, module: nn.Module, memo: dict[int, Any]) -> Any:
+        """``copy.deepcopy`` for classes with a ``__deepcopy__`` of their own, which ignore ``__getstate__``."""
+        kept, clean = dict(vars(module)), self._without_hooks(module, vars(module))
+        try:
+            vars(module).clear()
+            vars(module).update(clean)
+            return type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+        finally:
+            vars(module).clear()
+            vars(module).update(kept)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks of ours."""
+    state = vars(module).get("__getstate__")
+    return isinstance(state, functools.partial) and isinstance(getattr(state.func, "__self__", None), ModuleHooks)

@@ -1,0 +1,314 @@
+"""Which operations a forward pass went through: a model that takes a new way is looked at anew."""
+
+import functools
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from typing_extensions import ParamSpec, TypeVar
+
+from .._no_randomness import DRAWS, Draws
+from .samples.tracker import METADATA, VIEWS_BY_NAME
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# One operation: the module it was in, what came before it there, and itself.
+Transition = tuple[Any, Any, Any]
+# The arguments of these are sizes, which change from batch to batch.
+_SIZED = frozenset(
+    "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
+    "new_ones new_full new_empty interpolate pad".split()
+)
+_FEW = range(-5, 5)
+# Factors are told apart by their power of two, from this one up to 1: a schedule that rises is looked at as it does.
+_SMALLEST = -14
+# Looks like a question about a tensor, but changes its gradient.
+_UNNOTED = METADATA - {"register_hook"}
+_CALL = "a module"
+
+
+class _Paused(threading.local):
+    depth = 0
+
+
+_paused = _Paused()
+
+
+def untraced(method: Callable[P, T]) -> Callable[P, T]:
+    """What ``method`` does is no part of the way that a model takes, whichever model it is for."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        _paused.depth += 1
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _paused.depth -= 1
+
+    return run
+
+
+def _kind(value: Any, sized: bool) -> Any:
+    """What is kept of an argument: enough to tell dimensions and switches apart, not numbers that change all the time."""
+    if isinstance(value, (bool, str)) or value is None or value is Ellipsis:
+        return value
+    if isinstance(value, int):
+        return value if value in (-1, 0) or (not sized and value in _FEW) else int
+    if isinstance(value, float):
+        return value if value in (0.0, 1.0) else (float, min(1, max(_SMALLEST, math.frexp(value)[1])))
+    if isinstance(value, slice):
+        if any(isinstance(end, Tensor) for end in (value.start, value.stop, value.step)):
+            return slice
+        empty = value.start is not None and value.start == value.stop
+        return (slice, _kind(value.start, sized), _kind(value.stop, sized), _kind(value.step, sized), empty)
+    if isinstance(value, (tuple, list)) and len(value) <= 8:
+        return tuple(_kind(item, sized) for item in value)
+    if isinstance(value, Tensor):
+        return type(value).__name__
+    numpy = sys.modules.get("numpy")
+    return _kind(value.item(), sized) if numpy is not None and isinstance(value, numpy.generic) else type(value)
+
+
+class _Follow(TorchFunctionMode):
+    def __init__(self, trace: "OpTrace") -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _paused.depth:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+            if name not in VIEWS_BY_NAME:
+                return func(*args)
+        elif name in _UNNOTED:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        trace = self._trace
+        constant = trace.is_constant(name, args, kwargs)
+        if not constant:
+            trace.note(name, args, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if constant:
+            trace.note_constant(name, args, out)
+        if name in DRAWS:
+            trace.note_draw(name, out)
+        return out
+
+
+@dataclass(eq=False)
+class OpTrace:
+    """Follows forward passes, and tells operations that no checked pass went through in that order.
+
+    What is learned from one batch (where the samples are, that they do not mix) holds for the operations that batch
+    went through. Python code may take another branch later: a flag, a schedule, an option of the call. Per module
+    every pair of operations in sequence is remembered, with dimensions, switches and the powers of two of factors;
+    sizes and the data itself are not looked at. What is made of constants and buffers alone (masks, position codes, often kept
+    for later) counts only where it has an axis as long as the batch.
+    """
+
+    buffers: Callable[[], Iterable[Tensor]] = tuple
+    rows: int | None = None
+    # What the present pass, or the last one, went through and no checked pass of several samples did.
+    unverified: set[Transition] = field(default_factory=set)
+    # What it drew; since the outermost call of a module began.
+    draws: Draws = field(default_factory=Draws)
+    drawn_inside: Draws = field(default_factory=Draws)
+    _verified: dict[str, set[Transition]] = field(default_factory=lambda: {"one": set(), "many": set()})
+    _known: set[Transition] = field(default_factory=set)
+    _whole: bool = False
+    _frames: list[list[Any]] = field(default_factory=list)
+    # Tensors that depend on neither inputs nor parameters, by identity; held, so that identities stay theirs.
+    _constants: dict[int, Tensor] = field(default_factory=dict)
+    _from_constants: set[Transition] = field(default_factory=set)
+    _own_buffers: dict[int, Tensor] | None = None
+    _stale: bool = False
+    # Modes that were there when ours was put on top; None while it is not.
+    _below: list[TorchFunctionMode] | None = None
+    _mode: _Follow = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the mode that sees operations."""
+        self._mode = _Follow(self)
+        self._known = self._verified["many"]
+
+    # ---------------------------------------------------------------- following
+
+    @contextmanager
+    def function(self) -> Iterator[None]:
+        """Follow a whole function, the calls of modules in it included."""
+        self._stale = bool(self.unverified)
+        self.rows, self.unverified, self.draws = None, set(), Draws()
+        self._open(None)
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+            self.close()
+
+    def start(self, name: str, rows: int | None) -> None:
+        """Follow an outermost call of a module from now on."""
+        self.rows, self.drawn_inside = rows, Draws()
+        if self._whole:
+            self.enter(name)
+            return
+        self._stale = bool(self.unverified)
+        self.unverified, self.draws = set(), self.drawn_inside
+        self._open(name)
+
+    def stop(self) -> None:
+        """The outermost call is over, or was interrupted."""
+        if self._whole:
+            del self._frames[1:]
+        else:
+            self.close()
+
+    def _open(self, frame: str | None) -> None:
+        self.close()
+        if self._own_buffers is None or self._stale:
+            self._own_buffers = {id(b): b for b in self.buffers()}
+        self._frames, self._constants = [[frame, None]], dict(self._own_buffers)
+        self._below = _get_current_function_mode_stack()
+        _push_mode(self._mode)
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        self._frames, self._constants = [], {}
+        below, self._below = self._below, None
+        if below is None:
+            return
+        stack = _get_current_function_mode_stack()
+        ours: TorchFunctionMode | None = self._mode
+        if ours not in stack:
+            # A pass was interrupted inside the context of another mode, whose end took ours off in place of its own.
+            ours = next((mode for mode in reversed(below) if mode in stack), None)
+        if ours is None:
+            return
+        above: list[Any] = []
+        while (top := _get_current_function_mode_stack()[-1]) is not ours:
+            _pop_mode()
+            above.append(top)
+        _pop_mode()
+        for mode in reversed(above):
+            _push_mode(mode)
+
+    def enter(self, name: str) -> None:
+        """A module is called."""
+        if self._frames:
+            self._note(_CALL)
+            self._frames.append([name, None])
+
+    def leave(self) -> None:
+        """The call of a module ends."""
+        if len(self._frames) > 1:
+            self._frames.pop()
+
+    def note_draw(self, name: str, out: Any) -> None:
+        """Keep in mind what the function ``name`` drew."""
+        self.draws.note(name, out, self.rows)
+        if self.drawn_inside is not self.draws:
+            self.drawn_inside.note(name, out, self.rows)
+
+    def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
+        """Keep in mind that the function ``name`` was called."""
+        if not self._frames:
+            return
+        sized = name in _SIZED
+        kinds = tuple([_kind(arg, sized) for arg in args])
+        first = args[0] if args else None
+        where: Any = None
+        if isinstance(first, Tensor):
+            shape = first.shape
+            where = (len(shape), shape.index(self.rows) if self.rows in shape else self._multiple(shape))
+        named = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
+        self._note((name, where, kinds, named))
+        for target in (first, kwargs.get("out") if kwargs else None):
+            self._constants.pop(id(target), None)  # it may have been written to
+
+    def is_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Whether all tensors among the arguments are constant; of some functions only shape and type count."""
+        if name.startswith("new_") or name.endswith("_like"):
+            return True
+        known = self._constants
+        for arg in (*args, *(kwargs.values() if kwargs else ())):
+            if isinstance(arg, Tensor):
+                if id(arg) not in known:
+                    return False
+            elif isinstance(arg, (tuple, list)) and any(isinstance(t, Tensor) and id(t) not in known for t in arg):
+                return False
+        return True
+
+    def note_constant(self, name: str, args: tuple[Any, ...], out: Any) -> None:
+        """Keep in mind that ``out`` was made of constants."""
+        if not self._frames:
+            return
+        made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        self._constants.update((id(t), t) for t in made)
+        if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
+            # Not what the next operation follows: a cache is there the second time.
+            self._from_constants.add(self._pass_by((name, *(_kind(arg, name in _SIZED) for arg in args))))
+
+    def _multiple(self, shape: torch.Size) -> int | None:
+        """The first axis that may hold several rows per sample."""
+        rows = self.rows
+        return None if not rows else next((i for i, size in enumerate(shape) if size and size % rows == 0), None)
+
+    def _note(self, operation: Any) -> None:
+        self._pass_by(operation)
+        self._frames[-1][1] = operation
+
+    def _pass_by(self, operation: Any) -> Transition:
+        name, before = self._frames[-1]
+        transition = (name, before, operation)
+        if transition not in self._known:
+            self.unverified.add(transition)
+        return transition
+
+    # ---------------------------------------------------------------- what is known
+
+    def repeatable(self, transitions: set[Transition]) -> set[Transition]:
+        """Those of ``transitions`` that a repetition of the pass has to go through; what is constant may be kept from the first."""
+        return transitions - self._from_constants
+
+    def unchecked(self, transitions: set[Transition], samples: int) -> set[Transition]:
+        """Those of ``transitions`` that no check on as many samples (one, or several) went through."""
+        return transitions - self._verified["one" if samples == 1 else "many"]
+
+    def verify(self, transitions: set[Transition], samples: int) -> None:
+        """A check on so many samples went through ``transitions``, and found nothing."""
+        self._verified["one"] |= transitions
+        if samples > 1:
+            self._verified["many"] |= transitions
+
+    def verify_alike(self, transitions: set[Transition], samples: int, classes: Mapping[str, type]) -> set[Transition]:
+        """Take as verified what a module of the same class went through in a check; return what is left.
+
+        With dropout on, a token may be routed to another expert than in the check.
+        """
+        known = {(classes.get(name), *rest) for name, *rest in self._verified["one" if samples == 1 else "many"]}
+        left = {transition for transition in transitions if (classes.get(transition[0]), *transition[1:]) not in known}
+        self.verify(transitions - left, samples)
+        return left
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Follow passes of a check: everything they go through is in :attr:`unverified`."""
+        self.close()
+        kept = (self.rows, self.unverified, self.draws, self._whole)
+        self._known, self._whole = set(), False
+        try:
+            yield
+        finally:
+            self.close()
+            self._known = self._verified["many"]
+            self.rows, self.unverified, self.draws, self._whole = kept

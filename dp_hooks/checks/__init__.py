@@ -1,0 +1,1 @@
+"""What is verified before anything is released, and why a model is refused."""

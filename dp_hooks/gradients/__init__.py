@@ -1,0 +1,1 @@
+"""How the norms and sums of per-sample gradients are made from what was captured, without knowing who captured it."""

@@ -1,0 +1,83 @@
+"""``p.grad_sample``: the one attribute that is put on the user's parameters."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .sample_gradients import Instantiated, SampleGradients, Term
+
+
+class GradSamples:
+    """Writes ``p.grad_sample`` (``[n, *p.shape]``) and knows what of it is still to be handed over."""
+
+    def __init__(self) -> None:
+        """Nothing is written yet."""
+        self._consumed = False
+        # Zeros on what the loss did not reach, to be told from what a user puts there.
+        self._unreached: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, params: Sequence[nn.Parameter], samples: int, found: Sequence[Term]) -> None:
+        """Write the sum over all uses in a backward pass, adding to what earlier passes left there."""
+        if self._consumed:
+            for param in params:
+                clear(param)
+            self._consumed = False
+        fresh = SampleGradients(samples, found)
+        for param in fresh.params:
+            earlier = vars(param).get("grad_sample")
+            grads = fresh.grads(param)
+            _store(param, grads if earlier is None else earlier + grads)
+        for param in params:  # what the loss does not reach has a gradient, too: zero, in one place of memory
+            if param.requires_grad and "grad_sample" not in vars(param):
+                self._unreached[param] = param.new_zeros(()).expand(samples, *param.shape)
+                _store(param, self._unreached[param])
+
+    def take(self, params: Sequence[nn.Parameter], samples: int) -> SampleGradients:
+        """Hand over what is written; it stays on the parameters until the next backward pass."""
+        unreached, self._unreached = self._unreached, {}
+        stored = {
+            p: g for p in params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
+        }
+        self._consumed = True
+        return SampleGradients(samples, [Instantiated(stored, samples, "")])
+
+    def discard(self, params: Sequence[nn.Parameter]) -> None:
+        """Take everything off the parameters."""
+        self._consumed = False
+        self._unreached = {}
+        for param in params:
+            clear(param)
+
+    @contextmanager
+    def aside(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Begin with nothing; what was written before is back, unchanged, afterwards."""
+        kept = (self._consumed, self._unreached)
+        written = {p: vars(p)["grad_sample"] for p in params if "grad_sample" in vars(p)}
+        for p in written:
+            clear(p)
+        self._consumed, self._unreached = False, {}
+        try:
+            yield
+        finally:
+            self._consumed, self._unreached = kept
+            for p, grads in written.items():
+                _store(p, grads)
+
+
+def clear(param: nn.Parameter) -> None:
+    """Take ``grad_sample`` off ``param``."""
+    vars(param).pop("grad_sample", None)
+    vars(param).pop("__getstate__", None)
+
+
+def _store(param: nn.Parameter, grads: Tensor) -> None:
+    """Set ``param.grad_sample``, and see to it that it does not travel along when ``param`` is pickled."""
+    vars(param)["grad_sample"] = grads
+    vars(param)["__getstate__"] = functools.partial(_state_without_gradients, param)
+
+
+def _state_without_gradients(param: nn.Parameter) -> dict[str, Any]:
+    return {key: value for key, value in vars(param).items() if key not in ("grad_sample", "__getstate__")}

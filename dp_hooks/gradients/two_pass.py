@@ -1,0 +1,136 @@
+"""Clipping with a second backward pass instead of captured tensors: memory for the price of time."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..rules import sum_of_squares
+from .sample_gradients import Deferred, SampleGradients, Sums, Term
+
+# Largest relative difference between the two passes in what a call got, by its squared norms.
+_SAME = 1e-3
+
+
+@dataclass(eq=False)
+class TwoPass:
+    """Receives the same calls twice: from the first pass come norms, from the second weighted sums.
+
+    Nothing captured outlives its call, except for parameters that are used several times, whose uses have to be known
+    together before a norm can be taken: those are kept until the end of the first pass.
+
+    Guarantee: sums are made of the gradients whose norms were taken. That both passes gave the same is checked call by call.
+    """
+
+    uses: "Counter[nn.Parameter]" = field(default_factory=Counter)
+    norms: Sums = field(default_factory=dict)
+    factors: Sums | None = None
+    finite: Tensor | None = None
+    sums: Sums = field(default_factory=dict)
+    _seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    _again: "Counter[str]" = field(default_factory=Counter)
+
+    def used(self, params: Sequence[nn.Parameter]) -> None:
+        """A module with these parameters is called in the forward pass."""
+        self.uses.update(params)
+
+    def receive(self, source: Term, name: str) -> list[Term]:
+        """Take what is needed of ``source`` and return what has to be kept."""
+        if self.factors is None:
+            self._seen.setdefault(name, []).append(_fingerprint(source))
+            return self._first(source)
+        self._check_same(source, name)
+        self._second(source)
+        return []
+
+    def _first(self, source: Term) -> list[Term]:
+        params = source.params
+        if any(p in self.norms for p in params):
+            raise _differs("a parameter of it was used again after its norm had been taken")
+        if not isinstance(source, Deferred) or any(self.uses[p] > 1 for p in params):
+            return source.instantiate_small() if isinstance(source, Deferred) else [source]
+        self.norms.update(SampleGradients(source.samples, [source]).sq_norms(params))
+        return []
+
+    def _second(self, source: Term) -> None:
+        assert self.factors is not None
+        assert self.finite is not None
+        wanted = {p: self.factors[p] for p in source.params if p in self.factors}
+        found = SampleGradients(len(self.finite), [source]).weighted_sums(wanted, self.finite, consume=True)
+        for p, total in found.items():
+            self.sums[p] = self.sums[p].add_(total) if p in self.sums else total
+
+    def _check_same(self, source: Term, name: str) -> None:
+        at, before = self._again[name], self._seen.get(name, [])
+        self._again[name] += 1
+        now = _fingerprint(source)
+        if at >= len(before) or before[at].shape != now.shape or not _same(before[at], now):
+            raise _differs(f"{name or 'the model'} got other inputs or output gradients in the second one")
+
+    def check_complete(self) -> None:
+        """Raise unless the second pass has repeated every call of the first."""
+        missing = [name for name, before in self._seen.items() if self._again[name] != len(before)]
+        if missing:
+            raise _differs(f"{missing[0] or 'the model'} was not reached in the second one")
+
+
+def _fingerprint(source: Term) -> Tensor:
+    """``[k, n]``: squared norms, per sample, of what the source was made of."""
+    if not isinstance(source, Deferred):
+        return torch.stack([sum_of_squares(source.grads(p, slice(None))) for p in source.params[:1]])
+    call = source.call
+    axis = call.batch_dim
+    tensors = [t for t in (*call.inputs, *call.grads) if t is not None and t.is_floating_point()]
+    rows = [t.movedim(axis, 0) for t in tensors if t.dim() > axis and t.shape[axis] == call.samples]
+    return torch.stack([sum_of_squares(t) for t in rows])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isclose(a, b, rtol=_SAME, atol=1e-30, equal_nan=True).all())
+
+
+def _differs(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"two_pass: the two backward passes were not alike ({what}), so the sums would not be those that norms were taken "
+        "of; nothing was released. This happens with checkpointing that does not restore random numbers "
+        "(preserve_rng_state=False). Remedy: restore them, or train with two_pass=False."
+    )
+
+
+class TwoPassGradients(SampleGradients):
+    """The gradients of a part whose norms are known, and whose weighted sums take another backward pass."""
+
+    def __init__(self, samples: int, kept: Sequence[Term], passes: TwoPass, again: Callable[[], None]) -> None:
+        """``kept`` are the uses of parameters used several times; ``again`` repeats the backward pass."""
+        super().__init__(samples, kept)
+        self._passes = passes
+        self._again = again
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters that got a gradient."""
+        return [*super().params, *self._passes.norms]
+
+    def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
+        """Return ``[samples]`` squared norms, as taken during the first pass."""
+        known = self._passes.norms
+        return {
+            **super().sq_norms([p for p in wanted if p not in known]),
+            **{p: known[p] for p in wanted if p in known},
+        }
+
+    def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
+        """Run the second pass, and return the sums it gave."""
+        self._sources = {}
+        self._passes.factors, self._passes.finite = factors, finite
+        with torch.enable_grad():
+            self._again()
+        self._passes.check_complete()
+        sums = self._passes.sums
+        for p in factors:
+            if p not in sums:  # no sample at all
+                sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return sums

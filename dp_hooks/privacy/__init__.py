@@ -1,0 +1,1 @@
+"""What makes it private: sampling, clipping, noise, accounting; one mechanism per file."""

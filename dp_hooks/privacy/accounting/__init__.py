@@ -1,0 +1,1 @@
+"""What has been spent: charges to an accountant, and the budget that bounds them."""

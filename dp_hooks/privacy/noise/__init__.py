@@ -1,0 +1,1 @@
+"""Noise on the clipped sum, and the random numbers it is drawn from."""

@@ -1,0 +1,182 @@
+"""Gaussian noise on the clipped sum."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from ..._validate import bad
+from ...errors import DPHooksError
+
+# Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
+_BLOCK = 1 << 15
+# Sums of fewer numbers than this are not worth starting a thread for.
+_WORTH_A_THREAD = 1 << 18
+# Elementwise operators use several threads from this size on.
+_PARALLEL_FROM = 1 << 15
+# On machines with more cores the noise is drawn so fast that preparing for it does not pay.
+_MOST_THREADS = 16
+# The state of PyTorch's CPU generator: where the 624 words of the Mersenne twister are, 8 bytes for each 4 used.
+_STATE_BYTES, _WORDS_AT, _WORDS = 5056, 24, 624
+
+
+def fresh_generator(device: torch.device) -> torch.Generator:
+    """Return a generator on ``device`` whose whole state comes from the operating system's entropy source.
+
+    On CPU ``manual_seed`` uses 32 bits of a seed only: all noise of a run could be found by trying every seed. The
+    2496 bytes of the generator's state are filled instead. Generators of other devices take seeds of 64 bits.
+
+    Raises:
+        DPHooksError: the state of this PyTorch's generator has another layout; nothing weaker is used silently.
+    """
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+    if generator.device.type == "cpu":
+        state = generator.get_state()
+        if state.numel() != _STATE_BYTES:
+            raise DPHooksError(
+                f"PyTorch {torch.__version__} keeps its random state in {state.numel()} bytes, not {_STATE_BYTES}: it cannot be "
+                "filled with fresh entropy. Pass noise_generator= for experiments, or use another version of PyTorch."
+            )
+        words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(_WORDS, 8)
+        words[:, :4] = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.uint8).view(_WORDS, 4)
+        generator.set_state(state)
+    return generator
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
+    strides = tensor.stride()
+    plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return plain.view(-1) if plain.is_contiguous() else None
+
+
+@contextmanager
+def _idle_cores() -> Iterator[None]:
+    """Let PyTorch's own threads sleep in this context.
+
+    After a parallel operator the OpenMP runtime of PyTorch's Linux builds (libgomp) keeps the other cores spinning for some
+    milliseconds, in expectation of the next; threads that draw noise would have to share the cores with that. It spins only
+    briefly while there are more threads than cores, which another thread with a team of its own sees to, and a
+    parallel operator makes the spinning ones notice. With other runtimes this is without effect.
+    """
+    if torch.get_num_threads() > _MOST_THREADS:
+        yield
+        return
+    ready, over = Event(), Event()
+
+    def occupy() -> None:
+        torch.zeros(2 * _PARALLEL_FROM)
+        ready.set()
+        over.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(occupy)
+        ready.wait()
+        torch.zeros(2 * _PARALLEL_FROM)
+        try:
+            yield
+        finally:
+            over.set()
+
+
+class GaussianNoise:
+    """Adds ``N(0, std^2)`` to tensors in place.
+
+    By default each device gets generators of its own, seeded from the operating system's entropy and never saved:
+    ``torch.manual_seed`` does not fix them, and nobody who knows the training script can replay them. A
+    ``generator`` makes runs repeatable, and lets everybody who knows its seed subtract the noise.
+
+    On CPU the fresh noise is drawn by as many threads as PyTorch uses, each from an independent generator: PyTorch draws
+    normal numbers on one core.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        """Draw from ``generator``, or from fresh generators per device."""
+        self.generator = generator
+        self._fresh: dict[torch.device, list[torch.Generator]] = {}
+
+    def check_devices(self, devices: set[torch.device]) -> None:
+        """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
+        if self.generator is not None and any(d.type != self.generator.device.type for d in devices):
+            names = sorted(map(str, devices))
+            raise bad(
+                "noise_generator",
+                self.generator,
+                f"it lives on {self.generator.device}, the parameters on {names}; pass torch.Generator(device=...) there.",
+            )
+
+    def _generators(self, device: torch.device, count: int) -> list[torch.Generator]:
+        if self.generator is not None:
+            return [self.generator]
+        fresh = self._fresh.setdefault(device, [])
+        while len(fresh) < count:
+            fresh.append(fresh_generator(device))
+        return fresh[:count]
+
+    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> None:
+        """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
+
+        The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
+        size is needed on CPU; on other devices one as large as the largest tensor.
+        """
+        if std == 0:
+            for total in totals:
+                total.mul_(scale)
+            return
+        blocks: list[Tensor] = []
+        for total in totals:
+            flat = _flat(total) if total.device.type == "cpu" else None
+            if flat is None:
+                (generator,) = self._generators(total.device, 1)
+                self._add(
+                    total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale
+                )
+            else:
+                blocks.extend(flat.split(_BLOCK))
+        self._add_blocks(blocks, std, scale)
+
+    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> None:
+        if not blocks:
+            return
+        wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
+        generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
+        queue: SimpleQueue[Tensor] = SimpleQueue()
+        for block in blocks:
+            queue.put(block)
+
+        def work(generator: torch.Generator) -> None:
+            buffers: dict[torch.dtype, Tensor] = {}
+            with suppress(Empty):
+                while True:
+                    block = queue.get_nowait()
+                    dtype = _wide(block)
+                    if dtype not in buffers:
+                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
+                    self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
+
+        if len(generators) == 1:
+            work(generators[0])
+            return
+        # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
+        # for one that shares the core of a busy thread.
+        with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
+            for job in [pool.submit(work, generator) for generator in generators]:
+                job.result()
+
+    @staticmethod
+    def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> None:
+        draw.normal_(0.0, std * scale, generator=generator)
+        if total.dtype == draw.dtype:
+            torch.add(draw, total, alpha=scale, out=total)
+        else:
+            total.copy_(draw.add_(total, alpha=scale))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

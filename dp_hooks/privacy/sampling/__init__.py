@@ -1,0 +1,1 @@
+"""How batches are drawn, and how logical batches are split into physical ones."""

@@ -1,0 +1,454 @@
+"""private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from opacus.accountants import IAccountant
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .._validate import bad, boolean, fraction, one_of, positive_int
+from ..capture.controller import MODES, REDUCTIONS, HookController
+from ..capture.validate import check_is_module, check_model
+from ..checks.self_check import SelfCheck
+from ..errors import ScopeError
+from ..privacy.accounting.meter import Budget, PrivacyMeter, calibrate, check_budget, make_accountant
+from ..privacy.clipping import make_clipping
+from ..privacy.noise.gaussian import GaussianNoise
+from ..privacy.report import PrivacyReport
+from ..privacy.sampling.loader import PhysicalBatch, PrivateDataLoader, make_loader, plan_sampling
+from .optimizer import PrivateOptimizer, check_optimizer
+
+_active: contextvars.ContextVar[tuple[PrivateTraining, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
+_claimed: dict[int, PrivateTraining] = {}
+_claims = threading.Lock()
+
+RELATION = "one example, replaced by a null record (fixed-size add/remove)"
+
+
+class PrivateTraining:
+    """The context manager that :func:`private_training` returns; readable also after the scope has ended.
+
+    Attributes:
+        model: the user's model, never wrapped.
+        optimizer: the private optimizer (None before entering).
+        loader: the private loader (None before entering).
+        controller: the :class:`~dp_hooks.HookController` (None before entering).
+        accountant: the Opacus accountant that is charged.
+        noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader[Any],
+        *,
+        noise_multiplier: float | None,
+        target_epsilon: float | None,
+        target_delta: float | None,
+        epochs: float | None,
+        max_grad_norm: Any,
+        loss_reduction: str,
+        batch_first: bool,
+        poisson_sampling: bool,
+        clipping: str,
+        clipping_options: Mapping[str, float] | None,
+        grad_sample_mode: str,
+        accountant: str | IAccountant,
+        max_physical_batch_size: int | None,
+        sample_rate: float | None,
+        secure_mode: bool,
+        noise_generator: torch.Generator | None,
+        self_check: bool,
+        criterion: nn.Module | None,
+        ledger: None,
+    ) -> None:
+        """Check every argument, and work out sigma; nothing is attached or spent yet."""
+        self.model = check_is_module(model)
+        self._params = check_optimizer(optimizer, model)
+        self._original_optimizer = optimizer
+        self._original_loader = loader
+        sigma, epsilon, self.target_delta, passes = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
+        self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
+        self.batch_first = boolean("batch_first", batch_first)
+        self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
+        if boolean("secure_mode", secure_mode):
+            raise bad(
+                "secure_mode",
+                True,
+                "cryptographically secure noise is not available in this version. Pass secure_mode=False: noise then "
+                "comes from PyTorch's generators, seeded from the operating system's entropy.",
+            )
+        if max_physical_batch_size is not None:
+            positive_int("max_physical_batch_size", max_physical_batch_size)
+        self._max_physical_batch_size = max_physical_batch_size
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
+        self._noise = GaussianNoise(noise_generator)
+        self._wants_check = boolean("self_check", self_check)
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
+        self._criterion = criterion
+        if ledger is not None:
+            raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
+        self._noise.check_devices({p.device for p in self._params})
+        if _processes() > 1:
+            raise ScopeError(
+                "torch.distributed runs with several processes, which this version does not support: noise and "
+                "sampling would have to be coordinated. Train in one process."
+            )
+        self.plan = plan_sampling(
+            loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
+        )
+        self._make_clipping = partial(
+            make_clipping,
+            clipping,
+            params=self._params,
+            names=_names(model),
+            expected_batch_size=self.plan.expected_batch_size,
+            options=clipping_options,
+        )
+        self._clipping = self._make_clipping(max_grad_norm)
+        self._clipping_name = clipping
+        check_model(model)
+        self.accountant = make_accountant(accountant)
+        budget = None
+        if epsilon is not None and self.target_delta is not None and passes is not None:
+            releases = self.plan.releases(passes)
+            sigma = calibrate(self.accountant, epsilon, self.target_delta, self.plan.charged_rate, releases)
+            budget = Budget(epsilon, self.target_delta, releases)
+        assert sigma is not None  # check_budget: one of the two was given
+        self._clipping.check_noise(sigma)
+        self.noise_multiplier = sigma
+        self._meter = PrivacyMeter(
+            self.accountant, sigma=sigma, charged_rate=self.plan.charged_rate, poisson=self.plan.poisson, budget=budget
+        )
+        self.optimizer: PrivateOptimizer | None = None
+        self.loader: PrivateDataLoader | None = None
+        self.controller: HookController | None = None
+        self.self_check: SelfCheck | None = None
+        self._stack: ExitStack | None = None
+        self._ended = False
+
+    # ---------------------------------------------------------------- lifetime
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the scope has been entered and not left."""
+        return self._stack is not None
+
+    def __enter__(self) -> tuple[PrivateOptimizer, PrivateDataLoader]:
+        """Install everything and return ``(optimizer, loader)``; if anything fails, everything is taken back.
+
+        Raises:
+            ScopeError: entered twice, or the model (or a parameter of it) is in another open scope.
+        """
+        if self.is_open or self._ended:
+            state = "open" if self.is_open else "over"
+            raise ScopeError(
+                f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
+                "accountant=scope.accountant to go on with the same budget."
+            )
+        with ExitStack() as stack:
+            self._claim(stack)
+            controller = HookController(
+                self.model,
+                batch_first=self.batch_first,
+                loss_reduction=self.loss_reduction,
+                grad_sample_mode=self.grad_sample_mode,
+            )
+            stack.callback(controller.cleanup)
+            if self._wants_check:
+                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion)
+                self.self_check.watch(stack)
+            optimizer = PrivateOptimizer(
+                self._original_optimizer,
+                controller=controller,
+                clipping=self._clipping,
+                make_clipping=self._make_clipping,
+                noise=self._noise,
+                noise_multiplier=self.noise_multiplier,
+                meter=self._meter,
+                expected_batch_size=self.plan.expected_batch_size,
+                loss_reduction=self.loss_reduction,
+                self_check=self.self_check,
+            )
+            optimizer.open(stack)
+            loader = make_loader(self._original_loader, self.plan, self, self._max_physical_batch_size)
+            stack.callback(loader.close)
+            self._activate(stack)
+            self.controller, self.optimizer, self.loader = controller, optimizer, loader
+            stack.callback(self._end)
+            self._stack = stack.pop_all()
+        return optimizer, loader
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove everything, whatever happened inside; exceptions pass through unchanged."""
+        part = self.current_part
+        if exc is not None and part is not None and part.size == 0 and hasattr(exc, "add_note"):
+            exc.add_note(
+                "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
+                "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
+            )
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            stack.__exit__(exc_type, exc, traceback)
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def _claim(self, stack: ExitStack) -> None:
+        keys = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters()}
+        with _claims:
+            for key in keys:
+                if key in _claimed:
+                    raise ScopeError(
+                        f"the model {type(self.model).__name__}, or a part of it, is already in an open private scope. "
+                        "Leave that scope first (engine.cleanup() for an engine); its steps and these would not be "
+                        "accounted together."
+                    )
+            _claimed.update(dict.fromkeys(keys, self))
+        stack.callback(self._release_claim, keys)
+
+    def _release_claim(self, keys: set[int]) -> None:
+        with _claims:
+            for key in keys:
+                _claimed.pop(key, None)
+
+    def _activate(self, stack: ExitStack) -> None:
+        _active.set((*_active.get(), self))
+        stack.callback(self._deactivate)
+
+    def _deactivate(self) -> None:
+        _active.set(tuple(scope for scope in _active.get() if scope is not self))
+
+    # ---------------------------------------------------------------- what the loader asks and tells
+
+    def start_pass(self) -> None:
+        """Called by the loader before the first batch of a pass; charges it if there is no Poisson sampling."""
+        self._meter.start_pass(self._open_optimizer().noise_multiplier)
+
+    def start_part(self, part: PhysicalBatch) -> None:
+        """Called by the loader before it hands out a batch."""
+        self._open_optimizer().start_part(part)
+        self.current_part = part
+
+    def releases_left(self) -> int | None:
+        """Called by the loader at the start of a pass."""
+        self._open_optimizer()
+        return self._meter.remaining
+
+    def _open_optimizer(self) -> PrivateOptimizer:
+        if self.optimizer is None or not self.is_open:
+            raise ScopeError(
+                "the private loader was used after the end of its scope. Iterate it inside the with block; to go on "
+                "without privacy, use the original loader."
+            )
+        return self.optimizer
+
+    # ---------------------------------------------------------------- results
+
+    current_part: PhysicalBatch | None = None
+
+    @property
+    def steps(self) -> int:
+        """Private steps taken so far."""
+        return self._meter.steps
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
+        return self._meter.get_epsilon(delta)
+
+    def report(self, delta: float | None = None) -> PrivacyReport:
+        """Return what can be said about privacy at this point.
+
+        Args:
+            delta: default: ``target_delta`` if given, else the smaller of 1e-5 and a tenth of 1 / (dataset size).
+        """
+        if delta is None:
+            delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
+        delta = fraction("delta", delta, "pass a number between 0 and 1.")
+        optimizer, plan = self.optimizer, self.plan
+        sampling = (
+            "Poisson"
+            if plan.poisson
+            else ("order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove")
+        )
+        return PrivacyReport(
+            epsilon=self.get_epsilon(delta),
+            delta=delta,
+            accountant=self.accountant.mechanism(),
+            relation=RELATION,
+            sampling=sampling,
+            sample_rate=plan.charged_rate,
+            noise_multiplier=self.noise_multiplier if optimizer is None else optimizer.noise_multiplier,
+            max_grad_norm=(self._clipping if optimizer is None else optimizer).max_grad_norm,
+            sensitivity=(self._clipping if optimizer is None else optimizer).sensitivity,
+            clipping=self._clipping_name,
+            clipping_details=(
+                self._clipping.details(self.noise_multiplier) if optimizer is None else optimizer.clipping_details
+            ),
+            steps=self.steps,
+            expected_batch_size=plan.expected_batch_size,
+            dataset_size=plan.examples,
+            foreign_steps=self._meter.foreign_steps,
+            loss_verified=self.self_check is not None and self.self_check.loss_verified,
+            grad_sample_mode=self.grad_sample_mode,
+        )
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return the qualified names of every parameter, several if it is shared."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return names
+
+
+def _processes() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def active_scope(model: object) -> PrivateTraining | None:
+    """Return the innermost open scope over ``model`` in the present context, or None."""
+    return next((scope for scope in reversed(_active.get()) if scope.model is model), None)
+
+
+def private_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader[Any],
+    *,
+    noise_multiplier: float | None = None,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    epochs: float | None = None,
+    max_grad_norm: Any,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    poisson_sampling: bool = True,
+    clipping: str = "flat",
+    clipping_options: Mapping[str, float] | None = None,
+    grad_sample_mode: str = "ghost",
+    accountant: str | IAccountant = "prv",
+    max_physical_batch_size: int | None = None,
+    sample_rate: float | None = None,
+    secure_mode: bool = False,
+    noise_generator: torch.Generator | None = None,
+    self_check: bool = True,
+    criterion: nn.Module | None = None,
+    ledger: None = None,
+) -> PrivateTraining:
+    """Train ``model`` with differential privacy inside a ``with`` block (DP-SGD: Abadi et al., CCS 2016).
+
+    ::
+
+        with private_training(model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0) as (opt, loader):
+            for x, y in loader:
+                opt.zero_grad()
+                criterion(model(x), y).backward()
+                opt.step()
+
+    The model is not wrapped. On leaving the block, by whatever way, every hook and attribute is gone again.
+
+    Guarantee: the sequence of released parameters is (epsilon, delta)-differentially private for the epsilon that
+    :meth:`PrivateTraining.get_epsilon` returns. Unit: one example of ``loader.dataset``. Relation: one example replaced by a
+    null record that contributes nothing; the dataset size and the sampling rate are public. Not covered: validation on
+    private data, early stopping and hyper-parameter choice on it.
+
+    Args:
+        model: a bare ``nn.Module``. Modules that mix samples (BatchNorm in training mode) are refused.
+        optimizer: a torch optimizer over parameters of ``model``; it is stepped with the noised gradients.
+        loader: a map-style ``DataLoader`` with a ``batch_size``; that is the expected size of a logical batch.
+        noise_multiplier: sigma, what is charged. The noise on the clipped sum has standard deviation
+            ``sigma * sensitivity`` (more with ``clipping="adaptive"``, whose count of unclipped samples has to be paid for).
+        target_epsilon: instead of ``noise_multiplier``: the budget. sigma is calculated such that exactly ``epochs``
+            passes fit, and the loader ends when they are over.
+        target_delta: delta of that budget; also the default of :meth:`PrivateTraining.report`.
+        epochs: passes over the data to calculate sigma for; only with ``target_epsilon``.
+        max_grad_norm: the clipping bound C. With ``clipping="per_layer"`` a list with one bound per trainable parameter
+            tensor, in the optimizer's order, or a mapping from patterns of parameter names to bounds, such as
+            ``{"encoder.*": 0.5, "*": 1.0}``: all parameters for which a pattern is the first that matches are clipped
+            together (``fnmatch`` patterns on qualified names).
+        loss_reduction: "mean" or "sum": how the loss you back-propagate is reduced over the samples of a batch. With "mean"
+            the update is divided by the expected batch size, never by the drawn one.
+        batch_first: samples are counted by axis 0 of all inputs and outputs; else by axis 1.
+        poisson_sampling: draw every batch by Poisson sampling, with rate ``batch_size / len(dataset)``. False keeps the
+            loader's own order; every pass is then charged as one release without amplification.
+        clipping: what bounds a sample's gradient g, and the sensitivity S that the noise is scaled by.
+
+            - "flat": ``min(1, C / |g|)``; S = C.
+            - "per_layer": the same for every tensor or group k on its own; ``S = sqrt(sum_k C_k^2)``. "per_group" is another
+              name for it that takes the mapping only.
+            - "automatic": ``C / (|g| + gamma)`` (AUTO-S: Bu et al., NeurIPS 2023); S = C.
+            - "adaptive": "flat" with a bound that starts at C and follows a quantile of the norms (Andrew et al.,
+              NeurIPS 2021); S is the present bound. Needs ``noise_multiplier < 2 * unclipped_num_std``.
+        clipping_options: settings of "automatic" (``gamma``, default 0.01) or of "adaptive" (in Opacus's words):
+            ``target_unclipped_quantile`` (0.5), ``clipbound_learning_rate`` (0.2), ``unclipped_num_std`` (the noise on
+            the count of unclipped samples; default: expected batch size / 20), ``min_clipbound`` (1e-6),
+            ``max_clipbound`` (1e6).
+        grad_sample_mode: "ghost" (no per-sample gradient is kept where norms can be had without), "hooks" or "functorch"
+            (``p.grad_sample`` is ``[n, *p.shape]`` after backward).
+        accountant: "prv", "rdp", "gdp", or an Opacus accountant to go on with.
+        max_physical_batch_size: split logical batches into parts of at most this many examples. ``opt.step()``
+            then does nothing until the logical batch is complete.
+        sample_rate: Poisson rate q, if it is not ``batch_size / len(dataset)``.
+        secure_mode: not available yet; True raises.
+        noise_generator: a generator for the noise, for repeatable experiments. Whoever knows its seed can remove the
+            noise; the default draws from fresh entropy.
+        self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
+            is released, at the cost of a few passes, once. Under ``@dp_step`` the train function and its loss are
+            included. False trusts the engine blindly.
+        criterion: the loss module of a bare loop. The self-check then covers it, too: its gradient on the batch must be
+            that of single samples, reduced as declared.
+        ledger: reserved for a record of charges on disk; not available yet.
+
+    Returns:
+        The scope. Entering it gives ``(optimizer, loader)``; it keeps ``optimizer``, ``loader``, ``controller``,
+        ``accountant``, ``get_epsilon(delta)`` and ``report()``, also after the end.
+
+    Raises:
+        InvalidArgumentError: an argument that cannot be used, before anything is attached or spent.
+        UnsupportedModelError: lists every module and parameter that cannot be trained privately.
+        SelfCheckError: from the first ``opt.step()``, if the self-check disagrees.
+    """
+    return PrivateTraining(
+        model,
+        optimizer,
+        loader,
+        noise_multiplier=noise_multiplier,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        epochs=epochs,
+        max_grad_norm=max_grad_norm,
+        loss_reduction=loss_reduction,
+        batch_first=batch_first,
+        poisson_sampling=poisson_sampling,
+        clipping=clipping,
+        clipping_options=clipping_options,
+        grad_sample_mode=grad_sample_mode,
+        accountant=accountant,
+        max_physical_batch_size=max_physical_batch_size,
+        sample_rate=sample_rate,
+        secure_mode=secure_mode,
+        noise_generator=noise_generator,
+        self_check=self_check,
+        criterion=criterion,
+        ledger=ledger,
+    )

@@ -1,0 +1,227 @@
+"""dp_step: a train function that takes a whole private step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Concatenate, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import ParamSpec, TypeVar
+
+from .._tree import one_sample, private_copy, tensors_of, tree_map
+from .._validate import bad, boolean, one_of
+from ..capture.controller import HookController
+from ..errors import InvalidArgumentError, ScopeError
+from .scope import PrivateTraining, active_scope
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
+Batch = TypeVar("Batch")
+StepFunction = Callable[Concatenate[M, Batch, P], Tensor]
+Reduction = Literal["auto", "none", "mean", "sum"]
+
+
+@overload
+def dp_step(fn: StepFunction[M, Batch, P], /) -> StepFunction[M, Batch, P]: ...
+@overload
+def dp_step(
+    *, reduction: Reduction = "auto", two_pass: bool = False
+) -> Callable[[StepFunction[M, Batch, P]], StepFunction[M, Batch, P]]: ...
+def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto", two_pass: bool = False) -> Any:
+    """Make ``fn(model, batch, *args, **kwargs) -> loss`` take a whole private step.
+
+    ::
+
+        @dp_step
+        def train_step(model, batch):
+            x, y = batch
+            return F.cross_entropy(model(x), y, reduction="none")   # one loss per sample
+
+        with private_training(model, optimizer, loader, ...) as (opt, loader):
+            for batch in loader:
+                losses = train_step(model, batch)
+
+    A call inside a scope over ``model`` clears gradients, runs ``fn``, back-propagates, clips, adds noise, charges the
+    accountant and steps the optimizer. A physical part of a larger logical batch is only added up until the last
+    part; for an empty batch, where there is nothing to run ``fn`` on, noise alone is released.
+
+    Args:
+        fn: a plain function. It returns per-sample losses ``[n]`` (recommended: nothing can be coupled through the
+            reduction) or a scalar.
+        reduction: what ``fn`` returns: "none" for per-sample losses, "mean" or "sum" for a scalar; "auto" takes a vector as
+            per-sample losses, and a scalar as reduced the way the scope declares (``loss_reduction``).
+        two_pass: keep nothing of a layer beyond its own backward: norms are taken in one backward pass, and sums in a
+            second one over the same graph. Memory stays that of the ordinary step, for the price of another backward pass. For
+            models whose memory is mostly activations: gradient checkpointing, long sequences. In mode "ghost" only.
+
+    Returns:
+        A function with the signature of ``fn`` that returns its loss, detached; zero (or an empty vector) for an empty batch.
+
+    Raises:
+        InvalidArgumentError: on decoration, for classes, generators and coroutines; on call, if ``fn`` returns
+            something else than a loss.
+        ScopeError: on call, if no scope over ``model`` is open: never a silent step without privacy.
+    """
+    one_of("reduction", reduction, ("auto", "none", "mean", "sum"))
+    boolean("two_pass", two_pass)
+    if fn is None:
+        return functools.partial(_decorate, reduction=reduction, two_pass=two_pass)
+    return _decorate(fn, reduction=reduction, two_pass=two_pass)
+
+
+def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool) -> Callable[..., Tensor]:
+    _check_function(fn)
+    shape_seen: list[bool] = []
+
+    @functools.wraps(fn)
+    def step(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        scope = active_scope(model)
+        if scope is None or scope.optimizer is None:
+            raise ScopeError(
+                f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
+                "inside `with private_training(model, ...) as (opt, loader):`, with that same model as first argument."
+            )
+        optimizer, controller = scope.optimizer, scope.controller
+        assert controller is not None  # the scope is open
+        if two_pass and scope.grad_sample_mode != "ghost":
+            raise bad(
+                "two_pass",
+                True,
+                f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
+            )
+        if _is_empty(scope, batch):
+            optimizer.zero_grad()
+            optimizer.step_empty()
+            return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
+        optimizer.zero_grad()
+
+        def run(part: Any) -> Tensor:
+            trace = controller.trace if controller.hooks_enabled else None
+            with nullcontext() if trace is None else trace.function():
+                return _checked(fn, fn(model, part, *args, **kwargs), reduction)
+
+        check = scope.self_check
+        spare = batch
+        if check is not None:
+            check.new_step()  # nothing of an earlier step that was broken off
+            # fn may consume its batch
+            spare = private_copy(batch) if check.armed else tree_map(lambda leaf: leaf, batch)
+        with ExitStack() as stack:
+            stack.enter_context(_dropped_on_error(controller))
+            if two_pass:
+                stack.enter_context(controller.two_passes())
+            if check is not None:
+                stack.enter_context(check.deferred())
+            loss = run(batch)
+            shape_seen[:] = [loss.dim() == 1]
+            _private_backward(controller, loss, _reduction_of(scope, loss, reduction), two_pass)
+            _check_length(fn, loss, scope)
+            _self_check(scope, run, spare, loss, reduction)
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+@contextmanager
+def _dropped_on_error(controller: HookController) -> Iterator[None]:
+    """A step that fails leaves no gradients of its samples behind."""
+    try:
+        yield
+    except BaseException:
+        controller.discard()
+        raise
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", repr(fn))
+
+
+def _check_function(fn: Any) -> None:
+    reasons = (
+        (inspect.isclass(fn), "it is a class; decorate a function that runs the model and returns the loss"),
+        (isinstance(fn, (staticmethod, classmethod)), "put @staticmethod above @dp_step, not below"),
+        (not callable(fn), "it is not a function"),
+        (
+            inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn),
+            "it is a generator; one call must be one step. Return the loss instead of yielding",
+        ),
+        (
+            inspect.iscoroutinefunction(fn),
+            "it is a coroutine; a step cannot be suspended half-way. Use a plain function",
+        ),
+    )
+    for wrong, reason in reasons:
+        if wrong:
+            raise InvalidArgumentError(f"fn={_name(fn)} cannot be decorated with dp_step: {reason}.")
+
+
+def _is_empty(scope: PrivateTraining, batch: Any) -> bool:
+    if scope.current_part is not None and scope.current_part.size == 0:
+        return True
+    axis = 0 if scope.batch_first else 1
+    sizes = [t.shape[axis] for t in tensors_of(batch) if t.dim() > axis]
+    return bool(sizes) and not any(sizes)
+
+
+def _check_length(fn: Any, loss: Tensor, scope: PrivateTraining) -> None:
+    samples = 0 if scope.controller is None else scope.controller.samples
+    if loss.dim() == 1 and samples and len(loss) != samples:
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
+        )
+
+
+def _reduction_of(scope: PrivateTraining, loss: Tensor, reduction: Reduction) -> str:
+    """Return "mean" or "sum": how the loss that is back-propagated is reduced over samples."""
+    return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
+
+
+def _reduced(loss: Tensor, how: str) -> Tensor:
+    if loss.dim() == 0:
+        return loss
+    return loss.mean() if how == "mean" else loss.sum()
+
+
+def _private_backward(controller: HookController, loss: Tensor, how: str, two_pass: bool) -> None:
+    def backward(*, again: bool) -> None:
+        with controller.reduced_by(how):
+            _reduced(loss, how).backward(retain_graph=again)
+
+    if two_pass:
+        controller.repeat_backward = functools.partial(backward, again=False)
+    backward(again=two_pass)
+
+
+def _self_check(
+    scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, loss: Tensor, reduction: Reduction
+) -> None:
+    check, controller = scope.self_check, scope.controller
+    if check is None or controller is None or not check.needed_for_function(controller.samples):
+        return
+    samples, axis, how = controller.samples, controller.axis, _reduction_of(scope, loss, reduction)
+    with controller.reduced_by(how):
+        check.check_loss(
+            samples,
+            lambda: _reduced(run(private_copy(batch)), how),
+            lambda i: _reduced(run(private_copy(one_sample(batch, i, samples, axis))), how),
+        )
+
+
+def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned {type(loss).__name__}; a dp_step function returns its loss as a tensor: per-sample "
+            "losses [n] or a scalar."
+        )
+    wanted = {"none": (1,), "mean": (0,), "sum": (0,), "auto": (0, 1)}[reduction]
+    if loss.dim() not in wanted:
+        raise InvalidArgumentError(
+            f"{_name(fn)}() returned a loss of shape {tuple(loss.shape)}; with reduction={reduction!r} expected "
+            f"{' or '.join('[n]' if d else 'a scalar' for d in wanted)}. Average token losses within each sample first."
+        )
+    return loss
