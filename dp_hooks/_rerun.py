@@ -1,13 +1,14 @@
-"""What a call of the model is surrounded by: it is run again in the same, when that is over."""
+"""The way to run a model aside: what surrounded a call, and what has to be put back afterwards."""
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from .capture.parameter_swap import autocast_as, autocast_dtype
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,89 @@ class AmbientContext:
 
 def _innermost_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+class ModuleState:
+    """The attributes and buffers of a module and its descendants, as they were when this was made.
+
+    Of lists, dictionaries, sets and queues that are not long, what was in them is part of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Keep them."""
+        self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+        self._contents = [
+            (value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)
+        ]
+
+    def put_back(self) -> None:
+        """Make every one of them the very object again that it was."""
+        for m, attributes, buffers in self._kept:
+            m._buffers.clear()
+            m._buffers.update(buffers)
+            now = vars(m)
+            if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
+                now.clear()
+                now.update(attributes)
+        for container, before in self._contents:
+            if _same_contents(container, before):
+                continue
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+    def made_since(self) -> list[Tensor]:
+        """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
+        old = {id(t) for _, before in self._contents for t in _items(before)}
+        found: list[Tensor] = []
+        for m, attributes, _ in self._kept:
+            for key, value in vars(m).items():
+                if key[0] != "_" and attributes.get(key) is not value and isinstance(value, Tensor):
+                    found.append(value)
+            for container in _containers(vars(m)):
+                found += [t for t in _items(container) if isinstance(t, Tensor) and id(t) not in old]
+        return list({id(t): t for t in found if t.grad_fn is not None}.values())
+
+
+_CONTAINERS = (list, dict, set, deque)
+# Longer ones are data, and nothing that a forward pass is about.
+_LONGEST = 64
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    return [
+        value
+        for key, value in attributes.items()
+        if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
+    ]
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _same_contents(one: Any, other: Any) -> bool:
+    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
+        return False
+    if isinstance(one, set):
+        return bool(one == other)
+    return all(a is b for a, b in zip(_items(one), _items(other), strict=True))
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
+    before = ModuleState(module)
+    try:
+        yield
+    finally:
+        before.put_back()
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast is using on devices of this type, or None while it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast_as(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Return a context in which autocast is as :func:`autocast_dtype` found it, without a cache of its own."""
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

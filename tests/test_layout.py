@@ -14,11 +14,11 @@ PACKAGE = Path(dp_hooks.__file__).parent
 LAYERS = [
     "errors",
     "_validate _tree",
-    "rules _no_randomness privacy.noise privacy.clipping privacy.accounting privacy.report "
-    "capture.parameter_swap capture.compile_stance capture.samples.axis",
-    "_rerun privacy.sampling gradients.sample_gradients capture.validate capture.samples.probe capture.module_hooks "
+    "rules _no_randomness _rerun privacy.noise privacy.clipping privacy.accounting privacy.report "
+    "capture.parameter_swap capture.compile_stance capture.samples.axis capture.samples.custom_functions",
+    "privacy.sampling gradients capture.validate capture.samples.uses capture.samples.probe capture.module_hooks "
     "capture.buffer_writes",
-    "gradients capture.backward_passes capture.samples.split_call capture.samples.tracked_gradients",
+    "capture.backward_passes capture.samples.split_call capture.samples.tracked_gradients",
     "capture.samples.tracker",
     "capture.trace capture.hooked_modules",
     "capture.gradient_tap capture.discovery",

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dp_hooks import HookController
-from dp_hooks.gradients import sample_gradients as gradients
-from dp_hooks.rules import OuterProducts, outer
+from dp_hooks.gradients import terms
+from dp_hooks.rules import OuterProducts, ghost_norms
 from dp_hooks.rules.convolution import Patches
 
 N = 5
@@ -147,10 +147,10 @@ def test_norms_equal_those_of_gradients_written_out(name, way, dtype, take):
     if way != "as-it-comes":
         take(way)
     uses = [cast(use, dtype) for use in USES[name](N)]
-    assert_bounds(outer.sq_norms(uses), squares(uses), dtype)
-    assert_bounds(outer.sq_norms(uses[::-1]), squares(uses), dtype)
+    assert_bounds(ghost_norms.sq_norms(uses), squares(uses), dtype)
+    assert_bounds(ghost_norms.sq_norms(uses[::-1]), squares(uses), dtype)
     some = [use.pick(torch.tensor([3, 1])) for use in uses]
-    assert_bounds(outer.sq_norms(some), squares(uses)[[3, 1]], dtype)
+    assert_bounds(ghost_norms.sq_norms(some), squares(uses)[[3, 1]], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -175,7 +175,7 @@ def test_gradients_and_weighted_sums_equal_those_written_out(name, dtype):
 def test_no_sample_gives_no_norm_and_a_sum_of_zero(name):
     """Factors of an empty batch have empty norms and gradients, and a sum of zero."""
     uses = USES[name](0)
-    assert outer.sq_norms(uses).shape == (0,)
+    assert ghost_norms.sq_norms(uses).shape == (0,)
     for use in uses:
         assert use.grads().shape == (0, *use.shape)
         total = use.weighted_sum(torch.zeros(0))
@@ -189,10 +189,10 @@ def test_norms_in_chunks_of_samples_are_the_same(name, way, take, monkeypatch):
     """With room for little at once, samples are taken a few at a time, with the same result."""
     take(way)
     uses = [cast(use, torch.float64) for use in USES[name](N)]
-    whole = outer.sq_norms(uses)
+    whole = ghost_norms.sq_norms(uses)
     for room in (1, 150, 1000):
-        monkeypatch.setattr(outer, "CHUNK", room)
-        torch.testing.assert_close(outer.sq_norms(uses), whole, rtol=1e-10, atol=0)
+        monkeypatch.setattr(ghost_norms, "CHUNK", room)
+        torch.testing.assert_close(ghost_norms.sq_norms(uses), whole, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(("way", "tokens"), [("gram", 20), ("written-out", 6)])
@@ -200,13 +200,13 @@ def test_chunks_bound_the_memory_of_norms(way, tokens, take, monkeypatch):
     """No temporary tensor is larger than the room that is allowed, however many samples there are."""
     take(way)
     use = dense(tokens, n=64, shape=(30, 20))
-    monkeypatch.setattr(outer, "CHUNK", 3000)
+    monkeypatch.setattr(ghost_norms, "CHUNK", 3000)
     with Made() as made:
-        outer.sq_norms([use])
+        ghost_norms.sq_norms([use])
     assert 300 < made.largest <= 3000
-    monkeypatch.setattr(outer, "CHUNK", 1 << 24)
+    monkeypatch.setattr(ghost_norms, "CHUNK", 1 << 24)
     with Made() as made:
-        outer.sq_norms([use])
+        ghost_norms.sq_norms([use])
     assert made.largest > 3000
 
 
@@ -240,8 +240,8 @@ def test_the_cheaper_way_is_taken(make, expected, monkeypatch):
         monkeypatch.setattr(owner, name, spy)
 
     uses = make()
-    spied(outer, "_gram_norms", "gram")
-    spied(outer, "instantiated_norms", "written-out")
+    spied(ghost_norms, "_gram_norms", "gram")
+    spied(ghost_norms, "instantiated_norms", "written-out")
     spied(Patches, "_products_of_pixels", "of pixels")
     if isinstance(uses[0], Patches):
         monkeypatch.setattr(Patches, "right", property(lambda self, cut=Patches.right.fget: spy_cut(self, cut)))
@@ -250,7 +250,7 @@ def test_the_cheaper_way_is_taken(make, expected, monkeypatch):
         taken.append("of patches")
         return cut(use)
 
-    assert_bounds(outer.sq_norms(uses), squares(uses), torch.float32)
+    assert_bounds(ghost_norms.sq_norms(uses), squares(uses), torch.float32)
     if expected == "written-out":
         assert taken[0] == "written-out"
     else:
@@ -308,10 +308,10 @@ def test_norms_of_a_tied_table_need_no_gradient_of_every_sample():
     uses[1].left.mul_(0.02).scatter_add_(2, uses[0].left[..., None], torch.full((N, LENGTH, 1), -1.0))
     uses[1].right.add_(uses[0].right)
     with Made() as made:
-        norms = outer.sq_norms(uses)
+        norms = ghost_norms.sq_norms(uses)
     assert_bounds(norms, squares(uses), torch.float32)
     assert made.largest < VOCABULARY * WIDTH / 100
-    apart = outer.sq_norms(uses[:1]) + outer.sq_norms(uses[1:])
+    apart = ghost_norms.sq_norms(uses[:1]) + ghost_norms.sq_norms(uses[1:])
     assert ((apart - norms).abs() > 1e-2 * norms).any(), "without cross terms the norms would have been right, too"
 
 
@@ -327,12 +327,12 @@ def test_hidden_states_that_are_much_alike_do_not_force_a_gradient_of_every_samp
         uses.append(OuterProducts(torch.randint(0, shape[0], (n, 5)), torch.randn(n, 5, shape[1]), shape))
     truth = squares(uses)
     with Made() as made:
-        norms = outer.sq_norms(uses)
+        norms = ghost_norms.sq_norms(uses)
     assert_bounds(norms, truth, torch.float32)
     assert made.largest <= n * tokens * shape[0] < shape.numel()
-    monkeypatch.setattr(outer, "_size_of_terms", lambda uses: torch.full((uses[0].samples,), torch.inf))
+    monkeypatch.setattr(ghost_norms, "_size_of_terms", lambda uses: torch.full((uses[0].samples,), torch.inf))
     with Made() as made:
-        outer.sq_norms(uses)
+        ghost_norms.sq_norms(uses)
     assert made.largest >= shape.numel(), "the inputs are too tame: the looser bound would have done"
 
 
@@ -405,7 +405,7 @@ def test_norms_never_fall_below_the_truth_where_tokens_cancel(kind, dtype, take)
     for spread in (1.0, 1e1, 1e2, 1e3, 1e4, 1e5):
         uses = tokens_that_cancel(kind, spread, dtype)
         truth = squares(uses)
-        norms = outer.sq_norms(uses).double()
+        norms = ghost_norms.sq_norms(uses).double()
         assert torch.isfinite(norms).all()
         assert (truth.sqrt() <= 1.001 * norms.sqrt()).all(), spread
         # Below this the numbers themselves, in float32, do not say what the gradient is.
@@ -427,7 +427,7 @@ def written_norms(use):
 def test_layers_with_inputs_far_from_zero_are_clipped_enough(dtype, deferred, monkeypatch):
     """G24 end to end: the clipped contribution of each sample alone is at most 1.001 C."""
     if deferred:
-        monkeypatch.setattr(gradients, "_GENEROSITY", 0)
+        monkeypatch.setattr(terms, "_GENEROSITY", 0)
     n, tokens, width = 6, 16, 64
     for spread in (1e2, 1e3, 1e4, 1e5):
         model = nn.Linear(width, width, bias=False).to(dtype)
@@ -456,7 +456,7 @@ def test_norms_that_overflow_on_the_way_only_are_found(take):
     for left, right in ((1e20, 1e-10), (1e-10, 1e20), (1e25, 1e-25)):
         use = dense(7)
         use = OuterProducts(use.left * left, use.right * right, use.shape)
-        assert_bounds(outer.sq_norms([use]), squares([use]), torch.float32)
+        assert_bounds(ghost_norms.sq_norms([use]), squares([use]), torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -473,7 +473,7 @@ def test_a_norm_that_is_not_finite_stays_so_and_touches_no_other_sample(name, wa
         use.right[2, 0, 0] = value  # of patches this is a copy
         if isinstance(use, Patches):
             use._seen[2, 0, 0, 0] = value
-    norms = outer.sq_norms(uses)
+    norms = ghost_norms.sq_norms(uses)
     assert torch.isfinite(norms).tolist() == [True, True, False, True, True]
     others = torch.tensor([0, 1, 3, 4])
     assert_bounds(norms[others], expected[others], torch.float32)

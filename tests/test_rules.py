@@ -10,7 +10,7 @@ from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
 from dp_hooks import HookController, errors, private_training, register_rule
-from dp_hooks.gradients import sample_gradients as gradients
+from dp_hooks.gradients import terms
 from dp_hooks.rules import Rule, RuleTable, registry
 
 from .models import Net, randn
@@ -29,7 +29,7 @@ def mode_of(monkeypatch):
 
     def choose(mode):
         if mode == "deferred":
-            monkeypatch.setattr(gradients, "_GENEROSITY", 0)
+            monkeypatch.setattr(terms, "_GENEROSITY", 0)
             return "ghost"
         return mode
 

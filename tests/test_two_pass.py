@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, UnsupportedModelError
-from dp_hooks.gradients.sample_gradients import Deferred
+from dp_hooks.gradients.terms import Deferred
 
 from .models import (
     BUILDERS,

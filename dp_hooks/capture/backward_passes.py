@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import ScopeError, UnsupportedModelError
-from ..gradients.sample_gradients import Term
+from ..gradients.terms import Term
 
 
 @dataclass(eq=False)

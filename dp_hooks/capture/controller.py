@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .._rerun import autocast_as, autocast_dtype
 from .._tree import join, outputs_of, split, tensors_of
 from .._validate import boolean, one_of
 from ..errors import ScopeError, UnsupportedModelError
 from ..gradients.grad_sample import GradSamples, clear
-from ..gradients.sample_gradients import Contribution, Deferred, Instantiated, SampleGradients, Term
+from ..gradients.sample_gradients import SampleGradients
+from ..gradients.terms import Contribution, Deferred, Instantiated, Term
 from ..gradients.two_pass import TwoPass, TwoPassGradients
 from ..rules import Call, RuleTable, check_samples
 from .backward_passes import BackwardPass, BackwardPasses
@@ -25,10 +27,10 @@ from .discovery import Discovery, OutermostCall
 from .gradient_tap import Tap, TappedCall
 from .hooked_modules import HookedModule, HookedModules
 from .module_hooks import ModuleHooks
-from .parameter_swap import autocast_as, autocast_dtype
-from .samples.probe import SampleAxes, UseLayout, gradients_wanted
+from .samples.probe import gradients_wanted
 from .samples.split_call import split_call
 from .samples.tracker import Make, TrackedTensor, Tracker
+from .samples.uses import SampleAxes, UseLayout
 from .trace import OpTrace, untraced
 from .validate import check_is_module, check_model, mixes_samples, mixing_reason
 
@@ -572,7 +574,7 @@ class HookController:
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
-        names = ("_passes", "_rows", "_depth", "_twice", "_aside", "_refilled")
+        names = ("_passes", "_rows", "_depth", "_two_pass", "_outer_task", "_retracked_task")
         with self._grad_samples.aside(self.params):
             kept, tracker = {name: getattr(self, name) for name in names}, self._tracker.state()
             self._two_pass, self._outer_task = None, torch._C._current_graph_task_id()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import Draws, NoRandomness, other_generators_kept
+from .._rerun import attributes_kept
 from .._tree import tree_map
 from ..errors import DPHooksError
 from .hooked_modules import HookedModules
-from .parameter_swap import attributes_kept
-from .samples.probe import Probe, SampleAxes, numbers_of_rows, rows_for_probe
+from .samples.probe import Probe, numbers_of_rows, rows_for_probe
 from .samples.tracker import Tracker
+from .samples.uses import SampleAxes
 
 # What a model may raise when it is run on another number of rows than it was given.
 _CANNOT_RUN = (
@@ -101,10 +102,10 @@ class Discovery:
             if probe is None:
                 return
             probes.append(probe)
-            done = len(probes) == len(counts) or (len(probes) > 1 and SampleAxes.agree(probes))
+            done = len(probes) == len(counts) or (len(probes) > 1 and SampleAxes.agree([p.uses for p in probes]))
             if self._repeat_where_needed(probes, done):
                 probes, done = [], False  # what is repeated as a whole is tried anew
-        axes.learn(probes)
+        axes.learn([p.uses for p in probes], two_distinct=all(p.two_distinct for p in probes))
         axes.shown.add(key)
         self._tracker.strict = True
         for hooked in self._hooked_modules:
@@ -117,7 +118,7 @@ class Discovery:
     def _repeat_where_needed(self, probes: list[Probe], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
         wanted = [(frame.name, frame.module) for probe in probes for frame in probe.frames if frame.repeat]
-        for key, agreed in SampleAxes.merged(probes).items() if done else ():
+        for key, agreed in SampleAxes.merged([p.uses for p in probes]).items() if done else ():
             if agreed is None or any(use.is_routed for use in agreed):
                 around = [probe.repeated_module(e) for probe in probes for e in probe.uses.get(key, [])]
                 wanted += [found for found in around if found is not None]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._rerun import attributes_kept, autocast_as
 from ..errors import UnsupportedModelError
 from ..rules import GENERIC, Rule, RuleTable
-from .parameter_swap import ParameterSwap, attributes_kept, autocast_as
-from .samples.probe import UseLayout
+from .parameter_swap import ParameterSwap
 from .samples.tracker import Tracker
+from .samples.uses import UseLayout
 
 
 @dataclass(eq=False)

@@ -1,9 +1,6 @@
-"""The places in a module where its parameters are stored, to put other tensors there for a while and back again."""
+"""ParameterSwap: puts other tensors where a module keeps its parameters for a while, and the parameters back again."""
 
-import copy
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,89 +72,3 @@ class ParameterSwap:
             owner, lists = self._lists.pop()
             vars(owner).update(lists)
         self.swapped = False
-
-
-class ModuleState:
-    """The attributes and buffers of a module and its descendants, as they were when this was made.
-
-    Of lists, dictionaries, sets and queues that are not long, what was in them is part of it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        """Keep them."""
-        self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
-        self._contents = [
-            (value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)
-        ]
-
-    def put_back(self) -> None:
-        """Make every one of them the very object again that it was."""
-        for m, attributes, buffers in self._kept:
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            now = vars(m)
-            if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
-                now.clear()
-                now.update(attributes)
-        for container, before in self._contents:
-            if _same_contents(container, before):
-                continue
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
-
-    def made_since(self) -> list[Tensor]:
-        """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
-        old = {id(t) for _, before in self._contents for t in _items(before)}
-        found: list[Tensor] = []
-        for m, attributes, _ in self._kept:
-            for key, value in vars(m).items():
-                if key[0] != "_" and attributes.get(key) is not value and isinstance(value, Tensor):
-                    found.append(value)
-            for container in _containers(vars(m)):
-                found += [t for t in _items(container) if isinstance(t, Tensor) and id(t) not in old]
-        return list({id(t): t for t in found if t.grad_fn is not None}.values())
-
-
-_CONTAINERS = (list, dict, set, deque)
-# Longer ones are data, and nothing that a forward pass is about.
-_LONGEST = 64
-
-
-def _containers(attributes: dict[str, Any]) -> list[Any]:
-    return [
-        value
-        for key, value in attributes.items()
-        if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
-    ]
-
-
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
-def _same_contents(one: Any, other: Any) -> bool:
-    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
-        return False
-    if isinstance(one, set):
-        return bool(one == other)
-    return all(a is b for a, b in zip(_items(one), _items(other), strict=True))
-
-
-@contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put every attribute of ``module`` and its descendants back to the very object it was before the block."""
-    before = ModuleState(module)
-    try:
-        yield
-    finally:
-        before.put_back()
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype that autocast is using on devices of this type, or None while it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def autocast_as(device: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Return a context in which autocast is as :func:`autocast_dtype` found it, without a cache of its own."""
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)

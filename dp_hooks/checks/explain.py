@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._no_randomness import other_generators_kept
-from .._rerun import AmbientContext
+from .._rerun import AmbientContext, attributes_kept
 from .._tree import private_copy, tensors_of
 from .._validate import bad, boolean, one_of
 from ..capture.controller import MODES, HookController
 from ..capture.module_hooks import is_hooked
-from ..capture.parameter_swap import attributes_kept
 from ..capture.samples.tracked_gradients import BatchedOpGradients, TrackedGradients
 from ..capture.validate import check_is_module, check_model, located_problems, mixes_samples
 from ..errors import ScopeError, SelfCheckError, UnsupportedModelError
-from ..gradients.sample_gradients import Deferred, Instantiated, SampleGradients, Term
-from ..rules import Dims, OuterProducts, Rule, outer
+from ..gradients.sample_gradients import SampleGradients
+from ..gradients.terms import Deferred, Instantiated, Term
+from ..rules import Dims, OuterProducts, Rule
 from ..rules.generic import grad_samples as generic
 from ..rules.generic import needs_loop
 from .recorded_call import RecordedCall
@@ -464,4 +464,4 @@ def _size(dims: Dims, origin: _Origin) -> OuterProducts:
     empty = torch.empty((1, dims.tokens, dims.columns), device="meta")
     lookup = "mbedding" in origin.rule.label
     left = torch.empty((1, dims.tokens) if lookup else (1, dims.tokens, dims.rows), device="meta")
-    return outer.OuterProducts(left, empty, torch.Size((dims.rows, dims.columns)))
+    return OuterProducts(left, empty, torch.Size((dims.rows, dims.columns)))

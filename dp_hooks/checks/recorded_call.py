@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import Draws
-from .._rerun import AmbientContext
+from .._rerun import AmbientContext, ModuleState
 from .._tree import one_sample, outputs_of, tensors_of
 from ..capture.controller import HookController
-from ..capture.parameter_swap import ModuleState
 from ..capture.samples.axis import SampleAxis
 from ..capture.trace import Transition
 from ..errors import SelfCheckError

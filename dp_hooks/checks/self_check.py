@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import Draws, NoRandomness, other_generators_kept
-from .._rerun import AmbientContext
+from .._rerun import AmbientContext, ModuleState, attributes_kept
 from .._tree import one_sample, private_copy, tensors_of, tree_map
 from ..capture.controller import HookController
-from ..capture.parameter_swap import ModuleState, attributes_kept
 from ..capture.trace import OpTrace, Transition, untraced
 from ..errors import DPHooksError, SelfCheckError
 from ..gradients.sample_gradients import SampleGradients

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .sample_gradients import Instantiated, SampleGradients, Term
+from .sample_gradients import SampleGradients
+from .terms import Instantiated, Term
 
 
 class GradSamples:

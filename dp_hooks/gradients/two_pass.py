@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
-from .sample_gradients import Deferred, SampleGradients, Sums, Term
+from .sample_gradients import SampleGradients
+from .terms import Deferred, Sums, Term
 
 # Largest relative difference between the two passes in what a call got, by its squared norms.
 _SAME = 1e-3

@@ -1,6 +1,6 @@
 """Layer rules: pure functions that turn captured inputs and output gradients into per-sample gradients."""
 
-from . import outer
+from . import ghost_norms
 from .embedding import refusal as embedding_refusal
 from .generic import GENERIC
 from .linear import wide
@@ -18,7 +18,7 @@ __all__ = [
     "RuleTable",
     "check_samples",
     "embedding_refusal",
-    "outer",
+    "ghost_norms",
     "register_rule",
     "sum_of_squares",
     "weighted_sum",

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._rerun import autocast_as
 from .._validate import bad, non_negative
 from ..capture.controller import HookController
-from ..capture.parameter_swap import autocast_as
 from ..checks.self_check import SelfCheck
 from ..errors import ScopeError, UnsupportedModelError
 from ..gradients.sample_gradients import SampleGradients

@@ -9,7 +9,7 @@ from ...errors import UnsupportedModelError
 from ...rules import Call, Rule
 from ...rules.embedding import has_flat_ids
 from .axis import SampleAxis
-from .probe import UseLayout
+from .uses import UseLayout
 
 
 def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:

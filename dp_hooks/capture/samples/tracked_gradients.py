@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._rerun import autocast_as
 from ..._tree import join, tensors_of
 from ...errors import UnsupportedModelError
-from ...gradients.sample_gradients import scaled
+from ...gradients.terms import scaled
 from ...rules import OuterProducts, sum_of_squares
-from ..parameter_swap import autocast_as
 from .axis import SampleAxis
 
 _HALVES = (torch.float16, torch.bfloat16)

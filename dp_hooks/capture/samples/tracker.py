@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._no_randomness import is_dropout
+from ..._rerun import autocast_dtype
 from ..._tree import join, split, tensors_of, tree_map
 from ...errors import UnsupportedModelError
-from ..parameter_swap import autocast_dtype
 from .axis import SampleAxis
-from .probe import UNSTEADY, UNTRIED, Probe, SampleAxes, UseLayout, arguments_of_functions, gradients_wanted, guessed
+from .custom_functions import arguments_of_functions
+from .probe import Probe, gradients_wanted
 from .tracked_gradients import (
     BatchedOp,
     BatchedOpGradients,
@@ -24,6 +25,7 @@ from .tracked_gradients import (
     refused,
     sum_to,
 )
+from .uses import UNSTEADY, UNTRIED, SampleAxes, UseLayout, guessed
 
 Grads = list[Tensor | None]
 # From saved tensors and output gradients: the sources they make.

@@ -1,0 +1,224 @@
+"""Terms: what one use of some parameters adds to their per-sample gradients, deferred or written out."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .._tree import tree_map
+from ..errors import UnsupportedModelError
+from ..rules import Call, OuterProducts, Rule, ghost_norms, sum_of_squares, weighted_sum, wide
+
+Sums = dict[nn.Parameter, Tensor]
+
+# See Deferred.instantiate_small.
+_GENEROSITY = 1.5
+
+
+class Term(Protocol):
+    """Something that contributed to the gradients of some parameters."""
+
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """The parameters it contributed to."""
+
+    def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
+        """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
+
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
+        """The same gradients as a sum of outer products, if they are one."""
+
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
+        """Squared norms ``[n]`` by a faster way than writing the gradients out, or None."""
+
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
+        """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
+
+
+class Contribution(Term, Protocol):
+    """A source that knows where it came from and how many samples it is over."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+
+    @property
+    def name(self) -> str:
+        """The module or the parameters it came from."""
+
+
+def scaled(grads: Tensor, scale: float) -> Tensor:
+    """Return ``scale * grads`` in at least float32: what norms are taken of must be what is summed up, digit by digit."""
+    grads = wide(grads)
+    return grads * scale if scale != 1 else grads
+
+
+def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
+    """Return ``call``, all of whose inputs have one row per sample, for the samples ``rows`` and the parameters ``names``."""
+    index = (slice(None),) * call.batch_dim + (rows,)
+    args, kwargs = tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+    count = len(range(call.samples)[rows]) if isinstance(rows, slice) else int(rows.shape[0])
+    grads = [None if g is None else g[index] for g in call.grads]
+    return dataclasses.replace(call, args=args, kwargs=kwargs, grads=grads, samples=count, names=names)
+
+
+@dataclass(eq=False)
+class Deferred:
+    """A captured call of one module: gradients are worked out from it when they are asked for.
+
+    ``scale`` undoes the mean over the batch: the true per-sample gradient is ``scale`` times what the rule returns.
+    """
+
+    call: Call
+    rule: Rule
+    scale: float
+    names: dict[nn.Parameter, str] = field(init=False)
+    _kept: dict[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Look up the parameters of the call."""
+        self.names = {self.call.parameter(name): name for name in self.call.names}
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.call.samples
+
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.call.name
+
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """The parameters of the module that the call used."""
+        return list(self.names)
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether the call can be cut to some samples: an input after the first may be shared by all, whatever its size."""
+        axis = self.call.batch_dim
+        lone = [t.shape[axis : axis + 1] for t in self.call.inputs] == [(self.call.samples,)]
+        return not self.rule.keep and (self.rule.all_per_sample or lone)
+
+    def _run(self, call: Call) -> dict[str, Tensor]:
+        found = self.rule.grad_samples(call)
+        for name in call.names:
+            shape = (call.samples, *call.parameter(name).shape)
+            if name in found and tuple(found[name].shape) != shape:
+                raise UnsupportedModelError(
+                    f"{call.name} ({type(call.module).__name__}): rule {self.rule.label!r} returned shape "
+                    f"{tuple(found[name].shape)} for {name}, expected {shape}. Remedy: correct the rule."
+                )
+            if name not in found:
+                raise UnsupportedModelError(
+                    f"{call.name} ({type(call.module).__name__}): rule {self.rule.label!r} returned no gradient for "
+                    f"{name}. Remedy: return one for every name in call.names."
+                )
+        return found
+
+    def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
+        """Per-sample gradients of ``param`` for the samples ``rows``."""
+        factors, name = self.outer_products(param), self.names[param]
+        if factors is not None:
+            return factors.pick(rows).grads()
+        if self._narrows:
+            return scaled(self._run(_narrow(self.call, rows, (name,)))[name], self.scale)
+        if self._kept is None:
+            self._kept = self._run(self.call)
+        return scaled(self._kept[name][rows], self.scale)
+
+    def all_grads(self) -> dict[nn.Parameter, Tensor]:
+        """Per-sample gradients of all parameters and samples."""
+        found = self._run(self.call)
+        return {param: scaled(found[name], self.scale) for param, name in self.names.items()}
+
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
+        """The factors that the rule gives, if it does."""
+        if self.rule.outer_products is None:
+            return None
+        name = self.names[param]
+        found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
+        if found is not None:
+            found.scale = self.scale
+        return found
+
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
+        """Squared norms by the rule's own formula, if it has one, or from its factors."""
+        if self.rule.sq_norms is not None:
+            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self.names[p] for p in params)))
+            return {p: found[self.names[p]] * self.scale**2 for p in params}
+        factors = {p: self.outer_products(p) for p in params}
+        return {p: ghost_norms.sq_norms([use]) for p, use in factors.items() if use is not None}
+
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
+        """Weighted sums by the rule's own formula, if it has one, or from its factors."""
+        chosen = slice(None) if rows is None else rows
+        if self.rule.weighted_sums is not None and (rows is None or self._narrows):
+            names = tuple(self.names[p] for p in params)
+            call = dataclasses.replace(self.call, names=names) if rows is None else _narrow(self.call, rows, names)
+            found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
+            return {p: found[self.names[p]] for p in params}
+        uses = {p: self.outer_products(p) for p in params}
+        return {p: use.pick(chosen).weighted_sum(factors[chosen]) for p, use in uses.items() if use is not None}
+
+    # ---------------------------------------------------------------- what is worked out at once
+
+    def instantiate_small(self) -> "list[Term]":
+        """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
+
+        Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
+        numbers. Once written out, the gradients let the captured tensors go, their norm costs one reading, and
+        their weighted sum another: no multiplication beyond those of an ordinary backward pass. For a linear layer with
+        ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o + i)`` is also where Gram matrices would cost more than the
+        gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up to ``_GENEROSITY`` times as much is allowed: by then the
+        backward pass has let other activations go.
+        """
+        call, rule = self.call, self.rule
+        own_formulas = rule.dims is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
+        if call.samples == 0 or own_formulas:
+            return [self]
+        held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
+        small = tuple(name for name in call.names if call.parameter(name).numel() <= _GENEROSITY * held)
+        if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
+            return [self]
+        tensors = self._run(dataclasses.replace(call, names=small))
+        stored = Instantiated(
+            {call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale
+        )
+        rest = tuple(name for name in call.names if name not in small)
+        return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
+
+
+@dataclass(eq=False)
+class Instantiated:
+    """Per-sample gradients of ``samples`` samples, written out already; the true ones are ``scale`` times these."""
+
+    tensors: dict[nn.Parameter, Tensor]
+    samples: int
+    name: str
+    scale: float = 1.0
+
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """The parameters with written-out gradients."""
+        return list(self.tensors)
+
+    def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
+        """The stored rows."""
+        return scaled(self.tensors[param][rows], self.scale)
+
+    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
+        """None: the factors are gone."""
+        return None
+
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
+        """One reading of the stored rows."""
+        return {p: sum_of_squares(self.tensors[p]) * self.scale**2 for p in params}
+
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
+        """One reading of the stored rows."""
+        chosen = slice(None) if rows is None else rows
+        return {p: weighted_sum(self.tensors[p][chosen], factors[chosen] * self.scale) for p in params}
