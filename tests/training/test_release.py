@@ -173,8 +173,11 @@ def test_an_empty_logical_batch_gets_noise_and_a_charge(runs_model: bool, physic
         x, y = next(iter(loader))
         assert (tuple(x.shape), tuple(y.shape)) == ((0, 4), (0,))
         if runs_model:
+            opt.zero_grad()
             backward(model, x, y, reduction="sum")
         opt.step()
+    assert run.scope.steps == 1
+    assert run.scope.accountant.history == [(2.0, 1e-9, 1)]
     run.assert_moved_by_noise()
 
 
@@ -418,19 +421,6 @@ def test_unfreezing_inside_the_scope_is_refused_by_name(late: Any, name: str, mo
             opt.step()
         assert_same(values(model), run.start)
         assert charges(run.scope) == 0
-
-
-def test_the_charge_comes_before_the_release() -> None:
-    """If a step hook raises, the step is charged already and no parameter has moved."""
-    run, seen = Run(**POISSON), []
-    with run as (model, opt, loader):
-        opt.attach_step_hook(lambda _: seen.append(charges(run.scope)))
-        opt.attach_step_hook(lambda _: 1 / 0)
-        backward(model, *next(iter(loader)))
-        with pytest.raises(ZeroDivisionError):
-            opt.step()
-    assert seen == [1]
-    assert_same(values(run.model), run.start)
 
 
 # ---------------------------------------------------------------- half precision (G20)

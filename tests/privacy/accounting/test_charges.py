@@ -330,13 +330,18 @@ def test_charge_stays_when_the_optimizer_fails() -> None:
 
 
 def test_charge_precedes_step_hooks_and_update() -> None:
-    """A step hook finds the charge made and the parameters not yet moved."""
+    """A step hook finds the charge made and the parameters not yet moved; if it raises, both stay so."""
     run, seen = Charged(), []
     with run as (model, opt, loader):
-        before = copy.deepcopy(model.state_dict())
-        opt.attach_step_hook(lambda o: seen.append((list(run.history), equal_trees(before, model.state_dict()))))
+        before = run.state()
+        opt.attach_step_hook(lambda _: seen.append((list(run.history), equal_trees(before[:2], run.state()[:2]))))
         train(model, opt, loader, stop=1)
-    assert seen == [([(1.0, 4 / 12, 1)], True)]
+        before = run.state()
+        opt.attach_step_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(model, opt, loader, stop=1)
+        assert equal_trees(before[:2], run.state()[:2])
+    assert seen == [([(1.0, 4 / 12, 1)], True), ([(1.0, 4 / 12, 2)], True)]
 
 
 def test_accountant_object_goes_on_with_what_was_spent() -> None:
