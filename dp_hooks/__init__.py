@@ -2,7 +2,8 @@
 
 from . import errors
 from .capture.controller import HookController
-from .checks.explain import Explanation, explain
+from .checks.explain import explain
+from .checks.explanation import Explanation
 from .integrations.opacus import PrivacyEngineHookBased
 from .privacy.report import PrivacyReport
 from .privacy.sampling.loader import PrivateDataLoader

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_DROPOUT = ("dropout1d", "dropout2d", "dropout3d")
-_NOISE = ("rand", "rand_like", "randn", "randn_like")
-_DRAWN_IN_PLACE = ("uniform_", "normal_", "exponential_", "log_normal_", "cauchy_")
-_KEPT = ("bernoulli", "bernoulli_")
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_OTHERS = "randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split()
-# All that draw numbers, dropout aside.
-DRAWS = frozenset((*_NOISE, *_DRAWN_IN_PLACE, *_KEPT, *_OTHERS))
+from ._operations import BERNOULLI, DRAWS, NOISE, RECURRENT, is_dropout
+
 # How many numbers at once may be what a branch hangs on.
 _COIN = 64
 
@@ -59,11 +53,6 @@ class Draws:
     def begin_again(self) -> None:
         """Set the generators of Python and NumPy to what they were."""
         _set_other_generators(self._generators)
-
-
-def is_dropout(name: str) -> bool:
-    """Whether a function of this name is some kind of dropout."""
-    return name.rstrip("_").endswith("dropout") or name in _DROPOUT
 
 
 class NoRandomness(TorchFunctionMode):
@@ -121,14 +110,14 @@ class NoRandomness(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and generator not in self._generators:
             self._generators[generator] = generator.get_state()
-        if name in _KEPT:  # stochastic depth: keep probability p, divided by p afterwards
+        if name in BERNOULLI:  # stochastic depth: keep probability p, divided by p afterwards
             p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             out = args[0].fill_(p) if name == "bernoulli_" else args[0].clone()
         else:
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and name != "randperm":
                 with torch.no_grad():
-                    self._repeat(out, constant=name in (*_NOISE, *_DRAWN_IN_PLACE) and not self.varied)
+                    self._repeat(out, constant=name in NOISE and not self.varied)
         queue = [] if self.draws is None else self.draws.numbers[self._coins :]
         if queue and isinstance(out, Tensor) and queue[0][0] == name and queue[0][1].shape == out.shape:
             self._coins += 1
@@ -167,6 +156,6 @@ class NoRandomness(TorchFunctionMode):
             args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
             if "dropout_p" in kwargs:
                 kwargs["dropout_p"] = 0.0
-        elif name in _RECURRENT:  # of their arguments only dropout is a float
+        elif name in RECURRENT:  # of their arguments only dropout is a float
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         return func(*args, **kwargs)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._no_randomness import other_generators_kept
+
 
 @dataclass(frozen=True)
 class AmbientContext:
@@ -113,6 +115,36 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.put_back()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave no trace of what is run in the block, with gradients enabled.
+
+    Afterwards attributes, buffers, frozen parameters and gradients of ``model``, what is set on its parameters, and the
+    generators of PyTorch, Python and NumPy are as they were.
+    """
+    params = list(model.parameters())
+    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
+    own = [(p, p.grad, dict(vars(p))) for p in params]
+    devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
+    try:
+        with (
+            attributes_kept(model),
+            torch.random.fork_rng(devices=devices),
+            other_generators_kept(),
+            torch.enable_grad(),
+        ):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # a graph may have saved it, and would notice
+                    tensor.copy_(value)
+        for p, grad, attributes in own:
+            p.grad = grad
+            vars(p).clear()
+            vars(p).update(attributes)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

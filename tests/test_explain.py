@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dp_hooks import HookController, private_training
-from dp_hooks.checks import explain
+from dp_hooks import HookController, explain, private_training
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 
 from .models import MODES

@@ -13,23 +13,16 @@ PACKAGE = Path(dp_hooks.__file__).parent
 # Each layer may import from the layers above it in this list, and from its own.
 LAYERS = [
     "errors",
-    "_validate _tree",
-    "rules _no_randomness _rerun privacy.noise privacy.clipping privacy.accounting privacy.report "
-    "capture.parameter_swap capture.compile_stance capture.samples.axis capture.samples.custom_functions",
-    "privacy.sampling gradients capture.validate capture.samples.uses capture.samples.probe capture.module_hooks "
-    "capture.buffer_writes",
-    "capture.backward_passes capture.samples.split_call capture.samples.tracked_gradients",
-    "capture.samples.tracker",
-    "capture.trace capture.hooked_modules",
-    "capture.gradient_tap capture.discovery",
-    "capture.controller",
+    "_validate _tree _operations",
+    "_no_randomness",
+    "_rerun privacy.noise",
+    "rules privacy.clipping privacy.accounting privacy.report",
+    "gradients privacy.sampling",
+    "capture.calls",
+    "capture.samples",
     "capture",
-    "checks.compare",
-    "checks.recorded_call",
-    "checks.self_check",
-    "training.optimizer",
-    "training.scope",
-    "training integrations checks",
+    "checks",
+    "training integrations",
     "",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split(" ")}

@@ -1,16 +1,15 @@
 """Runs of a model on other numbers of rows, to find out where the batch is and what has to be repeated sample by sample."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._no_randomness import Draws, NoRandomness, other_generators_kept
-from .._rerun import attributes_kept
+from .._no_randomness import Draws, NoRandomness
+from .._rerun import undisturbed
 from .._tree import tree_map
 from ..errors import DPHooksError
+from .calls.session import ModelCall, Session
+from .calls.trace import untraced
 from .hooked_modules import HookedModules
 from .samples.probe import Probe, numbers_of_rows, rows_for_probe
 from .samples.tracker import Tracker
@@ -30,52 +29,43 @@ _CANNOT_RUN = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class OutermostCall:
-    """The outermost call into the model that is running, on ``rows`` samples; None: it is not known on how many."""
-
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rows: int | None
-
-
 class Discovery:
     """Tells the hooked modules and the tracker of a model what runs on a few rows have shown."""
 
-    def __init__(self, model: nn.Module, hooked_modules: HookedModules, tracker: Tracker) -> None:
+    def __init__(self, model: nn.Module, session: Session, hooked_modules: HookedModules, tracker: Tracker) -> None:
         """What is learned goes to ``tracker.axes`` and ``hooked_modules``."""
         self._model = model
+        self._session = session
         self._hooked_modules = hooked_modules
         self._tracker = tracker
+        tracker.discover = self._learn_again
 
-    def learn(self, call: OutermostCall) -> None:
+    def learn(self, call: ModelCall) -> None:
         """Find out, once per outermost module and mode, which axes count samples, by runs on other numbers of rows."""
         self._learn(call)
 
-    def learn_again(self, call: OutermostCall, draws: Draws | None) -> None:
-        """The same in the middle of ``call``, the way that it went so far; then it goes on as if nothing had been."""
+    @untraced
+    def _learn_again(self) -> None:
+        """The same in the middle of a call, the way that it went so far; then it goes on as if nothing had been."""
+        session = self._session
+        if not session.call.running or session.in_backward():
+            return
         held = [
-            (
-                hooked,
-                {name: owner._parameters[key] for owner, key, name in hooked.swap.places},
-                hooked.captures,
-                hooked.use,
-            )
-            for hooked in self._hooked_modules
-            if hooked.swap.swapped
+            (one, {name: owner._parameters[key] for owner, key, name in one.swap.places}, one.captures, one.use)
+            for one in self._hooked_modules
+            if one.swap.swapped
         ]
-        self._learn(call, draws, again=True)
-        for hooked, tensors, captures, use in held:
-            hooked.swap.put(tensors)  # type: ignore[arg-type]
-            hooked.captures, hooked.use = captures, use
+        self._learn(session.call, None if session.trace is None else session.trace.drawn_inside, again=True)
+        for one, tensors, captures, use in held:
+            one.swap.put(tensors)  # type: ignore[arg-type]
+            one.captures, one.use = captures, use
         self._hooked_modules.track_outside()
 
-    def _learn(self, call: OutermostCall, draws: Draws | None = None, again: bool = False) -> None:
+    def _learn(self, call: ModelCall, draws: Draws | None = None, again: bool = False) -> None:
         axes, rows = self._tracker.axes, call.rows
+        assert call.module is not None
         key, two_distinct = (call.name, call.module.training), (call.name, call.module.training, "several")
-        self._tracker.strict = key in axes.shown
+        call.strict = key in axes.shown
         if not rows or (not again and (two_distinct in axes.tried or (rows == 1 and key in axes.tried))):
             return
         for hooked in self._hooked_modules:
@@ -107,13 +97,8 @@ class Discovery:
                 probes, done = [], False  # what is repeated as a whole is tried anew
         axes.learn([p.uses for p in probes], two_distinct=all(p.two_distinct for p in probes))
         axes.shown.add(key)
-        self._tracker.strict = True
-        for hooked in self._hooked_modules:
-            whole = (
-                self._hooked_modules.repeated(hooked.module) is hooked
-            )  # its parameters are those of the hooked modules inside
-            touched = [n for n in hooked.swap.params if self._tracker.is_touched(hooked.full_name(n))]
-            hooked.outside = () if whole else tuple(touched)
+        call.strict = True
+        self._hooked_modules.set_outside()
 
     def _repeat_where_needed(self, probes: list[Probe], done: bool) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
@@ -137,7 +122,7 @@ class Discovery:
 
     def _run_probe(
         self,
-        call: OutermostCall,
+        call: ModelCall,
         rows: int,
         count: int,
         draws: Draws | None,
@@ -146,44 +131,33 @@ class Discovery:
         check_order: bool = False,
     ) -> Probe | None:
         """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace."""
-        module, hooked_modules, tracker = call.module, self._hooked_modules, self._tracker
-        kept = (tracker.rows, tracker.counts, hooked_modules.repeating)
+        module, session, hooked_modules, tracker = call.module, self._session, self._hooked_modules, self._tracker
+        assert module is not None
         probe = Probe(count, two_distinct=rows > 1, mark_first=mark_first, check_order=check_order)
-        axis = tracker.axes.axis
         args, kwargs = tree_map(
-            lambda leaf: rows_for_probe(leaf, rows, count, axis) if isinstance(leaf, Tensor) else leaf,
+            lambda leaf: rows_for_probe(leaf, rows, count, session.axis) if isinstance(leaf, Tensor) else leaf,
             (call.args, call.kwargs),
         )
-        buffers = [(b, b.detach().clone()) for b in module.buffers()]
-        devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-        tracker.probe, tracker.rows, tracker.counts = probe, count, {}
+        kept = (session.call, session.repeating)
+        tracker.probe, session.call = probe, ModelCall(rows=count)
         try:
-            with (
-                attributes_kept(module),
-                torch.random.fork_rng(devices=devices),
-                other_generators_kept(),
-                torch.enable_grad(),
-                NoRandomness(draws=draws) as without,
-                probe.watching(),
-            ):
+            with undisturbed(module), NoRandomness(draws=draws) as without, probe.watching():
                 without.begin_again()
                 for hooked in hooked_modules:
                     if hooked_modules.repeated(hooked.module) is None:
                         hooked.outside = tuple(hooked.swap.params)
                         hooked.track_outside(tracker)
-                module(*args, **kwargs)
+                try:
+                    module(*args, **kwargs)
+                finally:
+                    session.restore_parameters()
+            ran = True
         except _CANNOT_RUN:
-            probe.check_inputs()
-            return None
+            ran = False
         finally:
             for hooked in hooked_modules:
                 hooked.outside = ()
-            hooked_modules.restore()
             tracker.probe = None
-            tracker.rows, tracker.counts, hooked_modules.repeating = kept
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            session.call, session.repeating = kept
         probe.check_inputs()
-        return probe
+        return probe if ran else None

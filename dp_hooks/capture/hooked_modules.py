@@ -11,7 +11,8 @@ from torch import nn
 from .._rerun import attributes_kept, autocast_as
 from ..errors import UnsupportedModelError
 from ..rules import GENERIC, Rule, RuleTable
-from .parameter_swap import ParameterSwap
+from .calls.parameter_swap import ParameterSwap
+from .calls.session import Session
 from .samples.tracker import Tracker
 from .samples.uses import UseLayout
 
@@ -24,9 +25,9 @@ class HookedModule:
         name: its qualified name in the model.
         module: the module itself.
         rule: what turns its captured calls into per-sample gradients.
-        places: where its parameters are stored.
-        lifts: its parameters are tracked in every call, since no rule covers what it does with them.
-        entry: what probes have shown of the call that is running.
+        swap: where its parameters are stored.
+        tracks: its parameters are tracked in every call, since no rule covers what it does with them.
+        use: what probes have shown of the call that is running.
         captures: whether that call is captured for the rule.
         outside: names of parameters that are used outside the module, too.
         inner: hooked modules inside a module that is repeated as a whole.
@@ -70,22 +71,16 @@ class HookedModule:
 
 
 class HookedModules:
-    """All hooked modules of a model, in the order of its modules; those of modules that are repeated as a whole come last.
+    """All hooked modules of a model, in the order of its modules; those that are repeated as a whole come last."""
 
-    Attributes:
-        repeating: how many modules that are repeated as a whole are running: what is inside is theirs.
-        rerunning: how many modules are being called with tensors of ours, for gradients.
-    """
-
-    def __init__(self, model: nn.Module, rules: RuleTable, tracker: Tracker) -> None:
+    def __init__(self, model: nn.Module, rules: RuleTable, session: Session, tracker: Tracker) -> None:
         """There are none until :meth:`find`."""
         self._model = model
         self._rules = rules
+        self._session = session
         self._tracker = tracker
         self._all: list[HookedModule] = []
         self._repeated: dict[int, HookedModule] = {}
-        self.repeating = 0
-        self.rerunning = 0
 
     def __iter__(self) -> Iterator[HookedModule]:
         return iter(self._all)
@@ -108,7 +103,7 @@ class HookedModules:
         if self._rules.owns_subtree(module) and whole:
             owns = any(p.requires_grad for p in module.parameters())
         if owns:
-            yield HookedModule(name, module, rule, ParameterSwap(module, recurse=whole), tracks)
+            yield HookedModule(name, module, rule, ParameterSwap(module, whole, self._session.swapped), tracks)
             if whole:
                 return
         for key, child in module.named_children():
@@ -124,7 +119,7 @@ class HookedModules:
         """The trainable parameters whose gradients are captured, each once."""
         return list({id(p): p for hooked in self for p in hooked.swap.params.values()}.values())
 
-    def swap(self) -> list[ParameterSwap]:
+    def swaps(self) -> list[ParameterSwap]:
         """Where their parameters are stored."""
         return [hooked.swap for hooked in self]
 
@@ -132,13 +127,21 @@ class HookedModules:
         """From now on, repeat ``module`` on each sample, whatever is inside."""
         below = {id(m) for m in module.modules()}
         inner = tuple(hooked for hooked in self if id(hooked.module) in below)
-        hooked = HookedModule(name, module, GENERIC, ParameterSwap(module, recurse=True), inner=inner)
+        swap = ParameterSwap(module, True, self._session.swapped)
+        hooked = HookedModule(name, module, GENERIC, swap, inner=inner)
         self._repeated[id(module)] = hooked
         self._all.append(hooked)
 
     def repeated(self, module: nn.Module) -> HookedModule | None:
-        """The hooked module of ``module`` if it is repeated as a whole."""
+        """The one for ``module`` if it is repeated as a whole."""
         return self._repeated.get(id(module))
+
+    def set_outside(self) -> None:
+        """Take over from the tracker which parameters are used outside their own module."""
+        for hooked in self:
+            whole = self.repeated(hooked.module) is hooked  # its parameters are those of the modules inside
+            touched = [n for n in hooked.swap.params if self._tracker.is_touched(hooked.full_name(n))]
+            hooked.outside = () if whole else tuple(touched)
 
     # ---------------------------------------------------------------- what stands in their places
 
@@ -146,6 +149,10 @@ class HookedModules:
         """Track all parameters that are used outside their own module."""
         for hooked in self:
             hooked.track_outside(self._tracker)
+
+    def any_tracked(self) -> bool:
+        """Whether any parameter is tracked in some call."""
+        return any(hooked.tracks or hooked.outside for hooked in self)
 
     def track_again(self) -> None:
         """Track what was tracked in the forward pass: checkpointing runs parts of modules again, without calling those."""
@@ -158,22 +165,11 @@ class HookedModules:
         else:
             hooked.track_outside(self._tracker)
 
-    def untrack_outside(self, refilled: bool) -> None:
-        """The outermost call, or with ``refilled`` the backward pass, is over."""
-        for hooked in self:
-            if hooked.outside or (refilled and hooked.swap.swapped):
-                hooked.swap.restore()
-
-    def restore(self) -> None:
-        """Put all parameters back that are not in place."""
-        for hooked in self:
-            if hooked.swap.swapped:
-                hooked.swap.restore()
-
     @contextmanager
-    def own_parameters(self, hooked: HookedModule | None) -> Iterator[None]:
+    def own_parameters(self, hooked: HookedModule) -> Iterator[None]:
         """Rules find the parameters of a module in the module, also while they are tracked for a part that is run again."""
-        swapped = [] if hooked is None else [s for s in (hooked, *hooked.inner) if s.swap.swapped]
+        retracked = self._session.retracked_task is not None
+        swapped = [one for one in (hooked, *hooked.inner) if one.swap.swapped] if retracked else []
         for one in swapped:
             one.swap.restore()
         try:
@@ -191,8 +187,8 @@ class HookedModules:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call the module of ``hooked`` with other tensors as parameters, capturing nothing and leaving nothing."""
-        self.rerunning += 1
+        """Call a module with other tensors as parameters, capturing nothing and leaving nothing."""
+        self._session.rerunning += 1
         try:
             with attributes_kept(hooked.module), autocast_as(device, autocast):
                 hooked.swap.put(tensors)
@@ -201,4 +197,4 @@ class HookedModules:
                 finally:
                     hooked.swap.restore()
         finally:
-            self.rerunning -= 1
+            self._session.rerunning -= 1

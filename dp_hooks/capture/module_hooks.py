@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
-from .parameter_swap import ParameterSwap
+from .calls.parameter_swap import ParameterSwap
 
 # Put on hooked modules and taken away with the hooks: they make copies and pickles come out without hooks.
 _ON_MODULES = ("__getstate__", "__deepcopy__")
@@ -24,9 +25,9 @@ _HOOK_DICTS = (
 class ModuleHooks:
     """Knows which hooks are ours, so that copies of hooked modules come out with the user's hooks and parameters only."""
 
-    def __init__(self, swap: Callable[[], Iterable[ParameterSwap]]) -> None:
-        """``swap`` tells where other tensors may stand in the place of parameters."""
-        self._swaps = swap
+    def __init__(self, swaps: Callable[[], Iterable[ParameterSwap]]) -> None:
+        """``swaps`` tells where other tensors may stand in the place of parameters."""
+        self._swaps = swaps
         self._ids: dict[int, set[int]] = {}
 
     def attach(
@@ -50,6 +51,11 @@ class ModuleHooks:
             handle = module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True)
             stack.callback(handle.remove)
             ids.add(handle.id)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether hooks can be put on ``module``: not on scripted ones, which have nothing trainable either."""
+        return not isinstance(module, torch.jit.ScriptModule)
 
     def has_others(self, module: nn.Module) -> bool:
         """Whether ``module`` has forward hooks that are not ours."""

@@ -1,254 +1,93 @@
 """What private training would do with a model: how each parameter's gradients are separated, or why they cannot be."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._no_randomness import other_generators_kept
-from .._rerun import AmbientContext, attributes_kept
+from .._rerun import AmbientContext, undisturbed
 from .._tree import private_copy, tensors_of
 from .._validate import bad, boolean, one_of
+from ..capture.calls.backward_passes import Refusals
+from ..capture.calls.recorded_call import RecordedCall
 from ..capture.controller import MODES, HookController
 from ..capture.module_hooks import is_hooked
 from ..capture.samples.tracked_gradients import BatchedOpGradients, TrackedGradients
-from ..capture.validate import check_is_module, check_model, located_problems, mixes_samples
+from ..capture.validate import check_is_module, check_model, located_problems
 from ..errors import ScopeError, SelfCheckError, UnsupportedModelError
 from ..gradients.sample_gradients import SampleGradients
+from ..gradients.sinks import Sink
 from ..gradients.terms import Deferred, Instantiated, Term
-from ..rules import Dims, OuterProducts, Rule
+from ..rules import OuterProducts, Rule
 from ..rules.generic import grad_samples as generic
 from ..rules.generic import needs_loop
-from .recorded_call import RecordedCall
-from .self_check import SelfCheck, _backward
-
-STRATEGIES = {
-    "ghost": "norms and sums from what was captured; no gradient per sample is written out",
-    "instantiate": "the gradient of each sample is written out, by the rule for its module",
-    "lifted": "the parameter is followed to where it meets the batch; each sample gets a row of its own there",
-    "vmap": "no rule: the module is repeated under torch.func.vmap",
-    "loop": "no rule: the module is repeated on one sample at a time",
-    "unused": "the loss does not depend on it; it gets noise all the same",
-    "refused": "see below",
-    "unknown": "the model was refused before it got there",
-}
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """How one trainable parameter would be treated.
-
-    Attributes:
-        name: its first name in the model.
-        shape: its shape.
-        module: the class of the module that owns it.
-        rule: the rule that reads its gradients, "-" where no rule does; several uses by different rules are joined by "+".
-        strategy: one of :data:`STRATEGIES`, several joined by "+".
-        uses: in how many places it was used.
-        multiplications: per sample, for its norm; None where that is not known (modules that are repeated).
-        held: numbers held per sample after the backward pass; inputs and output gradients of a module count for each of
-            its parameters.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    module: str
-    rule: str
-    strategy: str
-    uses: int
-    multiplications: int | None
-    held: int
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What :func:`explain` found; ``print`` shows a table, ``as_dict()`` is for logs.
-
-    Attributes:
-        model: the class of the model.
-        rows: one per trainable parameter, each once.
-        refusals: why the model would be refused, with the remedies; empty if it would not.
-        checked: whether per-sample gradients agreed with plain autograd on single samples.
-        samples: number of samples in the example.
-        training: whether the model was in training mode.
-        frozen: number of parameters that are not trained.
-        grad_sample_mode: the mode that was asked about.
-    """
-
-    model: str
-    rows: tuple[ParameterRow, ...]
-    refusals: tuple[str, ...]
-    checked: bool
-    samples: int
-    training: bool
-    frozen: int
-    grad_sample_mode: str
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Names of the parameters that the loss does not depend on."""
-        return tuple(row.name for row in self.rows if row.strategy == "unused")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all fields as a plain dictionary."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """Lay the rows out as a table, and say below what would be refused."""
-        numbers = sum(_numel(row.shape) for row in self.rows)
-        lines = [
-            f'{self.model} in {"training" if self.training else "eval"} mode, grad_sample_mode="{self.grad_sample_mode}", '
-            f"example of {self.samples} samples",
-            f"{len(self.rows)} trainable parameters ({numbers:,} numbers), {self.frozen} frozen",
-        ]
-        lines += _table(self.rows)
-        used = {name for row in self.rows for name in row.strategy.split("+")}
-        lines += [f"  {name}: {text}" for name, text in STRATEGIES.items() if name in used]
-        if self.unused:
-            lines.append(
-                f"unused: {', '.join(self.unused)}. Freeze them with requires_grad_(False) to spare the noise."
-            )
-        lines.append(f"checked against single-sample autograd: {'yes' if self.checked else 'no'}")
-        if self.refusals:
-            lines.append(f"would be refused, for {len(self.refusals)} reason(s):")
-            lines += [f"  - {text}" for text in self.refusals]
-        else:
-            lines.append("nothing would be refused")
-        return "\n".join(lines)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _table(rows: tuple[ParameterRow, ...]) -> list[str]:
-    head = ("parameter", "shape", "module", "rule", "strategy", "mult./sample", "held/sample")
-    cells = [head] + [
-        (
-            row.name,
-            "x".join(map(str, row.shape)) or "scalar",
-            row.module,
-            row.rule,
-            row.strategy + (f" ({row.uses} uses)" if row.uses > 1 else ""),
-            "-" if row.multiplications is None else f"{row.multiplications:,}",
-            f"{row.held:,}",
-        )
-        for row in rows
-    ]
-    width = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i > 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True))
-        )
-        for line in cells
-    ]
+from ..rules.ghost_norms import choose_way
+from .explanation import Explanation, ParameterRow
+from .repeat_call import RepeatedCall
+from .self_check import SelfCheck
+from .single_samples import back_propagate
 
 
 @dataclass(eq=False)
 class _Origin:
-    """What is known of a source before it is reduced, without its tensors."""
+    """What is known of a term before it is reduced, without its tensors."""
 
     rule: Rule | None
     loops: Callable[[], bool]
-    dims: Mapping[str, Dims]
-    names: Mapping[nn.Parameter, str]
+    # Multiplications for the gradients of one sample, written out, by parameter.
+    costs: Mapping[nn.Parameter, float]
     held: int
 
 
-@dataclass(eq=False)
-class _Notes:
-    refusals: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    pairs: list[tuple[Term, _Origin]] = field(default_factory=list)
-    on: bool = True
+class _NotingSink:
+    """Another sink, and what each term is made of."""
 
+    def __init__(self, sink: Sink) -> None:
+        self.inner = sink
+        self.pairs: list[tuple[Term, _Origin]] = []
 
-class _Watcher(HookController):
-    """A controller that notes what each source is made of, and goes on after a refusal to find the next."""
+    def used(self, params: Sequence[nn.Parameter]) -> None:
+        self.inner.used(params)
 
-    def __init__(self, model: nn.Module, *, batch_first: bool, grad_sample_mode: str) -> None:
-        self.notes = _Notes()
-        super().__init__(
-            model, batch_first=batch_first, loss_reduction="sum", strict=False, grad_sample_mode=grad_sample_mode
-        )
-
-    def _guard(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Go on: ``located_problems`` lists these modules."""
-
-    def _check_buffers(self) -> None:
-        known = {f"{name}." if name else "" for name, module in self._module.named_modules() if mixes_samples(module)}
-        self._buffers = {n: v for n, v in self._buffers.items() if n[: n.rfind(".") + 1] not in known}
-        try:
-            super()._check_buffers()
-        except UnsupportedModelError as error:
-            self._note(error, "")
-
-    def _note(self, error: UnsupportedModelError, where: str) -> None:
-        if not self.notes.on:
-            raise error
-        if str(error) not in self.notes.refusals:
-            self.notes.refusals.append(str(error))
-        self.notes.refused.append(where)
-
-    def _refuse(self, opened: Any, error: UnsupportedModelError, where: str) -> None:
-        if self.notes.on:
-            self._note(error, where)
-        else:
-            super()._refuse(opened, error, where)
-
-    def _reduced(self, source: Any) -> list[Term]:
-        origin = _origin(source)
-        found = super()._reduced(source)
-        if self.notes.on:
-            self.notes.pairs += [(one, origin) for one in found]
+    def receive(self, term: Term) -> Sequence[Term]:
+        origin = _origin(term)
+        found = self.inner.receive(term)
+        self.pairs += [(one, origin) for one in found]
         return found
 
+    def finish(self, samples: int, found: Sequence[Term]) -> None:
+        self.inner.finish(samples, found)
 
-def _origin(source: Any) -> _Origin:
-    n = max(1, source.samples)
-    if isinstance(source, Deferred):
-        call, rule = source.call, source.rule
+    def take(self, samples: int) -> SampleGradients:
+        return self.inner.take(samples)
+
+    def discard(self) -> None:
+        self.inner.discard()
+
+    def aside(self) -> AbstractContextManager[Sink]:
+        return self.inner.aside()
+
+
+def _origin(term: Term) -> _Origin:
+    n = max(1, term.samples)
+    if isinstance(term, Deferred):
+        call, rule = term.call, term.rule
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // n
-        dims = rule.dims(call) if rule.dims is not None and call.samples else {}
+        products = {p: term.outer_products(p) for p in term.params} if call.samples else {}
+        costs = {p: OuterProducts.instantiation_cost(found) for p, found in products.items() if found is not None}
         module, memo = call.module, call.memo
-        return _Origin(rule, lambda: needs_loop(module) or "loop" in memo, dims, dict(source.names), held)
-    if isinstance(source, TrackedGradients):
-        held = source.rows.numel() // n
-    elif isinstance(source, BatchedOpGradients):
-        tensors = [*source.plain.values(), *source.output_grads]
+        return _Origin(rule, lambda: needs_loop(module) or "loop" in memo, costs, held)
+    if isinstance(term, TrackedGradients):
+        held = term.rows.numel() // n
+    elif isinstance(term, BatchedOpGradients):
+        tensors = [*term.plain.values(), *term.output_grads]
         held = sum(t.numel() for t in tensors if t is not None) // n
     else:
         held = 0
-    return _Origin(None, lambda: False, {}, {}, held)
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back everything of ``model``, and the random state of PyTorch, Python and NumPy, as it was before the block."""
-    params = list(model.parameters())
-    values = [*model.buffers(), *(p for p in params if not p.requires_grad)]
-    kept = [(t, t.detach().clone()) for t in values]
-    own = [(p, p.grad, dict(vars(p)), p._post_accumulate_grad_hooks) for p in params]
-    devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
-    for p in params:
-        vars(p).pop("grad_sample", None)  # another library's, which the controller would add to
-    try:
-        with attributes_kept(model), torch.random.fork_rng(devices=devices), other_generators_kept():
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-        for p, grad, attributes, hooks in own:
-            p.grad = grad
-            vars(p).clear()
-            vars(p).update(attributes)
-            p._post_accumulate_grad_hooks = hooks
+    return _Origin(None, lambda: False, {}, held)
 
 
 def _inputs(example: Any, axis: int) -> tuple[tuple[Any, ...], dict[str, Any], int]:
@@ -313,27 +152,31 @@ def explain(
         check_model(model)  # raises: nothing can be said before the model has run once
     known = located_problems(model)
     refusals = [line for _, line in known]
-    offending = [name for name, _ in known]
     params = [p for p in model.parameters() if p.requires_grad]
     reached, checked, ran = None, False, False
     with ExitStack() as stack:
-        stack.enter_context(_untouched(model))
-        watcher = _Watcher(model, batch_first=batch_first, grad_sample_mode=mode)
-        stack.callback(watcher.cleanup)
-        check = SelfCheck(watcher, model, params)
+        stack.enter_context(undisturbed(model))
+        for p in model.parameters():
+            vars(p).pop("grad_sample", None)  # another library's, which the controller would add to
+        controller = HookController(
+            model, batch_first=batch_first, loss_reduction="sum", strict=False, grad_sample_mode=mode
+        )
+        stack.callback(controller.cleanup)
+        session = controller.session
+        session.collected = notes = Refusals()
+        check = SelfCheck(controller, model, params)
         check.watch(stack)
-        stack.enter_context(torch.enable_grad())
+        session.sink = sink = _NotingSink(session.sink)
         try:
             with check.deferred():
-                reached = _run(watcher, check, args, kwargs, samples) if params else None
+                reached = _run(controller, args, kwargs, samples) if params else None
             ran = True
         except (UnsupportedModelError, ScopeError) as error:
-            watcher.notes.refusals.append(str(error))
-        refusals += [text for text in watcher.notes.refusals if text not in refusals]
-        rows = _rows(model, watcher, reached, [*offending, *watcher.notes.refused], ran)
-        refusals += [text for text in watcher.notes.refusals if text not in refusals]
+            notes.add(error if isinstance(error, UnsupportedModelError) else UnsupportedModelError(str(error)), "")
+        rows = _rows(controller, sink, reached, notes, [name for name, _ in known], ran)
+        refusals += [str(error) for error, _ in notes.errors if str(error) not in refusals]
         if not refusals and params:
-            watcher.notes.on = False
+            session.collected, session.sink = None, sink.inner
             try:
                 check.check_calls(samples)
                 checked = True
@@ -346,40 +189,51 @@ def explain(
 
 
 def _run(
-    watcher: _Watcher, check: SelfCheck, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
+    controller: HookController, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
 ) -> SampleGradients | None:
     """Run forwards and backwards as training does; what was captured, or None."""
-    model = watcher._module
+    model, session = controller.model, controller.session
     device = next((t.device.type for t in (*model.parameters(), *tensors_of((args, kwargs)))), "cpu")
     call = RecordedCall(model, "", args, kwargs, AmbientContext.current(device))
-    loss = call.loss(watcher, samples, None)
+    loss = RepeatedCall(call, controller, samples).loss(None)
+    what = f"the model itself ({type(model).__name__})"
     if not loss.requires_grad:
-        if watcher.params and not watcher.notes.refusals:
+        if controller.params and session.collected is not None and not session.collected.errors:
             raise SelfCheckError(
-                f"the model itself ({type(model).__name__}): no output has a row per sample, or is a scalar loss, and depends "
-                "on the parameters. Remedy: declare the sample axis (batch_first), or return what the loss is made of."
+                f"{what}: no output has a row per sample, or is a scalar loss, and depends on the parameters. Remedy: "
+                "declare the sample axis (batch_first), or return what the loss is made of."
             )
         return None
-    _backward(loss, [watcher.anchor, *watcher.params])
-    kept = watcher.take()
+    back_propagate(loss, [session.anchor, *controller.params])
+    kept = controller.take()
     if kept is not None and kept.samples != samples:
         raise SelfCheckError(
-            f"the model itself ({type(model).__name__}): gradients came back for {kept.samples} samples, the example has "
-            f"{samples}. Remedy: give the model one row per sample, or declare the sample axis (batch_first)."
+            f"{what}: gradients came back for {kept.samples} samples, the example has {samples}. Remedy: give the model "
+            "one row per sample, or declare the sample axis (batch_first)."
         )
     return kept
 
 
 def _rows(
-    model: nn.Module, watcher: _Watcher, reached: SampleGradients | None, refused: list[str], ran: bool
+    controller: HookController,
+    sink: _NotingSink,
+    reached: SampleGradients | None,
+    notes: Refusals,
+    offending: list[str],
+    ran: bool,
 ) -> list[ParameterRow]:
+    model = controller.model
     uses: dict[nn.Parameter, list[tuple[Term, _Origin]]] = {}
-    for source, origin in reversed(watcher.notes.pairs):  # in the order of the forward pass
-        for param in source.params:
-            uses.setdefault(param, []).append((source, origin))
+    for term, origin in reversed(sink.pairs):  # in the order of the forward pass
+        for param in term.params:
+            uses.setdefault(param, []).append((term, origin))
     seen = set() if reached is None else set(reached.params)
+    places = [*offending, *(where for _, where in notes.errors)]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
     rows = []
-    for name, param in model.named_parameters():
+    for param, aliases in names.items():
         if not param.requires_grad:
             continue
         found = uses.get(param, [])
@@ -387,18 +241,18 @@ def _rows(
             try:
                 reached.sq_norms([param])  # a module without a rule is repeated here at the latest
             except UnsupportedModelError as error:
-                watcher._note(error, name)
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        aliases = [name, *(n for n, p in model.named_parameters(remove_duplicate=False) if p is param and n != name)]
-        if any(_covers(where, alias) for where in refused for alias in aliases) or name in watcher.notes.refused:
+                notes.add(error, aliases[0])
+                places.append(aliases[0])
+        owner = type(model.get_submodule(aliases[0].rpartition(".")[0])).__name__
+        if any(_covers(where, alias) for where in places for alias in aliases):
             strategy, cost, held = "refused", None, 0
         elif not found:
             strategy, cost, held = ("unused" if ran else "unknown"), 0 if ran else None, 0
         else:
-            strategy, cost, held = _how(param, found, watcher.grad_sample_mode)
+            strategy, cost, held = _how(param, found)
         labels = [origin.rule.label if origin.rule is not None else "-" for _, origin in found]
         rule = "+".join(dict.fromkeys(labels)) or "-"
-        rows.append(ParameterRow(name, tuple(param.shape), owner, rule, strategy, len(found), cost, held))
+        rows.append(ParameterRow(aliases[0], tuple(param.shape), owner, rule, strategy, len(found), cost, held))
     return rows
 
 
@@ -407,61 +261,39 @@ def _covers(where: str, name: str) -> bool:
     return any(part == name or name.startswith(f"{part}.") for part in where.split(", ") if part)
 
 
-def _how(param: nn.Parameter, uses: list[tuple[Term, _Origin]], mode: str) -> tuple[str, int | None, int]:
+def _how(param: nn.Parameter, uses: list[tuple[Term, _Origin]]) -> tuple[str, int | None, int]:
     """Return strategy, multiplications and numbers held for a parameter, from all its uses."""
-    factors = [source.outer_products(param) if isinstance(source, Deferred) else None for source, _ in uses]
-    together = [use for use in factors if use is not None]
-    writes = len(together) < len(uses) if len(uses) > 1 else False  # one that has no factors: all are written out
+    products = [term.outer_products(param) if isinstance(term, Deferred) else None for term, _ in uses]
+    together = [product for product in products if product is not None]
+    # One use without factors: all are written out.
+    way = choose_way(together) if len(together) == len(uses) else None
     strategies, costs, held = [], [], 0
-    grams = 0.0
-    if together and not writes:
-        tokens = sum(use.tokens for use in together)
-        lone = len(together) == 1 and (together[0].is_lookup or tokens == 1)
-        gram = sum(use.gram_cost(tokens) for use in together)
-        written = sum(use.instantiation_cost() for use in together)
-        if lone:
-            first = together[0]
-            grams = first.tokens * first.columns + (0 if first.is_lookup else first.tokens * first.rows)
-            writes = False
-        else:
-            grams, writes = min(gram, written), gram >= written
-    for (source, origin), use in zip(uses, factors, strict=True):
-        held += param.numel() if isinstance(source, Instantiated) else origin.held
-        strategy, cost = _one(param, source, origin, use, writes)
+    for (term, origin), product in zip(uses, products, strict=True):
+        held += param.numel() if isinstance(term, Instantiated) else origin.held
+        instantiates = (len(uses) > 1) if way is None else way.instantiates
+        strategy, cost = _one(param, term, origin, product, instantiates)
         strategies.append(strategy)
         costs.append(cost)
-    if together and len(together) == len(uses):
-        total: float | None = grams
+    if way is not None:
+        total: float | None = way.multiplications
     else:
         total = None if None in costs else sum(cost for cost in costs if cost is not None)
     return "+".join(dict.fromkeys(strategies)), None if total is None else round(total), held
 
 
 def _one(
-    param: nn.Parameter, source: Term, origin: _Origin, use: OuterProducts | None, writes: bool
+    param: nn.Parameter, term: Term, origin: _Origin, product: OuterProducts | None, instantiates: bool
 ) -> tuple[str, float | None]:
     """Strategy and multiplications per sample of one use; None where the cost is not known."""
     rule = origin.rule
     if rule is None:
-        if isinstance(source, BatchedOpGradients):
+        if isinstance(term, BatchedOpGradients):
             return "lifted", None
-        return "lifted", float(source.tracked.value.numel() if isinstance(source, TrackedGradients) else param.numel())
+        return "lifted", float(term.tracked.value.numel() if isinstance(term, TrackedGradients) else param.numel())
     if rule.grad_samples is generic:
         return ("loop" if origin.loops() else "vmap"), None
-    if use is not None:
-        return ("instantiate", use.instantiation_cost()) if writes else ("ghost", 0.0)
-    if isinstance(source, Deferred) and rule.sq_norms is not None:
+    if product is not None:
+        return ("instantiate", product.instantiation_cost()) if instantiates else ("ghost", 0.0)
+    if isinstance(term, Deferred) and rule.sq_norms is not None:
         return "ghost", None
-    dims = origin.dims.get(origin.names.get(param, ""))
-    if dims is None:
-        return "instantiate", float(param.numel())
-    return "instantiate", _size(dims, origin).instantiation_cost()
-
-
-def _size(dims: Dims, origin: _Origin) -> OuterProducts:
-    """The factors of that size, without values, for the cost functions."""
-    assert origin.rule is not None
-    empty = torch.empty((1, dims.tokens, dims.columns), device="meta")
-    lookup = "mbedding" in origin.rule.label
-    left = torch.empty((1, dims.tokens) if lookup else (1, dims.tokens, dims.rows), device="meta")
-    return OuterProducts(left, empty, torch.Size((dims.rows, dims.columns)))
+    return "instantiate", origin.costs.get(param, float(param.numel()))

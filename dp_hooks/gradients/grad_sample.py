@@ -1,29 +1,48 @@
 """``p.grad_sample``: the one attribute that is put on the user's parameters."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from .sample_gradients import SampleGradients
-from .terms import Instantiated, Term
+from .sinks import Sink
+from .terms import Deferred, Instantiated, Term
 
 
 class GradSamples:
-    """Writes ``p.grad_sample`` (``[n, *p.shape]``) and knows what of it is still to be handed over."""
+    """Modes "hooks" and "functorch": writes ``p.grad_sample`` (``[n, *p.shape]``), and knows what is to be handed over.
 
-    def __init__(self) -> None:
-        """Nothing is written yet."""
+    Attributes:
+        before_write: called with the number of samples before anything can be read; may raise to refuse it.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        """Nothing is written yet on ``params``, a list that may be filled later."""
+        self._params = params
         self._consumed = False
         # Zeros on what the loss did not reach, to be told from what a user puts there.
         self._unreached: dict[nn.Parameter, Tensor] = {}
+        self.before_write: Callable[[int], None] | None = None
 
-    def add(self, params: Sequence[nn.Parameter], samples: int, found: Sequence[Term]) -> None:
+    def used(self, params: Sequence[nn.Parameter]) -> None:
+        """Of no interest."""
+
+    def receive(self, term: Term) -> Sequence[Term]:
+        """Write out the gradients of all samples."""
+        written = (
+            term.all_grads() if isinstance(term, Deferred) else {p: term.grads(p, slice(None)) for p in term.params}
+        )
+        return [Instantiated(written, term.samples, term.name)]
+
+    def finish(self, samples: int, found: Sequence[Term]) -> None:
         """Write the sum over all uses in a backward pass, adding to what earlier passes left there."""
+        if self.before_write is not None:
+            self.before_write(samples)
         if self._consumed:
-            for param in params:
+            for param in self._params:
                 clear(param)
             self._consumed = False
         fresh = SampleGradients(samples, found)
@@ -31,39 +50,41 @@ class GradSamples:
             earlier = vars(param).get("grad_sample")
             grads = fresh.grads(param)
             _store(param, grads if earlier is None else earlier + grads)
-        for param in params:  # what the loss does not reach has a gradient, too: zero, in one place of memory
+        for param in self._params:  # what the loss does not reach has a gradient, too: zero, in one place of memory
             if param.requires_grad and "grad_sample" not in vars(param):
                 self._unreached[param] = param.new_zeros(()).expand(samples, *param.shape)
                 _store(param, self._unreached[param])
 
-    def take(self, params: Sequence[nn.Parameter], samples: int) -> SampleGradients:
+    def take(self, samples: int) -> SampleGradients:
         """Hand over what is written; it stays on the parameters until the next backward pass."""
         unreached, self._unreached = self._unreached, {}
         stored = {
-            p: g for p in params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
+            p: g
+            for p in self._params
+            if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
         }
         self._consumed = True
         return SampleGradients(samples, [Instantiated(stored, samples, "")])
 
-    def discard(self, params: Sequence[nn.Parameter]) -> None:
+    def discard(self) -> None:
         """Take everything off the parameters."""
         self._consumed = False
         self._unreached = {}
-        for param in params:
+        for param in self._params:
             clear(param)
 
     @contextmanager
-    def aside(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
+    def aside(self) -> Iterator[Sink]:
         """Begin with nothing; what was written before is back, unchanged, afterwards."""
-        kept = (self._consumed, self._unreached)
-        written = {p: vars(p)["grad_sample"] for p in params if "grad_sample" in vars(p)}
+        kept = (self._consumed, self._unreached, self.before_write)
+        written = {p: vars(p)["grad_sample"] for p in self._params if "grad_sample" in vars(p)}
         for p in written:
             clear(p)
-        self._consumed, self._unreached = False, {}
+        self._consumed, self._unreached, self.before_write = False, {}, None
         try:
-            yield
+            yield self
         finally:
-            self._consumed, self._unreached = kept
+            self._consumed, self._unreached, self.before_write = kept
             for p, grads in written.items():
                 _store(p, grads)
 

@@ -18,11 +18,19 @@ _GENEROSITY = 1.5
 
 
 class Term(Protocol):
-    """Something that contributed to the gradients of some parameters."""
+    """What one use of some parameters adds to their per-sample gradients."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+
+    @property
+    def name(self) -> str:
+        """The module or the parameters it came from."""
 
     @property
     def params(self) -> Sequence[nn.Parameter]:
-        """The parameters it contributed to."""
+        """The parameters it adds to."""
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
@@ -35,18 +43,6 @@ class Term(Protocol):
 
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
-
-
-class Contribution(Term, Protocol):
-    """A source that knows where it came from and how many samples it is over."""
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-
-    @property
-    def name(self) -> str:
-        """The module or the parameters it came from."""
 
 
 def scaled(grads: Tensor, scale: float) -> Tensor:
@@ -177,7 +173,7 @@ class Deferred:
         backward pass has let other activations go.
         """
         call, rule = self.call, self.rule
-        own_formulas = rule.dims is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
+        own_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
         if call.samples == 0 or own_formulas:
             return [self]
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples

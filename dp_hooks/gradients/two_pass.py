@@ -1,7 +1,8 @@
 """Clipping with a second backward pass instead of captured tensors: memory for the price of time."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
 from .sample_gradients import SampleGradients
+from .sinks import DeferredSink, Sink
 from .terms import Deferred, Sums, Term
 
 # Largest relative difference between the two passes in what a call got, by its squared norms.
@@ -20,12 +22,15 @@ _SAME = 1e-3
 class TwoPass:
     """Receives the same calls twice: from the first pass come norms, from the second weighted sums.
 
+    ``again`` repeats the backward pass.
+
     Nothing captured outlives its call, except for parameters that are used several times, whose uses have to be known
     together before a norm can be taken: those are kept until the end of the first pass.
 
     Guarantee: sums are made of the gradients whose norms were taken. That both passes gave the same is checked call by call.
     """
 
+    again: Callable[[], None]
     uses: "Counter[nn.Parameter]" = field(default_factory=Counter)
     norms: Sums = field(default_factory=dict)
     factors: Sums | None = None
@@ -34,12 +39,15 @@ class TwoPass:
     _seen: dict[str, list[Tensor]] = field(default_factory=dict)
     _again: "Counter[str]" = field(default_factory=Counter)
 
+    _kept: list[Term] = field(default_factory=list)
+
     def used(self, params: Sequence[nn.Parameter]) -> None:
         """A module with these parameters is called in the forward pass."""
         self.uses.update(params)
 
-    def receive(self, source: Term, name: str) -> list[Term]:
+    def receive(self, source: Term) -> Sequence[Term]:
         """Take what is needed of ``source`` and return what has to be kept."""
+        name = source.name
         if self.factors is None:
             self._seen.setdefault(name, []).append(_fingerprint(source))
             return self._first(source)
@@ -47,7 +55,25 @@ class TwoPass:
         self._second(source)
         return []
 
-    def _first(self, source: Term) -> list[Term]:
+    def finish(self, samples: int, found: Sequence[Term]) -> None:
+        """Keep what has to be kept."""
+        self._kept.extend(found)
+
+    def take(self, samples: int) -> SampleGradients:
+        """Hand over the norms, and what it takes to get at the sums."""
+        kept, self._kept = self._kept, []
+        return TwoPassGradients(samples, kept, self, self.again)
+
+    def discard(self) -> None:
+        """Drop what is kept."""
+        self._kept = []
+
+    @contextmanager
+    def aside(self) -> Iterator[Sink]:
+        """A sink for single passes."""
+        yield DeferredSink()
+
+    def _first(self, source: Term) -> Sequence[Term]:
         params = source.params
         if any(p in self.norms for p in params):
             raise _differs("a parameter of it was used again after its norm had been taken")

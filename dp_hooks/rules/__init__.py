@@ -6,13 +6,12 @@ from .generic import GENERIC
 from .linear import wide
 from .outer import CHUNK, OuterProducts, sum_of_squares
 from .registry import RuleTable, register_rule
-from .rule import Call, Dims, Rule, check_samples, weighted_sum
+from .rule import Call, Rule, check_samples, weighted_sum
 
 __all__ = [
     "CHUNK",
     "GENERIC",
     "Call",
-    "Dims",
     "OuterProducts",
     "Rule",
     "RuleTable",

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .linear import wide
 from .outer import OuterProducts
-from .rule import Call, Dims, Rule
+from .rule import Call, Rule
 
 # Multiplications that take as long as copying a number of a patch from a scattered place.
 _COPY = 32
@@ -166,21 +166,12 @@ def _cut(seen: Tensor, layer: _ConvNd, out: torch.Size) -> Tensor:
     return view.reshape(seen.shape[0], seen.shape[1] * torch.Size(layer.kernel_size).numel(), out.numel())
 
 
-def dims(call: Call) -> dict[str, Dims]:
-    """The weight's, without groups: as many tokens as there are positions."""
+def outer_products(call: Call) -> dict[str, OuterProducts]:
+    """The weight's, without groups: positions as tokens."""
     layer = _layer(call)
     if "weight" not in call.names or layer.groups > 1:
         return {}
-    weight = call.parameter("weight")
-    places = call.input if layer.transposed else call.grad
-    return {"weight": Dims(places.shape[2:].numel(), weight.shape[0], weight[0].numel())}
-
-
-def outer_products(call: Call) -> dict[str, OuterProducts]:
-    """Positions as tokens."""
-    if not dims(call):
-        return {}
-    return {"weight": Patches(*_seen_and_seeing(call), _layer(call), call.parameter("weight").shape)}
+    return {"weight": Patches(*_seen_and_seeing(call), layer, call.parameter("weight").shape)}
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
@@ -243,7 +234,6 @@ CONVOLUTION = Rule(
     "Convolution",
     grad_samples,
     weighted_sums=weighted_sums,
-    dims=dims,
     outer_products=outer_products,
     subclasses=True,
     batch_dim=0,

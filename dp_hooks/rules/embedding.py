@@ -6,12 +6,7 @@ from torch import Tensor, nn
 
 from .linear import wide
 from .outer import OuterProducts
-from .rule import Call, Dims, Rule
-
-
-def dims(call: Call) -> dict[str, Dims]:
-    """The table's: one token per id."""
-    return {"weight": Dims(call.grad.shape[1:-1].numel(), *call.parameter("weight").shape)}
+from .rule import Call, Rule
 
 
 def outer_products(call: Call) -> dict[str, OuterProducts]:
@@ -50,7 +45,6 @@ def refusal(module: nn.Module) -> str | None:
 EMBEDDING = Rule(
     "Embedding",
     grad_samples,
-    dims=dims,
     outer_products=outer_products,
     parameters=frozenset({"weight"}),
     subclasses=True,
@@ -99,26 +93,20 @@ def _bag_tokens(call: Call) -> tuple[Tensor, Tensor]:
     return ids, g[:, None, :] * share[..., None]
 
 
-def bag_dims(call: Call) -> dict[str, Dims]:
-    """The table's: one token per id in an average bag."""
-    return {"weight": Dims(call.input.numel() // max(1, call.samples), *call.parameter("weight").shape)}
-
-
-def bag_factored(call: Call) -> dict[str, OuterProducts]:
+def bag_outer_products(call: Call) -> dict[str, OuterProducts]:
     """As for an embedding, with the bag's gradient handed to each of its ids; see ``_bag_tokens``."""
     return {"weight": OuterProducts(*_bag_tokens(call), call.parameter("weight").shape)}
 
 
 def bag_grad_samples(call: Call) -> dict[str, Tensor]:
     """Scatter-add into ``[n, V, d]``."""
-    return {name: use.grads() for name, use in bag_factored(call).items()}
+    return {name: use.grads() for name, use in bag_outer_products(call).items()}
 
 
 EMBEDDING_BAG = Rule(
     "EmbeddingBag",
     bag_grad_samples,
-    dims=bag_dims,
-    outer_products=bag_factored,
+    outer_products=bag_outer_products,
     parameters=frozenset({"weight"}),
     batch_dim=0,
 )

@@ -5,6 +5,7 @@ Norms are upper bounds: where tokens cancel, a Gram sum loses digits, and a norm
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -16,33 +17,54 @@ from .outer import CHUNK, OuterProducts, scatter_rows, sum_of_squares
 _SLACK = 1e-3
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the norms of a parameter's gradients are taken.
+
+    Attributes:
+        instantiates: gradients are written out; else Gram matrices of the factors, or no more than a reading of them.
+        multiplications: what that takes per sample.
+    """
+
+    instantiates: bool
+    multiplications: float
+
+
+def choose_way(uses: Sequence[OuterProducts]) -> Way:
+    """Gram or instantiate: the cheaper of two formulas, by the number of multiplications per sample that each needs.
+
+    Gram matrices of all tokens together need ``t^2 (o + i)`` (Li, Tramer, Liang, Hashimoto, "Large language models can be
+    strong differentially private learners", ICLR 2022, section 4; see :meth:`OuterProducts.gram_cost`), the gradient itself
+    ``t o i``. Choosing layer by layer is from Bu, Mao, Xu, "Scalable and efficient training of large convolutional neural
+    networks with differential privacy", NeurIPS 2022, section 4.1. A lone lookup and a lone token need neither.
+    """
+    first = uses[0]
+    if len(uses) == 1 and first.is_lookup:
+        return Way(False, first.tokens * first.columns)
+    if len(uses) == 1 and first.tokens == 1:
+        return Way(False, first.columns + first.rows)
+    tokens = sum(use.tokens for use in uses)
+    grams = sum(use.gram_cost(tokens) for use in uses)
+    instantiation = sum(use.instantiation_cost() for use in uses)
+    return Way(grams >= instantiation, min(grams, instantiation))
+
+
 def sq_norms(uses: Sequence[OuterProducts]) -> Tensor:
     """Return ``[n]``: squared norms of the sum of all ``uses`` of one parameter, or upper bounds tight to 1e-3.
 
-    A lone lookup and a lone token are exact; else the cheaper of two formulas is taken, from the number of multiplications
-    per sample that each needs. Gram matrices of all tokens together need ``t^2 (o + i)`` (Li, Tramer, Liang, Hashimoto,
-    "Large language models can be strong differentially private learners", ICLR 2022, section 4; see
-    :meth:`OuterProducts.gram_cost`), the gradient itself ``t o i``. Choosing layer by layer is from Bu, Mao, Xu, "Scalable
-    and efficient training of large convolutional neural networks with differential privacy", NeurIPS 2022, section 4.1.
+    A lone lookup and a lone token are exact; else it goes by :func:`choose_way`.
     """
     first = uses[0]
     if len(uses) == 1 and first.is_lookup:
         return _lookup_norms(first)
     if len(uses) == 1 and first.tokens == 1:
         return sum_of_squares(first.left) * sum_of_squares(first.right) * first.scale**2
-    grams, instantiation = _costs(uses)
-    if grams >= instantiation:
+    if choose_way(uses).instantiates:
         return instantiated_norms(uses)
     tokens = sum(use.tokens for use in uses)
     step = max(1, CHUNK // (3 * tokens * tokens + 1))
     parts = [_gram_norms([use.pick(slice(i, i + step)) for use in uses]) for i in range(0, first.samples, step)]
     return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
-
-
-def _costs(uses: Sequence[OuterProducts]) -> tuple[float, float]:
-    """Multiplications per sample by Gram matrices and by instantiation."""
-    tokens = sum(use.tokens for use in uses)
-    return sum(use.gram_cost(tokens) for use in uses), sum(use.instantiation_cost() for use in uses)
 
 
 def instantiated_norms(uses: Sequence[OuterProducts]) -> Tensor:
@@ -85,8 +107,8 @@ def _gram_norms(uses: Sequence[OuterProducts]) -> Tensor:
     total, slack = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
     unsure = _unsure(total, slack)
     if unsure.numel():
-        grams, instantiation = _costs(uses)
-        if 2 * grams < instantiation:
+        instantiation = sum(use.instantiation_cost() for use in uses)
+        if 2 * choose_way(uses).multiplications < instantiation:  # Gram matrices of factors without signs
             slack[unsure] = _in_parts(_size_of_terms, uses, unsure) * sum(rounding)
             unsure = _unsure(total, slack)
     total = total + slack

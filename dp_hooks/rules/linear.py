@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .outer import OuterProducts
-from .rule import Call, Dims, Rule
+from .rule import Call, Rule
 
 
 def wide(tensor: Tensor, *others: Tensor) -> Tensor:
@@ -34,11 +34,6 @@ def _is_transposed(call: Call) -> bool:
     return not isinstance(call.module, nn.Linear)
 
 
-def dims(call: Call) -> dict[str, Dims]:
-    """The weight's: as many tokens as there are vectors in a sample."""
-    return {"weight": Dims(_tokens(call), *call.parameter("weight").shape)} if "weight" in call.names else {}
-
-
 def outer_products(call: Call) -> dict[str, OuterProducts]:
     """``dW[n, o, i] = sum_t g[n, t, o] x[n, t, i]``; the other way round for the transposed weight of ``Conv1D``."""
     if "weight" not in call.names:
@@ -56,6 +51,6 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, dims=dims, outer_products=outer_products, subclasses=True, any_rank=True)
+LINEAR = Rule("Linear", grad_samples, outer_products=outer_products, subclasses=True, any_rank=True)
 # transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
-CONV1D = Rule("Conv1D", grad_samples, dims=dims, outer_products=outer_products, any_rank=True)
+CONV1D = Rule("Conv1D", grad_samples, outer_products=outer_products, any_rank=True)

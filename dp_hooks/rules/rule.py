@@ -77,23 +77,7 @@ GradSamples = Callable[[Call], dict[str, Tensor]]
 WeightedSums = Callable[[Call, Tensor], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Dims:
-    """The size of a gradient that is a sum of outer products, known before its factors are made.
-
-    Attributes:
-        tokens: terms ``t`` in the sum of each sample.
-        rows: ``o``.
-        columns: ``i``.
-    """
-
-    tokens: int
-    rows: int
-    columns: int
-
-
 OuterProductsOf = Callable[[Call], dict[str, OuterProducts]]
-Sizes = Callable[[Call], dict[str, Dims]]
 
 
 def _always(module: nn.Module) -> bool:
@@ -111,7 +95,6 @@ class Rule:
         grad_samples: ``call -> {name: [n, *param.shape]}``.
         sq_norms: ``call -> {name: [n]}``, the squared norms of the per-sample gradients, or an upper bound of them.
         weighted_sums: ``(call, factors [n]) -> {name: param.shape}``, the sum over samples of factor times gradient.
-        dims: ``call -> {name: Dims}`` for the parameters whose gradient is a sum of outer products.
         factored: ``call -> {name: Outer}`` for the same parameters: norms, also of shared parameters, and weighted sums follow.
         parameters: the names of the parameters the rule knows; a module that owns others is not given to it.
             None: any.
@@ -129,7 +112,6 @@ class Rule:
     grad_samples: GradSamples
     sq_norms: GradSamples | None = None
     weighted_sums: WeightedSums | None = None
-    dims: Sizes | None = None
     outer_products: OuterProductsOf | None = None
     parameters: frozenset[str] | None = frozenset({"weight", "bias"})
     subclasses: bool = False

@@ -351,7 +351,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._sums, self._statistic = {}, None
         self._part = part
         self._part_done = False
-        self._controller.batch_number += 1
+        self._controller.next_batch()
         if self._self_check is not None:
             self._self_check.new_step()
 

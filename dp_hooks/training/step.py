@@ -100,9 +100,14 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         optimizer.zero_grad()
 
         def run(part: Any) -> Tensor:
-            trace = controller.trace if controller.hooks_enabled else None
+            trace = controller.session.trace if controller.hooks_enabled else None
             with nullcontext() if trace is None else trace.function():
                 return _checked(fn, fn(model, part, *args, **kwargs), reduction)
+
+        def back(loss: Tensor, *, again: bool) -> None:
+            how = _reduction_of(scope, loss, reduction)
+            with controller.reduced_by(how):
+                _reduced(loss, how).backward(retain_graph=again)
 
         check = scope.self_check
         spare = batch
@@ -113,12 +118,12 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         with ExitStack() as stack:
             stack.enter_context(_dropped_on_error(controller))
             if two_pass:
-                stack.enter_context(controller.two_passes())
+                stack.enter_context(controller.two_passes(lambda: back(loss, again=False)))
             if check is not None:
                 stack.enter_context(check.deferred())
             loss = run(batch)
             shape_seen[:] = [loss.dim() == 1]
-            _private_backward(controller, loss, _reduction_of(scope, loss, reduction), two_pass)
+            back(loss, again=two_pass)
             _check_length(fn, loss, scope)
             _self_check(scope, run, spare, loss, reduction)
             optimizer.step()
@@ -185,16 +190,6 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
     if loss.dim() == 0:
         return loss
     return loss.mean() if how == "mean" else loss.sum()
-
-
-def _private_backward(controller: HookController, loss: Tensor, how: str, two_pass: bool) -> None:
-    def backward(*, again: bool) -> None:
-        with controller.reduced_by(how):
-            _reduced(loss, how).backward(retain_graph=again)
-
-    if two_pass:
-        controller.repeat_backward = functools.partial(backward, again=False)
-    backward(again=two_pass)
 
 
 def _self_check(

@@ -79,7 +79,7 @@ def _swapped(call):
 @pytest.mark.parametrize("checks", [True, False])
 def test_a_wrong_engine_is_reported(compatibility, monkeypatch, checks):
     """With the samples of linear layers swapped, the step is refused by the self-check, or wrong if that is blind."""
-    rule = dataclasses.replace(LINEAR, grad_samples=_swapped, dims=None, outer_products=None)
+    rule = dataclasses.replace(LINEAR, grad_samples=_swapped, outer_products=None)
     monkeypatch.setitem(registry._RULES, nn.Linear, rule)
     if not checks:
         monkeypatch.setattr(SelfCheck, "check_calls", lambda self, samples: None)

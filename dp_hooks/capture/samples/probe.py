@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..._operations import DATA_SHAPED, KEEPS_TARGET, PADDED_TO, RESHAPES, SORTS, TO_PYTHON
 from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from .axis import SampleAxis
@@ -33,15 +34,6 @@ class _Frame:
     ragged: bool = False
 
 
-_DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
-_TO_PYTHON = frozenset("tolist item numpy __int__ __index__ __array__".split())
-# The largest value over the batch is what samples are padded to: as many rows for each of them.
-_PADDED_TO = frozenset("max amax min amin __get__".split())
-_SORTS = frozenset("sort argsort topk msort".split())
-_KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
-_RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
-
-
 class _Watch(TorchFunctionMode):
     """Marks tensors whose rows were picked or sorted by values, and what is computed from them."""
 
@@ -63,9 +55,9 @@ class _Watch(TorchFunctionMode):
             parts = list(out)
             probe.note_numbers(tensors, parts)
             return iter(parts)
-        if name in _TO_PYTHON:
+        if name in TO_PYTHON:
             probe.note_read(tensors)
-        elif name not in _PADDED_TO:
+        elif name not in PADDED_TO:
             probe.note_numbers(tensors, out)
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -76,8 +68,8 @@ class _Watch(TorchFunctionMode):
         elif any(probe.is_marked(t) for t in tensors):
             first = tensors[0] if tensors else None
             target = first is not None and not probe.is_marked(first)
-            kept = target and (out is first or name.startswith(_KEEPS_TARGET) or name == "__setitem__")
-            fixed = name in _RESHAPES and isinstance(out, Tensor) and probe.rows in out.shape
+            kept = target and (out is first or name.startswith(KEEPS_TARGET) or name == "__setitem__")
+            fixed = name in RESHAPES and isinstance(out, Tensor) and probe.rows in out.shape
             if not kept and not fixed:
                 probe.mark(out)
         return out
@@ -237,7 +229,7 @@ class Probe:
 
     def picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operation ``name`` picks or sorts rows by their values."""
-        if name in _DATA_SHAPED:
+        if name in DATA_SHAPED:
             return True
         if name == "repeat_interleave":
             return any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
@@ -246,7 +238,7 @@ class Probe:
         if name == "getitem":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
-        if name in _SORTS and args and isinstance(args[0], Tensor) and args[0].dim():
+        if name in SORTS and args and isinstance(args[0], Tensor) and args[0].dim():
             position = 2 if name == "topk" else 1
             dim = kwargs.get("dim", args[position] if len(args) > position else (0 if name == "msort" else -1))
             size = args[0].shape[dim] if isinstance(dim, int) and not isinstance(dim, bool) else 0

@@ -82,9 +82,7 @@ def _row_by_row(rule: Rule) -> Rule:
         found = rule.grad_samples(flat)
         return {name: g.unflatten(0, (call.samples, -1)).sum(1) for name, g in found.items()}
 
-    return dataclasses.replace(
-        rule, grad_samples=grad_samples, sq_norms=None, weighted_sums=None, dims=None, outer_products=None
-    )
+    return dataclasses.replace(rule, grad_samples=grad_samples, sq_norms=None, weighted_sums=None, outer_products=None)
 
 
 def _refusal(call: Call, reason: str) -> UnsupportedModelError:

@@ -52,7 +52,6 @@ Seen = Mapping[Any, list[UseLayout]]
 class SampleAxes:
     """What probes have shown, kept for the lifetime of the controller."""
 
-    axis: int
     known: dict[Any, list[UseLayout]] = field(default_factory=dict)
     tried: set[Any] = field(default_factory=set)
     shown: set[Any] = field(default_factory=set)

@@ -21,8 +21,8 @@ class ParameterSwap:
 
     module: nn.Module
     recurse: bool
+    active: "dict[int, ParameterSwap]" = field(default_factory=dict)
     params: dict[str, nn.Parameter] = field(init=False)
-    swapped: bool = field(default=False, init=False)
     places: list[tuple[nn.Module, str, str]] = field(init=False)
     _lists: list[tuple[nn.RNNBase, dict[str, Any]]] = field(default_factory=list, init=False)
 
@@ -38,11 +38,16 @@ class ParameterSwap:
                 self.params.setdefault(name, param)
                 self.places.append((owner, key, name))
 
+    @property
+    def swapped(self) -> bool:
+        """Whether other tensors are in place."""
+        return id(self) in self.active
+
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Store ``tensors[name]`` wherever the parameter ``name`` was."""
         if self.swapped:
             self.restore()
-        self.swapped = True
+        self.active[id(self)] = self
         for owner, key, name in self.places:
             owner._parameters[key] = tensors[name]  # type: ignore[assignment]
         for owner in {id(o): o for o, _, _ in self.places}.values():
@@ -71,4 +76,4 @@ class ParameterSwap:
         while self._lists:
             owner, lists = self._lists.pop()
             vars(owner).update(lists)
-        self.swapped = False
+        self.active.pop(id(self), None)

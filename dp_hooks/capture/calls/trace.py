@@ -14,23 +14,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from typing_extensions import ParamSpec, TypeVar
 
-from .._no_randomness import DRAWS, Draws
-from .samples.tracker import METADATA, VIEWS_BY_NAME
+from ..._no_randomness import Draws
+from ..._operations import CHANGES_GRADIENT, DRAWS, METADATA, TAKES_SIZES, VIEWS_BY_NAME
 
 P = ParamSpec("P")
 T = TypeVar("T")
 # One operation: the module it was in, what came before it there, and itself.
 Transition = tuple[Any, Any, Any]
-# The arguments of these are sizes, which change from batch to batch.
-_SIZED = frozenset(
-    "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
-    "new_ones new_full new_empty interpolate pad".split()
-)
 _FEW = range(-5, 5)
 # Factors are told apart by their power of two, from this one up to 1: a schedule that rises is looked at as it does.
 _SMALLEST = -14
-# Looks like a question about a tensor, but changes its gradient.
-_UNNOTED = METADATA - {"register_hook"}
 _CALL = "a module"
 
 
@@ -91,7 +84,7 @@ class _Follow(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", "")
             if name not in VIEWS_BY_NAME:
                 return func(*args)
-        elif name in _UNNOTED:
+        elif name in METADATA and name not in CHANGES_GRADIENT:
             return func(*args, **kwargs) if kwargs else func(*args)
         trace = self._trace
         constant = trace.is_constant(name, args, kwargs)
@@ -223,7 +216,7 @@ class OpTrace:
         """Keep in mind that the function ``name`` was called."""
         if not self._frames:
             return
-        sized = name in _SIZED
+        sized = name in TAKES_SIZES
         kinds = tuple([_kind(arg, sized) for arg in args])
         first = args[0] if args else None
         where: Any = None
@@ -256,7 +249,7 @@ class OpTrace:
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
             # Not what the next operation follows: a cache is there the second time.
-            self._from_constants.add(self._pass_by((name, *(_kind(arg, name in _SIZED) for arg in args))))
+            self._from_constants.add(self._pass_by((name, *(_kind(arg, name in TAKES_SIZES) for arg in args))))
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""

@@ -1,0 +1,83 @@
+"""The table of torch functions: which names matter to whom, and why. A function that is missing somewhere is added here.
+
+Names are those of ``torch.overrides``, without underscores around them where that is said.
+"""
+
+# ---------------------------------------------------------------- random numbers
+
+DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
+# Replaced by a constant, or by a row of the batch's own draw.
+NOISE = frozenset(
+    "rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split(),
+)
+# Kept for all samples: their argument decides.
+BERNOULLI = frozenset("bernoulli bernoulli_".split())
+# All that draw numbers, dropout aside.
+DRAWS = (
+    NOISE
+    | BERNOULLI
+    | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
+)
+# Functions with dropout among their arguments: recurrent ones, and the keywords it goes by.
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+DROPOUT_ARGUMENTS = ("dropout_p", "dropout")
+
+# ---------------------------------------------------------------- questions about a tensor
+
+# What is known of a tensor without running anything on it.
+METADATA = frozenset(
+    "size dim ndimension numel nelement stride is_floating_point is_complex is_contiguous element_size storage_offset data_ptr "
+    "get_device is_inference is_pinned untyped_storage is_same_size is_nonzero item tolist numpy equal allclose __bool__ __int__ "
+    "__float__ __index__ __len__ __format__ __hash__ __array__ __contains__ __set__ requires_grad_ register_hook retain_grad "
+    "__deepcopy__ __reduce_ex__ __repr__ __dlpack__".split()
+)
+# Looks like a question about a tensor, but changes its gradient.
+CHANGES_GRADIENT = frozenset({"register_hook"})
+# Attributes that are operations.
+VIEWS_BY_NAME = frozenset("T mT H mH real imag".split())
+# Take values where gradients do not follow (names without underscores).
+LEAVES_AUTOGRAD = frozenset("detach numpy tolist item data_ptr untyped_storage array dlpack".split())
+# Read into Python, where sizes and branches may depend on them.
+TO_PYTHON = frozenset("tolist item numpy __int__ __index__ __array__".split())
+# Of the arguments after the first only the type counts; or the shape.
+ASKS_FOR_TYPE = frozenset("type_as to".split())
+ASKS_ONLY = ASKS_FOR_TYPE | frozenset("expand_as view_as reshape_as".split())
+
+# ---------------------------------------------------------------- shapes
+
+# Broadcast their operands against each other: a shared one may be expanded to one row per sample first (without underscores).
+BROADCASTS = frozenset(
+    "add sub subtract rsub mul multiply div divide true_divide where addcmul addcdiv lerp pow float_power maximum minimum fmax "
+    "fmin masked_fill copy hypot atan2 logaddexp logaddexp2 xlogy copysign clamp clip iadd isub imul idiv itruediv radd rsub rmul "
+    "rtruediv rdiv truediv".split()
+)
+MATRIX_PRODUCTS = frozenset("matmul rmatmul".split())
+# The adjoint is a sum.
+EXPANSIONS = frozenset("expand broadcast_to repeat tile".split())
+# The same numbers in other places.
+REARRANGEMENTS = frozenset(
+    "T mT view reshape permute transpose t unsqueeze squeeze flatten unflatten contiguous movedim swapaxes select narrow".split()
+)
+RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
+# Take a list of tensors.
+JOINS = frozenset("cat concat concatenate stack hstack vstack".split())
+# The arguments are sizes, which change from batch to batch.
+TAKES_SIZES = frozenset(
+    "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
+    "new_ones new_full new_empty interpolate pad".split()
+)
+
+# ---------------------------------------------------------------- rows picked by value
+
+# As many rows as the data says.
+DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
+SORTS = frozenset("sort argsort topk msort".split())
+# The largest value over the batch is what samples are padded to: as many rows for each of them.
+PADDED_TO = frozenset("max amax min amin __get__".split())
+# Write into rows of their first argument, whose order stays (beginnings of names).
+KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatter", "index_fill")
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a function of this name is some kind of dropout."""
+    return name.rstrip("_").endswith("dropout") or name in DROPOUT_BY_NAME

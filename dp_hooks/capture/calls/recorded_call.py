@@ -1,0 +1,56 @@
+"""RecordedCall: a call into the model from outside, with what is needed to run it again."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..._no_randomness import Draws
+from ..._rerun import AmbientContext, ModuleState
+from ..._tree import tensors_of
+from .trace import Transition
+
+
+@dataclass(eq=False)
+class RecordedCall:
+    """A call of the model, or of a part of it.
+
+    Attributes:
+        module: what was called.
+        name: its qualified name in the model.
+        args: positional inputs; copies of their own if ``copied``.
+        kwargs: keyword inputs, likewise.
+        context: what the call was surrounded by.
+        key: the state of the model when it was called, as far as one check covers others.
+        kind: what it was called with, likewise.
+        copied: whether no check has covered such a call yet.
+        reached: numbers of the outputs that a backward pass came from.
+        transitions: operations it went through that no check did.
+        draws: the random numbers that can have decided which way it took.
+        state: attributes of the model when it began.
+    """
+
+    module: nn.Module
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: AmbientContext
+    key: Any = None
+    kind: Any = None
+    copied: bool = False
+    reached: set[int] = field(default_factory=set)
+    transitions: set[Transition] = field(default_factory=set)
+    draws: Draws | None = None
+    state: ModuleState | None = None
+
+    @property
+    def left(self) -> list[Tensor]:
+        """What the last run of the call left in attributes of the model, with its history."""
+        return [] if self.state is None else self.state.made_since()
+
+
+def kind_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is called, and with what kinds of inputs: a check of a call without a mask shows nothing about one with it."""
+    given = frozenset(key for key, value in kwargs.items() if value is not None)
+    kinds = frozenset((t.dim(), t.dtype) for t in tensors_of((args, kwargs)))
+    return name, tuple(type(arg) for arg in args), given, kinds

@@ -1,0 +1,194 @@
+"""Session: what is going on in a model at this moment, in one place that every hook reads and writes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModelError
+from ...gradients.sinks import Sink
+from .backward_passes import BackwardPass, BackwardPasses, Refusals
+from .call_recorder import CallRecorder
+from .parameter_swap import ParameterSwap
+from .recorded_call import RecordedCall
+from .trace import OpTrace
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """One outermost call into the model: its own graph leads back to it when gradients come.
+
+    Attributes:
+        name: the qualified name of the module that was called.
+        module: that module; None before the first call.
+        args: positional inputs, while the call runs.
+        kwargs: keyword inputs, while the call runs.
+        rows: the number of samples; None: not known.
+        batch_number: which batch it was on.
+        running: whether it is running, with gradients captured.
+        counts: how often each use of tracked tensors has come so far.
+        seen: for uses that differ from each other, what each was taken for, by the shapes it met.
+        strict: uses that no probe has shown are probed before they are guessed.
+        retries: how often probes were run anew in the middle of it.
+        record: what a check will need to run it again.
+    """
+
+    name: str = ""
+    module: nn.Module | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    batch_number: int = 0
+    running: bool = False
+    counts: dict[Any, int] = field(default_factory=dict)
+    seen: dict[Any, list[tuple[Any, Any]]] = field(default_factory=dict)
+    strict: bool = False
+    retries: int = 0
+    record: RecordedCall | None = None
+
+    def end(self) -> None:
+        """It is over, or was broken off: let go of its inputs."""
+        self.running, self.args, self.kwargs = False, (), {}
+
+
+class Session:
+    """The state of capture: calls and backward passes in progress, and what came back since the last boundary.
+
+    Attributes:
+        sink: takes what backward passes bring; one per mode.
+        axis: the sample axis of the model's inputs and outputs.
+        loss_reduction: "mean" or "sum".
+        enabled: whether anything is captured.
+        batch_number: counts the batches handed out.
+        call: the outermost call that is running, or was last, or that gradients come back to.
+        depth: how many calls of modules are open.
+        rerunning: how many modules are being called with tensors of ours, for gradients.
+        repeating: how many modules that are repeated as a whole are running: what is inside is theirs.
+        outer_task: the backward pass that a check runs in; -1: none.
+        retracked_task: the backward pass for which parameters are tracked again.
+        swapped: modules that hold other tensors in place of their parameters now.
+        passes: backward passes since the last boundary.
+        anchor: a leaf that requires a gradient, so that there always is a backward pass.
+        trace: follows operations, if a check wants them.
+        recorder: keeps calls, if a check wants them.
+        collected: refusals, where one wants to see them all; None: they are raised.
+    """
+
+    def __init__(self, sink: Sink, axis: int, loss_reduction: str) -> None:
+        """Nothing is going on."""
+        self.sink = sink
+        self.axis = axis
+        self.loss_reduction = loss_reduction
+        self.enabled = False
+        self.batch_number = 0
+        self.call = ModelCall()
+        self.depth = self.rerunning = self.repeating = 0
+        self.outer_task = -1
+        self.retracked_task: int | None = None
+        self.swapped: dict[int, ParameterSwap] = {}
+        self.passes = BackwardPasses()
+        self.anchor = torch.zeros((), requires_grad=True)
+        # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
+        self._anchor_node: Any = self.anchor.view_as(self.anchor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self.trace: OpTrace | None = None
+        self.recorder: CallRecorder | None = None
+        self.collected: Refusals | None = None
+
+    # ---------------------------------------------------------------- questions
+
+    def in_backward(self) -> bool:
+        """Whether a backward pass is running, so that what is run forwards is run again."""
+        return torch._C._current_graph_task_id() not in (-1, self.outer_task)
+
+    def rows(self) -> int | None:
+        """How many samples the present call is on; inside a backward pass those of the forward pass that is run again."""
+        return self.call.rows if self.depth or self.in_backward() else None
+
+    def scale(self, samples: int) -> float:
+        """The factor that undoes the mean over the batch."""
+        return float(samples) if self.loss_reduction == "mean" else 1.0
+
+    def wants_gradients(self) -> bool:
+        """Whether the backward pass that is running is a ``backward()``, not an ``autograd.grad()`` for something else."""
+        return bool(torch._C._will_engine_execute_node(self._anchor_node))
+
+    # ---------------------------------------------------------------- what happens
+
+    def running_pass(self, batch_number: int | None = None) -> BackwardPass:
+        """The backward pass that is running."""
+        return self.passes.running(self.batch_number if batch_number is None else batch_number, self._finish_pass)
+
+    def leaked(self, name: str, param: Tensor) -> None:
+        """Autograd delivered a gradient to a managed parameter: it was used where nothing captured it."""
+        if self.enabled:
+            param.grad = None
+            self.running_pass()
+            self.passes.leaks.add(name)
+
+    def refuse(self, error: UnsupportedModelError, where: str, opened: BackwardPass | None = None) -> None:
+        """Collect ``error`` where all are wanted; else raise it, at the end of a backward pass with all others."""
+        if self.collected is not None:
+            self.collected.add(error, where)
+        elif opened is not None:
+            opened.refusals.add(error, where)
+        else:
+            raise error
+
+    def _finish_pass(self, task: int) -> None:
+        """Runs at the end of a backward pass; one that was broken off never gets here."""
+        if task == self.retracked_task:
+            self.retracked_task = None
+            self.restore_parameters()
+        finished = self.passes.open.pop(task, None)
+        if finished is None:
+            return
+        leaked = self.passes.take_leaks()
+        if leaked is not None:
+            self.refuse(*leaked, finished)
+        finished.refusals.raise_all()
+        samples = self.passes.close(finished)
+        if samples is None:
+            return
+        try:
+            self.sink.finish(samples, finished.found)
+        except BaseException:
+            self.discard()
+            raise
+
+    # ---------------------------------------------------------------- boundaries
+
+    def restore_parameters(self) -> None:
+        """Put all parameters back that are not in place."""
+        for swap in list(self.swapped.values()):
+            swap.restore()
+
+    def reset(self) -> None:
+        """Forget what is in progress; what is kept in the sink stays."""
+        if self.call.running and self.trace is not None:  # the pass was interrupted
+            self.trace.stop()
+        self.call.end()
+        self.retracked_task = None
+        self.restore_parameters()  # an interrupted forward could not
+        self.passes = BackwardPasses()
+        self.depth = 0
+
+    def discard(self) -> None:
+        """Drop what was captured since the last boundary, ``grad_sample`` included."""
+        self.reset()
+        self.sink.discard()
+
+    @contextmanager
+    def separate(self) -> Iterator[None]:
+        """Capture something else in between: what was captured before is back, unchanged, afterwards."""
+        with self.sink.aside() as other:
+            kept = dict(vars(self))
+            self.reset()
+            self.sink, self.call, self.outer_task = other, ModelCall(), torch._C._current_graph_task_id()
+            try:
+                yield
+            finally:
+                self.discard()
+                vars(self).update(kept)

@@ -1,0 +1,97 @@
+"""TrackedValue: a tensor that all samples share, with the small graph that leads from parameters to it."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModelError
+from ...gradients.terms import scaled
+
+_FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
+
+@dataclass(eq=False)
+class TrackedParameter:
+    """A parameter in the small graph that leads from it to a tracked tensor: ``leaf`` stands for ``param`` there."""
+
+    param: nn.Parameter
+    leaf: Tensor
+    name: str
+
+
+@dataclass(eq=False)
+class TrackedValue:
+    """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
+
+    ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
+    ``custom``: custom autograd functions made it, whose backward need not be linear: sums are not taken before it.
+    """
+
+    value: Tensor
+    roots: tuple[TrackedParameter, ...]
+    keeps_norm: bool = False
+    custom: bool = False
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter itself, as it is."""
+        return len(self.roots) == 1 and self.value is self.roots[0].leaf
+
+    def to_parameter(self, param: nn.Parameter, grad: Tensor) -> Tensor:
+        """Take one gradient ``[*value.shape]`` back to ``param``."""
+        (root,) = (root for root in self.roots if root.param is param)
+        if self.is_parameter:
+            return grad
+        if not self.value.requires_grad:  # a custom function gave it back as not differentiable
+            return torch.zeros_like(root.leaf)
+        (found,) = torch.autograd.grad(
+            self.value, [root.leaf], grad.to(self.value.dtype), retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(root.leaf) if found is None else found
+
+    def rows_to_parameter(self, param: nn.Parameter, grads: Tensor) -> Tensor:
+        """Take gradients ``[n, *value.shape]`` back to ``param``: ``[n, *param.shape]``."""
+        if self.is_parameter:
+            return grads
+        if grads.shape[0] == 0:
+            return grads.new_zeros((0, *param.shape))
+        (root,) = (root for root in self.roots if root.param is param)
+        if not self.value.requires_grad:
+            return grads.new_zeros((grads.shape[0], *param.shape))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                (found,) = torch.autograd.grad(
+                    self.value,
+                    [root.leaf],
+                    grads.to(self.value.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except _FAILS:  # an operation without a batching rule
+            return torch.stack([self.to_parameter(param, grad) for grad in grads])
+        return grads.new_zeros((grads.shape[0], *param.shape)) if found is None else found
+
+    def scaled_rows_to_parameter(self, param: nn.Parameter, grads: Tensor, scale: float) -> Tensor:
+        """``scale`` times that, in at least float32; before it where the way back need not be linear."""
+        before, after = (scale, 1.0) if self.custom else (1.0, scale)
+        return scaled(self.rows_to_parameter(param, scaled(grads, before)), after)
+
+
+def names_of(roots: Sequence[TrackedParameter]) -> str:
+    """The names of the parameters, for messages."""
+    return ", ".join(sorted({root.name for root in roots}))
+
+
+def refused(roots: Sequence[TrackedParameter], reason: str) -> UnsupportedModelError:
+    """The error for parameters whose per-sample gradients cannot be told apart."""
+    params = ", ".join(sorted({root.name for root in roots}))
+    return UnsupportedModelError(
+        f"{params}: {reason}, so the per-sample gradients cannot be told apart. Remedy: give the "
+        "operation one row per sample, write a rule for the module with dp_hooks.register_rule, or freeze the "
+        "parameters named with requires_grad_(False)."
+    )

@@ -1,0 +1,53 @@
+"""Single samples: which of a batch are run alone, and by plain autograd."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import SelfCheckError
+
+# How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
+_ALONE = 3
+
+
+def some_samples(samples: int) -> list[int]:
+    """Choose the samples to run alone: the ends and some between them."""
+    if samples <= _ALONE:
+        return list(range(samples))
+    between = random.Random(0).sample(range(1, samples - 1), _ALONE - 2)
+    return sorted({0, samples - 1, *between})
+
+
+def not_alone(what: str, i: int, error: Exception) -> SelfCheckError:
+    """The error for a sample that cannot be run alone."""
+    return SelfCheckError(
+        f"{what}: sample {i} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
+        "the model and the loss must work on a batch of one; an input that all samples share must not have "
+        "as many rows as the batch has samples."
+    )
+
+
+def back_propagate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Back-propagate to ``leaves`` only: other models in the same graph, private or not, must not notice.
+
+    ``Tensor.backward`` would switch function modes off, and dropout would be back in what checkpointing runs again.
+    Reentrant checkpointing allows only a backward pass to everything.
+    """
+    inputs = () if _has_reentrant_checkpoint(loss) else tuple(leaf for leaf in leaves if leaf.requires_grad)
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, inputs, allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if "CheckpointFunction" in type(node).__name__:
+                return True
+            stack += [parent for parent, _ in node.next_functions]
+    return False

@@ -1,0 +1,65 @@
+"""Sinks: what becomes of the terms that backward passes bring, one sink per mode."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from torch import nn
+
+from .sample_gradients import SampleGradients
+from .terms import Deferred, Term
+
+
+class Sink(Protocol):
+    """Takes terms as they come, and hands over the gradients of a batch."""
+
+    def used(self, params: Sequence[nn.Parameter]) -> None:
+        """A module with these parameters is called in a forward pass."""
+
+    def receive(self, term: Term) -> Sequence[Term]:
+        """Work out at once what is wanted at once; return what has to be kept until the end of the backward pass."""
+
+    def finish(self, samples: int, found: Sequence[Term]) -> None:
+        """A backward pass over so many samples is over, and brought ``found``."""
+
+    def take(self, samples: int) -> SampleGradients:
+        """Hand over what the backward passes since the last boundary brought."""
+
+    def discard(self) -> None:
+        """Drop it."""
+
+    def aside(self) -> "AbstractContextManager[Sink]":
+        """Put it aside for a block, in which the sink that is returned is used."""
+
+
+class DeferredSink:
+    """Mode "ghost": what is small is written out, the rest waits for the step as it was captured."""
+
+    def __init__(self) -> None:
+        """Nothing waits yet."""
+        self.pending: list[Term] = []
+
+    def used(self, params: Sequence[nn.Parameter]) -> None:
+        """Of no interest."""
+
+    def receive(self, term: Term) -> Sequence[Term]:
+        """Write out what takes no more memory afterwards, and let go of what it came from."""
+        return term.instantiate_small() if isinstance(term, Deferred) else [term]
+
+    def finish(self, samples: int, found: Sequence[Term]) -> None:
+        """Keep it."""
+        self.pending.extend(found)
+
+    def take(self, samples: int) -> SampleGradients:
+        """Hand over what waits."""
+        pending, self.pending = self.pending, []
+        return SampleGradients(samples, pending)
+
+    def discard(self) -> None:
+        """Drop what waits."""
+        self.pending = []
+
+    @contextmanager
+    def aside(self) -> "Iterator[Sink]":
+        """Another one of the same kind."""
+        yield DeferredSink()
