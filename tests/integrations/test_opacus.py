@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dp_hooks import PrivacyEngineHookBased
-from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
+from dp_hooks.errors import ScopeError, UnsupportedModelError
 
 from ..models import ConvNet, Net, each_mode, loader_of, values
 from ..training.helpers import backward, train
@@ -186,23 +186,6 @@ def test_two_models_with_one_engine() -> None:
         assert engine.accountant.history == [(1.0, 4 / 12, 6)]
     assert has_no_hooks(one)
     assert has_no_hooks(two)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"noise_multiplier": -1}, {"clipping": "x"}, {"module": nn.Sequential(nn.BatchNorm1d(3))}]
-)
-def test_failing_make_private_leaves_nothing(wrong: dict[str, Any]) -> None:
-    """A refused ``make_private`` attaches nothing, claims nothing and remembers no dataset."""
-    engine, model = PrivacyEngineHookBased(), text_model()
-    bad = wrong.get("module", model)
-    with pytest.raises((InvalidArgumentError, UnsupportedModelError)):
-        make(engine, bad, **{"optimizer": sgd(bad), **wrong})
-    assert has_no_hooks(model)
-    assert has_no_hooks(bad)
-    assert engine.dataset is None
-    assert engine.accountant.history == []
-    with engine:
-        make(engine, model)
 
 
 def test_validation_follows_the_model() -> None:

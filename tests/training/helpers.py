@@ -114,8 +114,8 @@ class Run:
         replay = drawn(5)
         assert_same(self.moved, [torch.empty_like(p).normal_(0.0, 2.0 * BOUND, generator=replay) for p in self.start])
 
-    def assert_untouched(self, charged: int = 0) -> None:
+    def assert_untouched(self) -> None:
         """Assert that nothing was released, charged or left in ``p.grad``."""
         assert_same(values(self.model), self.start)
-        assert charges(self.scope) == charged
+        assert charges(self.scope) == 0
         assert all(p.grad is None for p in self.model.parameters())

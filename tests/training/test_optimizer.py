@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from dp_hooks.errors import InvalidArgumentError, ScopeError
+from dp_hooks.errors import ScopeError
 
 from ..models import (
     BOUND,
@@ -219,12 +219,6 @@ def test_a_closure_is_evaluated_once(mode: str) -> None:
     assert len(losses) == 1
     assert returned is losses[0]
     run.assert_moved()
-
-
-def test_optimizers_that_evaluate_several_times_are_refused() -> None:
-    """LBFGS is refused before anything is attached."""
-    with pytest.raises(InvalidArgumentError, match="LBFGS"):
-        Run(optimizer=lambda m: torch.optim.LBFGS(m.parameters()))
 
 
 def test_the_two_steps_of_sharpness_aware_minimisation_are_refused() -> None:

@@ -215,11 +215,13 @@ def test_a_batch_left_with_continue_is_neither_released_nor_charged(mode: str) -
     """``continue`` after backward drops that batch: the next step is its own, and there is one charge."""
     run = Run(**POISSON, grad_sample_mode=mode)
     with run as (model, opt, loader):
-        for x, y in loader:
-            opt.zero_grad()
-            backward(model, x, y)
-            continue
-        train(model, opt, loader)
+        for stepped in (False, True, False):
+            for x, y in loader:
+                opt.zero_grad()
+                backward(model, x, y)
+                if not stepped:
+                    continue
+                opt.step()
     assert charges(run.scope) == 1
     run.assert_moved()
 
@@ -347,6 +349,14 @@ def two_passes_at_once(model: nn.Module, opt: Any, loader: Any) -> Refused:
     return partial(next, one)
 
 
+def parts_of_two_passes(model: nn.Module, opt: Any, loader: Any) -> Refused:
+    one, two = iter(loader), iter(loader)
+    for parts in (one, two):
+        backward(model, *next(parts), reduction="sum")
+        opt.step()
+    return partial(next, one)
+
+
 def augmented_copies(model: nn.Module, opt: Any, loader: Any) -> Refused:
     x, y = next(iter(loader))
     backward(model, torch.cat([x, -x]), torch.cat([y, y]))
@@ -382,6 +392,7 @@ REFUSED: list[tuple[Callable[..., Refused], dict[str, Any], type[Exception], str
     (stale_gradients, {}, ScopeError, "earlier batch"),
     (part_that_was_stepped, PARTS, ScopeError, "earlier batch"),
     (two_passes_at_once, PARTS, ScopeError, "interleaved"),
+    (parts_of_two_passes, PARTS, ScopeError, "logical"),
     (augmented_copies, {}, ScopeError, "one row per example"),
     (augmented_copies, {"max_physical_batch_size": 3}, ScopeError, "one row per example"),
     (other_number_of_rows, {}, ScopeError, "different numbers of samples"),

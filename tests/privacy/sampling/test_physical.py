@@ -1,9 +1,6 @@
 """Physical parts of logical batches."""
 
 import pytest
-from torch import nn
-
-from dp_hooks.errors import ScopeError
 
 from ...models import drawn
 from .helpers import batches_of, indices, loader_over, private
@@ -41,17 +38,3 @@ def test_length_is_the_expected_number_of_parts(largest: int | None, length: int
     """``len(loader)`` is the number of logical batches times the expected number of parts of one."""
     with private(loader_over(40, 8), max_physical_batch_size=largest) as (_, own):
         assert len(own) == length
-
-
-def test_logical_batches_of_two_iterators_do_not_mix() -> None:
-    """A part that continues another logical batch than the present one is refused, so that no example counts twice."""
-    model = nn.Linear(3, 1, bias=False)
-    scope = private(loader_over(4, 4), model, max_physical_batch_size=2, sample_rate=1.0)
-    with scope as (opt, own):
-        one, two = iter(own), iter(own)
-        for iterator in (one, two):
-            model(next(iterator)).sum().backward()
-            opt.step()
-        with pytest.raises(ScopeError, match="logical"):
-            next(one)
-    assert scope.steps == 0
