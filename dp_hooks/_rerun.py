@@ -48,7 +48,6 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Keep them."""
         self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
         self._contents = [
             (value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)

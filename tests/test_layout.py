@@ -13,7 +13,7 @@ PACKAGE = Path(dp_hooks.__file__).parent
 # Each layer may import from the layers above it in this list, and from its own.
 LAYERS = [
     "errors",
-    "_validate _tree _operations",
+    "_validate _tree _operations distributed",
     "_no_randomness",
     "_rerun privacy.noise",
     "rules privacy.clipping privacy.accounting privacy.report",

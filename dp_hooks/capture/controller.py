@@ -90,8 +90,6 @@ class HookController:
         self._model_calls = ModelCalls(m, session, self._hooked_modules, tracker, discovery, self._module_calls)
         self.add_hooks()
 
-    # ---------------------------------------------------------------- life
-
     def add_hooks(self) -> None:
         """Install the hooks and enable them; if they are installed already, nothing changes.
 
@@ -180,8 +178,6 @@ class HookController:
     def hooked_by_others(self) -> list[nn.Module]:
         """Modules of the model with forward hooks of the user, which may take out what is inside."""
         return [module for module in self.model.modules() if self._module_hooks.has_others(module)]
-
-    # ---------------------------------------------------------------- boundaries
 
     @property
     def has_gradients(self) -> bool:

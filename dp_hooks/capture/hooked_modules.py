@@ -74,7 +74,6 @@ class HookedModules:
     """All hooked modules of a model, in the order of its modules; those that are repeated as a whole come last."""
 
     def __init__(self, model: nn.Module, rules: RuleTable, session: Session, tracker: Tracker) -> None:
-        """There are none until :meth:`find`."""
         self._model = model
         self._rules = rules
         self._session = session
@@ -84,8 +83,6 @@ class HookedModules:
 
     def __iter__(self) -> Iterator[HookedModule]:
         return iter(self._all)
-
-    # ---------------------------------------------------------------- which there are
 
     def find(self) -> None:
         """Look through the model."""
@@ -142,8 +139,6 @@ class HookedModules:
             whole = self.repeated(hooked.module) is hooked  # its parameters are those of the modules inside
             touched = [n for n in hooked.swap.params if self._tracker.is_touched(hooked.full_name(n))]
             hooked.outside = () if whole else tuple(touched)
-
-    # ---------------------------------------------------------------- what stands in their places
 
     def track_outside(self) -> None:
         """Track all parameters that are used outside their own module."""

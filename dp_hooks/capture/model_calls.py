@@ -30,7 +30,6 @@ class ModelCalls:
         discovery: Discovery,
         module_calls: ModuleCalls,
     ) -> None:
-        """Read and write ``session``."""
         self._model = model
         self._session = session
         self._hooked_modules = hooked_modules

@@ -28,7 +28,6 @@ class ModuleCalls:
     """The hooks before and after every call of a hooked module."""
 
     def __init__(self, session: Session, hooked_modules: HookedModules, tracker: Tracker) -> None:
-        """Read and write ``session``."""
         self._session = session
         self._hooked_modules = hooked_modules
         self._tracker = tracker

@@ -21,7 +21,6 @@ class CriterionCheck:
     """Compares the gradient of ``criterion`` on the batch with its gradients on single samples."""
 
     def __init__(self, criterion: nn.Module, controller: HookController, recorder: CallRecorder) -> None:
-        """``recorder`` tells when calls are of interest."""
         self._criterion = criterion
         self._controller = controller
         self._recorder = recorder

@@ -1,7 +1,7 @@
 """What private training would do with a model: how each parameter's gradients are separated, or why they cannot be."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,33 +42,19 @@ class _Origin:
     held: int
 
 
-class _NotingSink:
-    """Another sink, and what each term is made of."""
+class _NotingSink(Sink):
+    """Hands everything on to another sink, and notes what each term was made of."""
 
-    def __init__(self, sink: Sink) -> None:
-        self.inner = sink
+    def __init__(self, inner: Sink) -> None:
+        self.inner = inner
         self.pairs: list[tuple[Term, _Origin]] = []
-
-    def used(self, params: Sequence[nn.Parameter]) -> None:
-        self.inner.used(params)
+        self.finish, self.take, self.discard = inner.finish, inner.take, inner.discard  # type: ignore[method-assign]
 
     def receive(self, term: Term) -> Sequence[Term]:
         origin = _origin(term)
         found = self.inner.receive(term)
         self.pairs += [(one, origin) for one in found]
         return found
-
-    def finish(self, samples: int, found: Sequence[Term]) -> None:
-        self.inner.finish(samples, found)
-
-    def take(self, samples: int) -> SampleGradients:
-        return self.inner.take(samples)
-
-    def discard(self) -> None:
-        self.inner.discard()
-
-    def aside(self) -> AbstractContextManager[Sink]:
-        return self.inner.aside()
 
 
 def _origin(term: Term) -> _Origin:

@@ -37,7 +37,6 @@ class SelfCheck:
         params: list[nn.Parameter],
         criterion: nn.Module | None = None,
     ) -> None:
-        """Check the gradients of ``params`` that ``controller`` captures on ``model``, and those of ``criterion``."""
         self._controller = controller
         self._model = model
         self._params = params

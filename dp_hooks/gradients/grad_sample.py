@@ -12,7 +12,7 @@ from .sinks import Sink
 from .terms import Deferred, Instantiated, Term
 
 
-class GradSamples:
+class GradSamples(Sink):
     """Modes "hooks" and "functorch": writes ``p.grad_sample`` (``[n, *p.shape]``), and knows what is to be handed over.
 
     Attributes:
@@ -26,9 +26,6 @@ class GradSamples:
         # Zeros on what the loss did not reach, to be told from what a user puts there.
         self._unreached: dict[nn.Parameter, Tensor] = {}
         self.before_write: Callable[[int], None] | None = None
-
-    def used(self, params: Sequence[nn.Parameter]) -> None:
-        """Of no interest."""
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out the gradients of all samples."""

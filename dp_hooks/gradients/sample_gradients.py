@@ -18,7 +18,6 @@ class SampleGradients:
     """
 
     def __init__(self, samples: int, sources: Sequence[Term]) -> None:
-        """Collect ``sources``."""
         self.samples = samples
         self._sources: dict[nn.Parameter, list[Term]] = {}
         for source in sources:

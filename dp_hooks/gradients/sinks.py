@@ -1,8 +1,7 @@
 """Sinks: what becomes of the terms that backward passes bring, one sink per mode."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -10,7 +9,7 @@ from .sample_gradients import SampleGradients
 from .terms import Deferred, Term
 
 
-class Sink(Protocol):
+class Sink:
     """Takes terms as they come, and hands over the gradients of a batch."""
 
     def used(self, params: Sequence[nn.Parameter]) -> None:
@@ -18,29 +17,31 @@ class Sink(Protocol):
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Work out at once what is wanted at once; return what has to be kept until the end of the backward pass."""
+        raise NotImplementedError
 
     def finish(self, samples: int, found: Sequence[Term]) -> None:
         """A backward pass over so many samples is over, and brought ``found``."""
+        raise NotImplementedError
 
     def take(self, samples: int) -> SampleGradients:
         """Hand over what the backward passes since the last boundary brought."""
+        raise NotImplementedError
 
     def discard(self) -> None:
         """Drop it."""
+        raise NotImplementedError
 
-    def aside(self) -> "AbstractContextManager[Sink]":
+    @contextmanager
+    def aside(self) -> "Iterator[Sink]":
         """Put it aside for a block, in which the sink that is returned is used."""
+        yield DeferredSink()
 
 
-class DeferredSink:
+class DeferredSink(Sink):
     """Mode "ghost": what is small is written out, the rest waits for the step as it was captured."""
 
     def __init__(self) -> None:
-        """Nothing waits yet."""
         self.pending: list[Term] = []
-
-    def used(self, params: Sequence[nn.Parameter]) -> None:
-        """Of no interest."""
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out what takes no more memory afterwards, and let go of what it came from."""
@@ -58,8 +59,3 @@ class DeferredSink:
     def discard(self) -> None:
         """Drop what waits."""
         self.pending = []
-
-    @contextmanager
-    def aside(self) -> "Iterator[Sink]":
-        """Another one of the same kind."""
-        yield DeferredSink()

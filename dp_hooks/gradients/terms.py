@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,32 +16,34 @@ Sums = dict[nn.Parameter, Tensor]
 _GENEROSITY = 1.5
 
 
-class Term(Protocol):
-    """What one use of some parameters adds to their per-sample gradients."""
+class Term:
+    """What one use of some parameters adds to their per-sample gradients.
 
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
+    Attributes:
+        samples: number of samples.
+        name: the module or the parameters it came from.
+        params: the parameters it adds to.
+    """
 
-    @property
-    def name(self) -> str:
-        """The module or the parameters it came from."""
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters it adds to."""
+    samples: int
+    name: str
+    params: Sequence[nn.Parameter]
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
+        raise NotImplementedError
 
     def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """The same gradients as a sum of outer products, if they are one."""
+        """The same gradients as a sum of outer products, if they are known to be one."""
+        return None
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms ``[n]`` by a faster way than writing the gradients out, or None."""
+        return None
 
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weighted sums over the samples ``rows`` (None: all) by a faster way, or None."""
+        return None
 
 
 def scaled(grads: Tensor, scale: float) -> Tensor:
@@ -61,7 +62,7 @@ def _narrow(call: Call, rows: slice | Tensor, names: tuple[str, ...]) -> Call:
 
 
 @dataclass(eq=False)
-class Deferred:
+class Deferred(Term):
     """A captured call of one module: gradients are worked out from it when they are asked for.
 
     ``scale`` undoes the mean over the batch: the true per-sample gradient is ``scale`` times what the rule returns.
@@ -70,27 +71,13 @@ class Deferred:
     call: Call
     rule: Rule
     scale: float
-    names: dict[nn.Parameter, str] = field(init=False)
+    _names: dict[nn.Parameter, str] = field(init=False)
     _kept: dict[str, Tensor] | None = None
+    _products: dict[nn.Parameter, OuterProducts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Look up the parameters of the call."""
-        self.names = {self.call.parameter(name): name for name in self.call.names}
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.call.samples
-
-    @property
-    def name(self) -> str:
-        """Name of the module."""
-        return self.call.name
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters of the module that the call used."""
-        return list(self.names)
+        self._names = {self.call.parameter(name): name for name in self.call.names}
+        self.samples, self.name, self.params = self.call.samples, self.call.name, list(self._names)
 
     @property
     def _narrows(self) -> bool:
@@ -117,7 +104,7 @@ class Deferred:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
-        factors, name = self.outer_products(param), self.names[param]
+        factors, name = self.outer_products(param), self._names[param]
         if factors is not None:
             return factors.pick(rows).grads()
         if self._narrows:
@@ -129,23 +116,26 @@ class Deferred:
     def all_grads(self) -> dict[nn.Parameter, Tensor]:
         """Per-sample gradients of all parameters and samples."""
         found = self._run(self.call)
-        return {param: scaled(found[name], self.scale) for param, name in self.names.items()}
+        return {param: scaled(found[name], self.scale) for param, name in self._names.items()}
 
     def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """The factors that the rule gives, if it does."""
-        if self.rule.outer_products is None:
-            return None
-        name = self.names[param]
+        """The factors that the rule gives, if it does; made once, unless that would hold copies of what was captured."""
+        if param in self._products or self.rule.outer_products is None:
+            return self._products.get(param)
+        name = self._names[param]
         found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
+            captured = {t.untyped_storage().data_ptr() for t in (*self.call.inputs, *self.call.grads) if t is not None}
+            if found.storages <= captured:
+                self._products[param] = found
         return found
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms by the rule's own formula, if it has one, or from its factors."""
         if self.rule.sq_norms is not None:
-            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self.names[p] for p in params)))
-            return {p: found[self.names[p]] * self.scale**2 for p in params}
+            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self._names[p] for p in params)))
+            return {p: found[self._names[p]] * self.scale**2 for p in params}
         factors = {p: self.outer_products(p) for p in params}
         return {p: ghost_norms.sq_norms([use]) for p, use in factors.items() if use is not None}
 
@@ -153,14 +143,12 @@ class Deferred:
         """Weighted sums by the rule's own formula, if it has one, or from its factors."""
         chosen = slice(None) if rows is None else rows
         if self.rule.weighted_sums is not None and (rows is None or self._narrows):
-            names = tuple(self.names[p] for p in params)
+            names = tuple(self._names[p] for p in params)
             call = dataclasses.replace(self.call, names=names) if rows is None else _narrow(self.call, rows, names)
             found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
-            return {p: found[self.names[p]] for p in params}
+            return {p: found[self._names[p]] for p in params}
         uses = {p: self.outer_products(p) for p in params}
         return {p: use.pick(chosen).weighted_sum(factors[chosen]) for p, use in uses.items() if use is not None}
-
-    # ---------------------------------------------------------------- what is worked out at once
 
     def instantiate_small(self) -> "list[Term]":
         """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
@@ -189,7 +177,7 @@ class Deferred:
 
 
 @dataclass(eq=False)
-class Instantiated:
+class Instantiated(Term):
     """Per-sample gradients of ``samples`` samples, written out already; the true ones are ``scale`` times these."""
 
     tensors: dict[nn.Parameter, Tensor]
@@ -197,18 +185,13 @@ class Instantiated:
     name: str
     scale: float = 1.0
 
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
+    def __post_init__(self) -> None:
         """The parameters with written-out gradients."""
-        return list(self.tensors)
+        self.params = list(self.tensors)
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """The stored rows."""
         return scaled(self.tensors[param][rows], self.scale)
-
-    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """None: the factors are gone."""
-        return None
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """One reading of the stored rows."""

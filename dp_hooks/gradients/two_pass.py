@@ -1,8 +1,7 @@
 """Clipping with a second backward pass instead of captured tensors: memory for the price of time."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
 from .sample_gradients import SampleGradients
-from .sinks import DeferredSink, Sink
+from .sinks import Sink
 from .terms import Deferred, Sums, Term
 
 # Largest relative difference between the two passes in what a call got, by its squared norms.
@@ -19,7 +18,7 @@ _SAME = 1e-3
 
 
 @dataclass(eq=False)
-class TwoPass:
+class TwoPass(Sink):
     """Receives the same calls twice: from the first pass come norms, from the second weighted sums.
 
     ``again`` repeats the backward pass.
@@ -67,11 +66,6 @@ class TwoPass:
     def discard(self) -> None:
         """Drop what is kept."""
         self._kept = []
-
-    @contextmanager
-    def aside(self) -> Iterator[Sink]:
-        """A sink for single passes."""
-        yield DeferredSink()
 
     def _first(self, source: Term) -> Sequence[Term]:
         params = source.params

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Any, BinaryIO
+from typing import Any
 
 import torch
 from opacus import PrivacyEngine
@@ -16,21 +15,18 @@ from typing_extensions import Self
 
 from .._validate import bad
 from ..capture.validate import check_model, problems
-from ..errors import ScopeError
-from ..privacy.accounting.meter import epsilon_of, make_accountant
+from ..privacy.accounting.opacus import epsilon_of, make_accountant
 from ..privacy.clipping import ADAPTIVE_OPTIONS
 from ..privacy.sampling.loader import PrivateDataLoader
 from ..training.optimizer import PrivateOptimizer
 from ..training.scope import PrivateTraining, private_training
+from .opacus_checkpoint import OpacusCheckpoints
 
-_WRAPPER = "_module."
-
-PathOrFile = str | os.PathLike[str] | BinaryIO | IO[bytes]
 Private = tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]
 PrivateWithCriterion = tuple[nn.Module, PrivateOptimizer, Any, PrivateDataLoader]
 
 
-class PrivacyEngineHookBased:
+class PrivacyEngineHookBased(OpacusCheckpoints):
     """Opacus's ``PrivacyEngine``, but the model comes back as it is.
 
     ::
@@ -140,23 +136,7 @@ class PrivacyEngineHookBased:
             InvalidArgumentError: an argument that cannot be used.
             UnsupportedModelError: the model cannot be trained privately; lists every offending module.
         """
-        return self._open(
-            module,
-            optimizer,
-            criterion,
-            data_loader,
-            wrap_model,
-            rand_on_empty=rand_on_empty,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            poisson_sampling=poisson_sampling,
-            clipping=clipping,
-            noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            **kwargs,
-        )
+        return self._open(**_given(locals()))
 
     def make_private_with_epsilon(
         self,
@@ -178,63 +158,27 @@ class PrivacyEngineHookBased:
         wrap_model: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
-        """Like :meth:`make_private`, with sigma calculated for a budget.
+        """Like :meth:`make_private`, with sigma calculated for a budget: ``epochs`` passes spend at most ``target_epsilon``.
 
-        The loader yields exactly the number of batches the budget was calculated for, over all passes together; a further
+        ``target_delta`` is the delta that goes with it; all other arguments are those of :meth:`make_private`. The loader
+        yields exactly the number of batches the budget was calculated for, over all passes together; a further
         ``optimizer.step()`` raises ``BudgetExhaustedError``.
-
-        Args:
-            module: see :meth:`make_private`.
-            optimizer: see :meth:`make_private`.
-            criterion: see :meth:`make_private`.
-            data_loader: see :meth:`make_private`.
-            target_epsilon: epsilon after ``epochs`` passes.
-            target_delta: the delta that goes with it.
-            epochs: number of passes.
-            max_grad_norm: see :meth:`make_private`.
-            batch_first: see :meth:`make_private`.
-            loss_reduction: see :meth:`make_private`.
-            poisson_sampling: see :meth:`make_private`.
-            clipping: see :meth:`make_private`.
-            noise_generator: see :meth:`make_private`.
-            grad_sample_mode: see :meth:`make_private`.
-            wrap_model: see :meth:`make_private`.
-            **kwargs: see :meth:`make_private`.
-
-        Returns:
-            As :meth:`make_private`.
 
         Raises:
             InvalidArgumentError: also if this engine has spent budget already.
+            UnsupportedModelError: see :meth:`make_private`.
         """
-        return self._open(
-            module,
-            optimizer,
-            criterion,
-            data_loader,
-            wrap_model,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            epochs=epochs,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            poisson_sampling=poisson_sampling,
-            clipping=clipping,
-            noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            **kwargs,
-        )
+        return self._open(**_given(locals()))
 
     def _open(
         self,
+        *,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         criterion: Any,
         data_loader: DataLoader[Any],
-        wrap_model: bool,
-        *,
         grad_sample_mode: str,
+        wrap_model: bool,
         rand_on_empty: bool = False,
         **kwargs: Any,
     ) -> Private | PrivateWithCriterion:
@@ -311,114 +255,14 @@ class PrivacyEngineHookBased:
         fixed: nn.Module = PrivacyEngine.get_compatible_module(module)
         return fixed
 
-    # ---------------------------------------------------------------- accounting and checkpoints
+    # ---------------------------------------------------------------- accounting
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``; infinite after a step without noise."""
         return epsilon_of(self.accountant, delta)
 
-    def save_checkpoint(
-        self,
-        *,
-        path: PathOrFile,
-        module: nn.Module,
-        optimizer: Any = None,
-        noise_scheduler: Any = None,
-        grad_clip_scheduler: Any = None,
-        checkpoint_dict: dict[str, Any] | None = None,
-        module_state_dict_kwargs: dict[str, Any] | None = None,
-        torch_save_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Save model, optimizer, accountant and schedulers in Opacus's checkpoint format.
 
-        State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from
-        them.
-        """
-        # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
-        PrivacyEngine.save_checkpoint(
-            self,
-            path=path,
-            module=module,
-            optimizer=optimizer,
-            noise_scheduler=noise_scheduler,
-            grad_clip_scheduler=grad_clip_scheduler,
-            checkpoint_dict=checkpoint_dict,
-            module_state_dict_kwargs=module_state_dict_kwargs,
-            torch_save_kwargs=torch_save_kwargs,
-        )
-
-    def load_checkpoint(
-        self,
-        *,
-        path: PathOrFile,
-        module: nn.Module,
-        optimizer: Any = None,
-        noise_scheduler: Any = None,
-        grad_clip_scheduler: Any = None,
-        module_load_dict_kwargs: dict[str, Any] | None = None,
-        torch_load_kwargs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Load a checkpoint written by this engine or by Opacus's, and return what else was in it.
-
-        The ``_module.`` prefix of checkpoints written through Opacus's wrapper is taken off.
-        What this engine has spent stays spent: going back to an earlier checkpoint of the same run restores the model, not
-        the budget, since both releases have been seen.
-
-        Loads with ``weights_only=True``: a checkpoint cannot run code. Pass
-        ``torch_load_kwargs={"weights_only": False}`` for one of your own that holds other objects.
-
-        Raises:
-            ScopeError: this engine has spent budget that is neither part of the checkpoint nor its continuation.
-        """
-        checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
-        spent = checkpoint["privacy_accountant_state_dict"]
-        make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
-        history = _joined(self.accountant.history, spent["history"])
-        weights = checkpoint["module_state_dict"]
-        if weights and all(key.startswith(_WRAPPER) for key in weights):
-            weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
-        module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
-        self.accountant.load_state_dict({**spent, "history": history})
-        parts = (
-            ("optimizer_state_dict", optimizer),
-            ("noise_scheduler_state_dict", noise_scheduler),
-            ("grad_clip_scheduler_state_dict", grad_clip_scheduler),
-        )
-        for key, part in parts:
-            state = checkpoint.pop(key, {})
-            if part is not None and state:
-                part.load_state_dict(state)
-            elif (part is None) != (not state):
-                what = key.removesuffix("_state_dict")
-                warnings.warn(
-                    f"the checkpoint has {'a' if state else 'no'} {what} state, but {what} is "
-                    f"{'given' if part is not None else 'not given'}",
-                    stacklevel=2,
-                )
-        return checkpoint
-
-
-def _joined(spent: list[tuple[float, float, int]], loaded: list[tuple[float, float, int]]) -> list[Any]:
-    """Return the history to go on with: the longer of two where one continues the other."""
-    for shorter, longer in ((spent, loaded), (loaded, spent)):
-        if _continues(shorter, longer):
-            if longer is spent and len(spent) and shorter != longer:
-                warnings.warn(
-                    "the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3
-                )
-            return [tuple(entry) for entry in longer]
-    raise ScopeError(
-        f"this engine has already spent budget ({spent}) that the checkpoint ({loaded}) knows nothing of; loading would "
-        "forget it. Load into a new engine."
-    )
-
-
-def _continues(shorter: list[tuple[float, float, int]], longer: list[tuple[float, float, int]]) -> bool:
-    if not shorter:
-        return True
-    *head, (sigma, rate, steps) = [tuple(entry) for entry in shorter]
-    rest = [tuple(entry) for entry in longer]
-    if len(rest) < len(shorter) or rest[: len(head)] != head:
-        return False
-    at = rest[len(head)]
-    return at[:2] == (sigma, rate) and (at[2] >= steps)
+def _given(local: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the method whose ``locals()`` these are at its beginning, without ``self``."""
+    given = {name: value for name, value in local.items() if name not in ("self", "kwargs")}
+    return {**given, **local["kwargs"]}

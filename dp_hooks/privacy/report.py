@@ -54,7 +54,7 @@ class PrivacyReport:
             ("private steps", str(self.steps)),
             ("dataset, batch", f"{self.dataset_size} examples, {self.expected_batch_size:g} expected per batch"),
             ("gradients", f'mode "{self.grad_sample_mode}"'),
-            ("loss", "verified" if self.loss_verified else "not verified"),
+            ("loss", "verified" if self.loss_verified else "not checked (pass criterion=..., or train with @dp_step)"),
         ]
         if self.clipping_details:
             details = ", ".join(f"{name} {value:.6g}" for name, value in self.clipping_details.items())

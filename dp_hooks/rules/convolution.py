@@ -107,6 +107,11 @@ class Patches(OuterProducts):
         """The dtype of the gradients."""
         return self.left.dtype
 
+    @property
+    def storages(self) -> set[int]:
+        """Where the memory of the input and the output gradients is; patches are made when they are needed."""
+        return {self._seen.untyped_storage().data_ptr(), self._seeing.untyped_storage().data_ptr()}
+
     def right_products(self, other: OuterProducts) -> Tensor:
         """Of patches with themselves from pixels where that is cheaper, else of the patches written out."""
         if other is self and self._cost_of_pixels() <= self._cost_of_patches():

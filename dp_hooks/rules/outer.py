@@ -64,6 +64,11 @@ class OuterProducts:
         """The dtype of the gradients."""
         return self.right.dtype
 
+    @property
+    def storages(self) -> set[int]:
+        """Where the memory of the factors is."""
+        return {self.left.untyped_storage().data_ptr(), self.right.untyped_storage().data_ptr()}
+
     def norms(self) -> tuple[Tensor, Tensor]:
         """``|left_t|`` and ``|right_t|``, both ``[n, t]``: known from the products of the tokens with themselves."""
         if self._norms is None:

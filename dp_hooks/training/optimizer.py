@@ -1,83 +1,33 @@
 """The optimizer that a private scope hands out: clips, adds noise, charges, and only then lets the user's own one step."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._rerun import autocast_as
-from .._validate import bad, non_negative
+from .._validate import non_negative
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
 from ..errors import ScopeError, UnsupportedModelError
-from ..gradients.sample_gradients import SampleGradients
 from ..privacy.accounting.meter import PrivacyMeter
-from ..privacy.clipping import ClippingFunction
 from ..privacy.noise.gaussian import GaussianNoise
-from ..privacy.sampling.loader import PhysicalBatch
-
-_HOOKS = tuple(
-    f"_optimizer_{method}_{when}_hooks"
-    for method in ("step", "state_dict", "load_state_dict")
-    for when in ("pre", "post")
-)
+from ..privacy.noise.standard_deviation import standard_deviation
+from ..privacy.sampling.physical import PhysicalBatch
+from .clipped_sum import ClippedSum
+from .wrapped_optimizer import WrappedOptimizer
 
 StepHook = Callable[["PrivateOptimizer"], None]
 
 
-def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters that ``optimizer`` manages, in its order.
-
-    Raises:
-        InvalidArgumentError: not an optimizer, foreign parameters, none that is trainable, or an optimizer that
-            evaluates its closure several times (LBFGS) or needs sparse gradients.
-    """
-    if isinstance(optimizer, PrivateOptimizer):
-        raise bad("optimizer", type(optimizer).__name__, "it is private already; pass the optimizer it was made from.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise bad("optimizer", optimizer, "pass a torch.optim.Optimizer over the model's parameters.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise bad(
-            "optimizer",
-            "LBFGS",
-            "it evaluates the loss several times per step, and every evaluation would need a charge of its own. Use SGD "
-            "or Adam.",
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise bad("optimizer", "SparseAdam", "noise makes every gradient dense. Use Adam.")
-    own = {id(p) for p in model.parameters()}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = [tuple(p.shape) for p in params if id(p) not in own]
-    if foreign:
-        raise bad(
-            "optimizer",
-            type(optimizer).__name__,
-            "Module parameters are different than optimizer Parameters: "
-            f"{len(foreign)} of its {len(params)} tensors (shapes {foreign[:3]}) are not in the model. Create it "
-            "from model.parameters() after the model has its final form.",
-        )
-    trainable = [p for p in params if p.requires_grad]
-    if not trainable:
-        raise bad(
-            "optimizer",
-            type(optimizer).__name__,
-            "none of its parameters is trainable. Set requires_grad_(True) on those to train before entering.",
-        )
-    return trainable
-
-
-class PrivateOptimizer(torch.optim.Optimizer):
+class PrivateOptimizer(WrappedOptimizer):
     """A drop-in ``torch.optim.Optimizer`` around the user's own.
 
     ``step()`` clips the captured per-sample gradients, adds ``N(0, (noise_multiplier * sensitivity)^2)`` to their sum
     (somewhat more with adaptive clipping, which also releases a count), charges the accountant, writes the noised gradient
-    to ``p.grad`` and calls the wrapped optimizer. Inside the
-    scope ``p.grad`` is None until then. Parameter groups and state are the wrapped optimizer's own, so learning-rate schedulers
-    and checkpoints work as usual; a copy or pickle of it is a copy of the wrapped optimizer.
+    to ``p.grad`` and calls the wrapped optimizer. Inside the scope ``p.grad`` is None until then.
 
     Guarantee: one example of the dataset changes the clipped sum by at most the clipping function's sensitivity, and no
     function of that sum leaves this class without noise.
@@ -88,38 +38,40 @@ class PrivateOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         controller: HookController,
-        clipping: ClippingFunction,
-        make_clipping: Callable[[Any], ClippingFunction],
+        clipped_sum: ClippedSum,
         noise: GaussianNoise,
-        noise_multiplier: float,
         meter: PrivacyMeter,
         expected_batch_size: float,
         loss_reduction: str,
         self_check: SelfCheck | None = None,
     ) -> None:
-        """Wrap ``optimizer``; the pieces come checked from the scope."""
-        # Not calling super().__init__: it would build parameter groups and state of its own.
-        self.original_optimizer = optimizer
-        for name in _HOOKS:  # shared, so that hooks registered here run when the wrapped optimizer works
-            setattr(self, name, getattr(optimizer, name))
+        """Wrap ``optimizer``; the pieces come checked from the scope.
+
+        Args:
+            optimizer: the user's own.
+            controller: captures the gradients.
+            clipped_sum: clips them and adds them up.
+            noise: draws the noise.
+            meter: is charged, and knows the noise multiplier.
+            expected_batch_size: what the noised sum is divided by, if ``loss_reduction`` is "mean".
+            loss_reduction: "mean" or "sum".
+            self_check: looks at gradients before they are used.
+        """
+        super().__init__(optimizer)
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
         self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._controller = controller
-        self._clipping = clipping
-        self._make_clipping = make_clipping
+        self._sum = clipped_sum
         self._noise = noise
-        self._noise_multiplier = noise_multiplier
         self._meter = meter
         self._self_check = self_check
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
-        self._part: PhysicalBatch | None = None
-        self._part_done = False
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._statistic: Tensor | None = None
-        self._said: set[str] = set()
+        self._batch: PhysicalBatch | None = None
+        self._batch_done = False
+        self._mentioned: set[nn.Parameter] = set()
 
     # ---------------------------------------------------------------- privacy parameters
 
@@ -129,18 +81,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         With adaptive clipping it pays for the count of unclipped samples as well, and the gradients get more noise.
         """
-        return self._noise_multiplier
+        return self._meter.noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        value = non_negative("noise_multiplier", value)
-        if self._meter.budget is not None and value != self._noise_multiplier:
-            raise ScopeError(
-                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
-                "scope with noise_multiplier=... to schedule it."
-            )
-        self._clipping.check_noise(value)
-        self._noise_multiplier = value
+        self._sum.clipping.check_noise(non_negative("noise_multiplier", value))
+        self._meter.noise_multiplier = value
 
     @property
     def max_grad_norm(self) -> Any:
@@ -148,26 +94,26 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         With adaptive clipping it is the bound of the next step, and setting it starts afresh from there.
         """
-        return self._clipping.max_grad_norm
+        return self._sum.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
-        if self._sums:
-            raise ScopeError(
-                f"max_grad_norm={value!r}: cannot change in the middle of a logical batch, parts of which were clipped to "
-                f"{self.max_grad_norm!r} already. Change it between steps."
-            )
-        self._clipping = self._make_clipping(value)
+        self._sum.max_grad_norm = value
 
     @property
     def clipping_details(self) -> dict[str, float]:
         """Further settings of the clipping function; with adaptive clipping also how the noise is split."""
-        return self._clipping.details(self.noise_multiplier)
+        return self._sum.clipping.details(self.noise_multiplier)
 
     @property
     def sensitivity(self) -> float:
         """S: what one example can change in the clipped sum; the noise is in units of it."""
-        return self._clipping.sensitivity
+        return self._sum.clipping.sensitivity
+
+    @property
+    def physical_batch(self) -> PhysicalBatch | None:
+        """What is known of the batch that the private loader handed out last; None before the first."""
+        return self._batch
 
     def attach_step_hook(self, fn: StepHook) -> None:
         """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
@@ -180,45 +126,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         )
 
     # ---------------------------------------------------------------- torch.optim.Optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.original_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.original_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.original_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.original_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.original_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.original_optimizer.defaults = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict."""
-        return self.original_optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the wrapped optimizer's class."""
-        self.original_optimizer.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the set of private parameters is fixed when the scope begins."""
-        raise ScopeError("parameter groups cannot be added inside a private scope: add them before entering it.")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -234,14 +141,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
             f"PrivateOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
             f"{self.original_optimizer!r})"
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.optim.Optimizer:
-        """A deep copy of the wrapped optimizer: ordinary, over copied parameters, outside the scope."""
-        return copy.deepcopy(self.original_optimizer, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the wrapped optimizer."""
-        return (_same, (self.original_optimizer,))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what was captured since the last step, and every ``p.grad``.
@@ -281,20 +180,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, *, empty: bool) -> Any:
         self._check_open()
-        foreign = self._part is None
-        finishes = self._part is None or self._part.last
+        batch = self._batch
+        finishes = batch is None or batch.last
         if finishes:
-            self._meter.check_step(self.noise_multiplier, foreign=foreign)
+            self._meter.check_step(foreign=batch is None)
         self._check_params()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_step(empty=empty)
-        self._add_part(self._controller.take())
-        self._part_done = True
+        self._add_batch()
         if finishes:
-            self._release(foreign)
+            self._release(foreign=batch is None)
         return loss
 
     def _check_open(self) -> None:
@@ -319,87 +217,77 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
 
     def _check_step(self, *, empty: bool) -> None:
-        part = self._part
-        if part is not None and self._part_done:
+        batch = self._batch
+        if batch is not None and self._batch_done:
             raise ScopeError(
                 "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
                 "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
             )
-        empty = empty or (part is not None and part.size == 0)
+        empty = empty or (batch is not None and batch.size == 0)
         if self._controller.is_stale:
             raise ScopeError(
                 "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
                 "Take the step before the next batch, or call opt.zero_grad() to drop them."
             )
-        if not self._controller.has_gradients and not empty and not self._sums:
+        if not self._controller.has_gradients and not empty and not self._sum:
             raise ScopeError(
                 "opt.step() found no gradients: no backward pass through the model's hooked layers since the last step. "
                 "Call loss.backward() before it, on a loss of this model, outside torch.no_grad()."
             )
 
-    def start_part(self, part: PhysicalBatch) -> None:
-        """The loader is about to hand out ``part``: finish the part before it, or forget a logical batch left early."""
-        if part.index > 0:
-            if self._part is None or (self._part.logical, self._part.index + 1) != (part.logical, part.index):
-                raise ScopeError(
-                    "two passes over the private loader are interleaved: physical parts of different logical batches would "
-                    "be added up. Finish or leave one pass before beginning the next."
-                )
-            if not self._part_done:
-                self._add_part(self._controller.take())
-        else:
-            self._sums, self._statistic = {}, None
-        self._part = part
-        self._part_done = False
+    def start_batch(self, batch: PhysicalBatch) -> None:
+        """The loader is about to hand out ``batch``: finish the one before it, or forget a logical batch left early."""
+        before = self._batch
+        if batch.index == 0:
+            self._sum.clear()
+        elif before is None or (before.logical, before.index + 1) != (batch.logical, batch.index):
+            raise ScopeError(
+                "two passes over the private loader are interleaved: physical parts of different logical batches would "
+                "be added up. Finish or leave one pass before beginning the next."
+            )
+        elif not self._batch_done:
+            self._add_batch()
+        self._batch, self._batch_done = batch, False
         self._controller.next_batch()
         if self._self_check is not None:
             self._self_check.new_step()
 
-    def _add_part(self, gradients: SampleGradients | None) -> None:
-        """Clip one physical part and add it to the sums of its logical batch."""
-        if gradients is None:
-            return
-        part = self._part
-        if part is not None and gradients.samples > part.size:
+    def _add_batch(self) -> None:
+        """Add what was captured of the present physical batch to the sum of its logical batch."""
+        gradients = self._controller.take()
+        if gradients is not None:
+            self._check_rows(gradients.samples)
+            captured = {id(p) for p in gradients.params}
+            params = [p for p in self.params if id(p) in captured and p.requires_grad]
+            if self._self_check is not None:
+                if self._self_check.needed(gradients.samples):
+                    self._self_check.check_calls(gradients.samples)
+                self._self_check.new_step()
+            if gradients.samples > 0 and params:
+                self._sum.add(gradients, params)
+        self._batch_done = True
+
+    def _check_rows(self, samples: int) -> None:
+        if self._batch is not None and samples > self._batch.size:
             raise ScopeError(
-                f"the model saw {gradients.samples} samples, but the private loader handed out {part.size} examples: one "
+                f"the model saw {samples} samples, but the private loader handed out {self._batch.size} examples: one "
                 "example may then be clipped several times over. Keep one row per example (add up the losses of "
                 "augmented copies in separate forward passes)."
             )
-        captured = {id(p) for p in gradients.params}
-        wanted = [p for p in self.params if id(p) in captured and p.requires_grad]
-        if self._self_check is not None:
-            if self._self_check.needed(gradients.samples):
-                self._self_check.check_calls(gradients.samples)
-            self._self_check.new_step()
-        if gradients.samples == 0 or not wanted:
-            return
-        device = wanted[0].device
-        # The step, or the loader that finishes a physical part, may be used inside the user's autocast.
-        with autocast_as(device.type, None):
-            norms = gradients.sq_norms(wanted)
-            factors = self._clipping.factors(norms)
-            finite = torch.stack([torch.isfinite(s).to(device) for s in norms.values()]).all(0)
-            for p, total in gradients.weighted_sums(factors, finite, consume=True).items():
-                self._sums[p] = self._sums[p].add_(total) if p in self._sums else total
-        statistic = self._clipping.statistic(norms)
-        if statistic is not None:
-            self._statistic = statistic if self._statistic is None else self._statistic + statistic
 
-    def _release(self, foreign: bool) -> None:
-        sums, self._sums = self._sums, {}
-        statistic, self._statistic = self._statistic, None
-        clipping, sigma = self._clipping, self.noise_multiplier  # a step hook may set others for the next step
+    def _release(self, *, foreign: bool) -> None:
+        sums, statistic = self._sum.take()
+        clipping, sigma = self._sum.clipping, self.noise_multiplier  # a step hook may set others for the next step
         params = [p for p in self.params if p.requires_grad]
         self._mention_unused([p for p in params if p not in sums])
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        std = clipping.gradient_noise_multiplier(sigma) * clipping.sensitivity
+        std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
         scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
         self._noise.add_([sums[p] for p in params], std, scale)
         noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
-        self._meter.charge_step(sigma, foreign=foreign)
+        self._meter.charge_step(foreign=foreign)
         for hook in self._step_hooks:
             hook(self)
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
@@ -413,14 +301,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         clipping.update(statistic, self._noise, sigma)
 
     def _mention_unused(self, unused: list[nn.Parameter]) -> None:
-        names = [self._controller.name_of(p) for p in unused]
-        new = [name for name in names if name not in self._said]
-        if new and (self._part is None or self._part.size > 0):
-            self._said.update(new)
+        new = [p for p in unused if p not in self._mentioned]
+        if new and (self._batch is None or self._batch.size > 0):
+            self._mentioned.update(new)
+            names = ", ".join(self._controller.name_of(p) for p in new[:8])
             warnings.warn(
-                f"the loss did not reach {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}: such parameters get "
-                "noise but no signal. Freeze them with requires_grad_(False) before entering the scope.",
-                stacklevel=4,
+                f"the loss did not reach {names}{', ...' if len(new) > 8 else ''}: such parameters get noise but no signal. "
+                "Freeze them with requires_grad_(False) before entering the scope.",
+                stacklevel=5,
             )
 
     def _forbid_direct_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -438,9 +326,5 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _close(self) -> None:
         self._closed = True
-        self._sums, self._statistic = {}, None
-        self._part = None
-
-
-def _same(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return optimizer
+        self._sum.clear()
+        self._batch = None

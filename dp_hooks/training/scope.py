@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextvars
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from opacus.accountants import IAccountant
@@ -19,342 +17,27 @@ from .._validate import bad, boolean, fraction, one_of, positive_int
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
 from ..checks.self_check import SelfCheck
+from ..distributed.world import processes
 from ..errors import ScopeError
-from ..privacy.accounting.meter import Budget, PrivacyMeter, calibrate, check_budget, make_accountant
+from ..privacy.accounting.calibrate import Budget, Target, calibrate, check_budget
+from ..privacy.accounting.meter import PrivacyMeter
+from ..privacy.accounting.opacus import make_accountant
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.report import PrivacyReport
-from ..privacy.sampling.loader import PhysicalBatch, PrivateDataLoader, make_loader, plan_sampling
-from .optimizer import PrivateOptimizer, check_optimizer
-
-_active: contextvars.ContextVar[tuple[PrivateTraining, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
-_claimed: dict[int, PrivateTraining] = {}
-_claims = threading.Lock()
+from ..privacy.sampling.loader import PrivateDataLoader, make_loader
+from ..privacy.sampling.scheme import plan_sampling
+from .claims import Claims
+from .clipped_sum import ClippedSum
+from .optimizer import PrivateOptimizer
+from .wrapped_optimizer import check_optimizer
 
 RELATION = "one example, replaced by a null record (fixed-size add/remove)"
 
+_claims: Claims[PrivateTraining] = Claims()
+
 
 class PrivateTraining:
-    """The context manager that :func:`private_training` returns; readable also after the scope has ended.
-
-    Attributes:
-        model: the user's model, never wrapped.
-        optimizer: the private optimizer (None before entering).
-        loader: the private loader (None before entering).
-        controller: the :class:`~dp_hooks.HookController` (None before entering).
-        accountant: the Opacus accountant that is charged.
-        noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loader: DataLoader[Any],
-        *,
-        noise_multiplier: float | None,
-        target_epsilon: float | None,
-        target_delta: float | None,
-        epochs: float | None,
-        max_grad_norm: Any,
-        loss_reduction: str,
-        batch_first: bool,
-        poisson_sampling: bool,
-        clipping: str,
-        clipping_options: Mapping[str, float] | None,
-        grad_sample_mode: str,
-        accountant: str | IAccountant,
-        max_physical_batch_size: int | None,
-        sample_rate: float | None,
-        secure_mode: bool,
-        noise_generator: torch.Generator | None,
-        self_check: bool,
-        criterion: nn.Module | None,
-        ledger: None,
-    ) -> None:
-        """Check every argument, and work out sigma; nothing is attached or spent yet."""
-        self.model = check_is_module(model)
-        self._params = check_optimizer(optimizer, model)
-        self._original_optimizer = optimizer
-        self._original_loader = loader
-        sigma, epsilon, self.target_delta, passes = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
-        self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
-        self.batch_first = boolean("batch_first", batch_first)
-        self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
-        if boolean("secure_mode", secure_mode):
-            raise bad(
-                "secure_mode",
-                True,
-                "cryptographically secure noise is not available in this version. Pass secure_mode=False: noise then "
-                "comes from PyTorch's generators, seeded from the operating system's entropy.",
-            )
-        if max_physical_batch_size is not None:
-            positive_int("max_physical_batch_size", max_physical_batch_size)
-        self._max_physical_batch_size = max_physical_batch_size
-        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
-        self._noise = GaussianNoise(noise_generator)
-        self._wants_check = boolean("self_check", self_check)
-        if criterion is not None and not isinstance(criterion, nn.Module):
-            raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
-        self._criterion = criterion
-        if ledger is not None:
-            raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
-        self._noise.check_devices({p.device for p in self._params})
-        if _processes() > 1:
-            raise ScopeError(
-                "torch.distributed runs with several processes, which this version does not support: noise and "
-                "sampling would have to be coordinated. Train in one process."
-            )
-        self.plan = plan_sampling(
-            loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
-        )
-        self._make_clipping = partial(
-            make_clipping,
-            clipping,
-            params=self._params,
-            names=_names(model),
-            expected_batch_size=self.plan.expected_batch_size,
-            options=clipping_options,
-        )
-        self._clipping = self._make_clipping(max_grad_norm)
-        self._clipping_name = clipping
-        check_model(model)
-        self.accountant = make_accountant(accountant)
-        budget = None
-        if epsilon is not None and self.target_delta is not None and passes is not None:
-            releases = self.plan.releases(passes)
-            sigma = calibrate(self.accountant, epsilon, self.target_delta, self.plan.charged_rate, releases)
-            budget = Budget(epsilon, self.target_delta, releases)
-        assert sigma is not None  # check_budget: one of the two was given
-        self._clipping.check_noise(sigma)
-        self.noise_multiplier = sigma
-        self._meter = PrivacyMeter(
-            self.accountant, sigma=sigma, charged_rate=self.plan.charged_rate, poisson=self.plan.poisson, budget=budget
-        )
-        self.optimizer: PrivateOptimizer | None = None
-        self.loader: PrivateDataLoader | None = None
-        self.controller: HookController | None = None
-        self.self_check: SelfCheck | None = None
-        self._stack: ExitStack | None = None
-        self._ended = False
-
-    # ---------------------------------------------------------------- lifetime
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the scope has been entered and not left."""
-        return self._stack is not None
-
-    def __enter__(self) -> tuple[PrivateOptimizer, PrivateDataLoader]:
-        """Install everything and return ``(optimizer, loader)``; if anything fails, everything is taken back.
-
-        Raises:
-            ScopeError: entered twice, or the model (or a parameter of it) is in another open scope.
-        """
-        if self.is_open or self._ended:
-            state = "open" if self.is_open else "over"
-            raise ScopeError(
-                f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
-                "accountant=scope.accountant to go on with the same budget."
-            )
-        with ExitStack() as stack:
-            self._claim(stack)
-            controller = HookController(
-                self.model,
-                batch_first=self.batch_first,
-                loss_reduction=self.loss_reduction,
-                grad_sample_mode=self.grad_sample_mode,
-            )
-            stack.callback(controller.cleanup)
-            if self._wants_check:
-                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion)
-                self.self_check.watch(stack)
-            optimizer = PrivateOptimizer(
-                self._original_optimizer,
-                controller=controller,
-                clipping=self._clipping,
-                make_clipping=self._make_clipping,
-                noise=self._noise,
-                noise_multiplier=self.noise_multiplier,
-                meter=self._meter,
-                expected_batch_size=self.plan.expected_batch_size,
-                loss_reduction=self.loss_reduction,
-                self_check=self.self_check,
-            )
-            optimizer.open(stack)
-            loader = make_loader(self._original_loader, self.plan, self, self._max_physical_batch_size)
-            stack.callback(loader.close)
-            self._activate(stack)
-            self.controller, self.optimizer, self.loader = controller, optimizer, loader
-            stack.callback(self._end)
-            self._stack = stack.pop_all()
-        return optimizer, loader
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Remove everything, whatever happened inside; exceptions pass through unchanged."""
-        part = self.current_part
-        if exc is not None and part is not None and part.size == 0 and hasattr(exc, "add_note"):
-            exc.add_note(
-                "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
-                "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
-            )
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
-            stack.__exit__(exc_type, exc, traceback)
-
-    def _end(self) -> None:
-        self._ended = True
-
-    def _claim(self, stack: ExitStack) -> None:
-        keys = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters()}
-        with _claims:
-            for key in keys:
-                if key in _claimed:
-                    raise ScopeError(
-                        f"the model {type(self.model).__name__}, or a part of it, is already in an open private scope. "
-                        "Leave that scope first (engine.cleanup() for an engine); its steps and these would not be "
-                        "accounted together."
-                    )
-            _claimed.update(dict.fromkeys(keys, self))
-        stack.callback(self._release_claim, keys)
-
-    def _release_claim(self, keys: set[int]) -> None:
-        with _claims:
-            for key in keys:
-                _claimed.pop(key, None)
-
-    def _activate(self, stack: ExitStack) -> None:
-        _active.set((*_active.get(), self))
-        stack.callback(self._deactivate)
-
-    def _deactivate(self) -> None:
-        _active.set(tuple(scope for scope in _active.get() if scope is not self))
-
-    # ---------------------------------------------------------------- what the loader asks and tells
-
-    def start_pass(self) -> None:
-        """Called by the loader before the first batch of a pass; charges it if there is no Poisson sampling."""
-        self._meter.start_pass(self._open_optimizer().noise_multiplier)
-
-    def start_part(self, part: PhysicalBatch) -> None:
-        """Called by the loader before it hands out a batch."""
-        self._open_optimizer().start_part(part)
-        self.current_part = part
-
-    def releases_left(self) -> int | None:
-        """Called by the loader at the start of a pass."""
-        self._open_optimizer()
-        return self._meter.remaining
-
-    def _open_optimizer(self) -> PrivateOptimizer:
-        if self.optimizer is None or not self.is_open:
-            raise ScopeError(
-                "the private loader was used after the end of its scope. Iterate it inside the with block; to go on "
-                "without privacy, use the original loader."
-            )
-        return self.optimizer
-
-    # ---------------------------------------------------------------- results
-
-    current_part: PhysicalBatch | None = None
-
-    @property
-    def steps(self) -> int:
-        """Private steps taken so far."""
-        return self._meter.steps
-
-    def get_epsilon(self, delta: float) -> float:
-        """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
-        return self._meter.get_epsilon(delta)
-
-    def report(self, delta: float | None = None) -> PrivacyReport:
-        """Return what can be said about privacy at this point.
-
-        Args:
-            delta: default: ``target_delta`` if given, else the smaller of 1e-5 and a tenth of 1 / (dataset size).
-        """
-        if delta is None:
-            delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
-        delta = fraction("delta", delta, "pass a number between 0 and 1.")
-        optimizer, plan = self.optimizer, self.plan
-        sampling = (
-            "Poisson"
-            if plan.poisson
-            else ("order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove")
-        )
-        return PrivacyReport(
-            epsilon=self.get_epsilon(delta),
-            delta=delta,
-            accountant=self.accountant.mechanism(),
-            relation=RELATION,
-            sampling=sampling,
-            sample_rate=plan.charged_rate,
-            noise_multiplier=self.noise_multiplier if optimizer is None else optimizer.noise_multiplier,
-            max_grad_norm=(self._clipping if optimizer is None else optimizer).max_grad_norm,
-            sensitivity=(self._clipping if optimizer is None else optimizer).sensitivity,
-            clipping=self._clipping_name,
-            clipping_details=(
-                self._clipping.details(self.noise_multiplier) if optimizer is None else optimizer.clipping_details
-            ),
-            steps=self.steps,
-            expected_batch_size=plan.expected_batch_size,
-            dataset_size=plan.examples,
-            foreign_steps=self._meter.foreign_steps,
-            loss_verified=self.self_check is not None and self.self_check.loss_verified,
-            grad_sample_mode=self.grad_sample_mode,
-        )
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return the qualified names of every parameter, several if it is shared."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(name)
-    return names
-
-
-def _processes() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
-def active_scope(model: object) -> PrivateTraining | None:
-    """Return the innermost open scope over ``model`` in the present context, or None."""
-    return next((scope for scope in reversed(_active.get()) if scope.model is model), None)
-
-
-def private_training(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader[Any],
-    *,
-    noise_multiplier: float | None = None,
-    target_epsilon: float | None = None,
-    target_delta: float | None = None,
-    epochs: float | None = None,
-    max_grad_norm: Any,
-    loss_reduction: str = "mean",
-    batch_first: bool = True,
-    poisson_sampling: bool = True,
-    clipping: str = "flat",
-    clipping_options: Mapping[str, float] | None = None,
-    grad_sample_mode: str = "ghost",
-    accountant: str | IAccountant = "prv",
-    max_physical_batch_size: int | None = None,
-    sample_rate: float | None = None,
-    secure_mode: bool = False,
-    noise_generator: torch.Generator | None = None,
-    self_check: bool = True,
-    criterion: nn.Module | None = None,
-    ledger: None = None,
-) -> PrivateTraining:
     """Train ``model`` with differential privacy inside a ``with`` block (DP-SGD: Abadi et al., CCS 2016).
 
     ::
@@ -365,10 +48,12 @@ def private_training(
                 criterion(model(x), y).backward()
                 opt.step()
 
-    The model is not wrapped. On leaving the block, by whatever way, every hook and attribute is gone again.
+    The model is not wrapped. On leaving the block, by whatever way, every hook and attribute is gone again. The scope itself
+    (``scope = private_training(...)``, ``with scope as (opt, loader):``) can be asked for :meth:`get_epsilon` and
+    :meth:`report`, also after the end.
 
     Guarantee: the sequence of released parameters is (epsilon, delta)-differentially private for the epsilon that
-    :meth:`PrivateTraining.get_epsilon` returns. Unit: one example of ``loader.dataset``. Relation: one example replaced by a
+    :meth:`get_epsilon` returns. Unit: one example of ``loader.dataset``. Relation: one example replaced by a
     null record that contributes nothing; the dataset size and the sampling rate are public. Not covered: validation on
     private data, early stopping and hyper-parameter choice on it.
 
@@ -380,7 +65,7 @@ def private_training(
             ``sigma * sensitivity`` (more with ``clipping="adaptive"``, whose count of unclipped samples has to be paid for).
         target_epsilon: instead of ``noise_multiplier``: the budget. sigma is calculated such that exactly ``epochs``
             passes fit, and the loader ends when they are over.
-        target_delta: delta of that budget; also the default of :meth:`PrivateTraining.report`.
+        target_delta: delta of that budget; also the default of :meth:`report`.
         epochs: passes over the data to calculate sigma for; only with ``target_epsilon``.
         max_grad_norm: the clipping bound C. With ``clipping="per_layer"`` a list with one bound per trainable parameter
             tensor, in the optimizer's order, or a mapping from patterns of parameter names to bounds, such as
@@ -419,36 +104,267 @@ def private_training(
             that of single samples, reduced as declared.
         ledger: reserved for a record of charges on disk; not available yet.
 
-    Returns:
-        The scope. Entering it gives ``(optimizer, loader)``; it keeps ``optimizer``, ``loader``, ``controller``,
-        ``accountant``, ``get_epsilon(delta)`` and ``report()``, also after the end.
+    Attributes:
+        model: the user's model, never wrapped.
+        optimizer: the private optimizer (None before entering).
+        loader: the private loader (None before entering).
+        controller: the :class:`~dp_hooks.HookController` (None before entering).
+        accountant: the Opacus accountant that is charged.
+        noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
 
     Raises:
         InvalidArgumentError: an argument that cannot be used, before anything is attached or spent.
         UnsupportedModelError: lists every module and parameter that cannot be trained privately.
         SelfCheckError: from the first ``opt.step()``, if the self-check disagrees.
     """
-    return PrivateTraining(
-        model,
-        optimizer,
-        loader,
-        noise_multiplier=noise_multiplier,
-        target_epsilon=target_epsilon,
-        target_delta=target_delta,
-        epochs=epochs,
-        max_grad_norm=max_grad_norm,
-        loss_reduction=loss_reduction,
-        batch_first=batch_first,
-        poisson_sampling=poisson_sampling,
-        clipping=clipping,
-        clipping_options=clipping_options,
-        grad_sample_mode=grad_sample_mode,
-        accountant=accountant,
-        max_physical_batch_size=max_physical_batch_size,
-        sample_rate=sample_rate,
-        secure_mode=secure_mode,
-        noise_generator=noise_generator,
-        self_check=self_check,
-        criterion=criterion,
-        ledger=ledger,
-    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader[Any],
+        *,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        epochs: float | None = None,
+        max_grad_norm: Any,
+        loss_reduction: str = "mean",
+        batch_first: bool = True,
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        clipping_options: Mapping[str, float] | None = None,
+        grad_sample_mode: str = "ghost",
+        accountant: str | IAccountant = "prv",
+        max_physical_batch_size: int | None = None,
+        sample_rate: float | None = None,
+        secure_mode: bool = False,
+        noise_generator: torch.Generator | None = None,
+        self_check: bool = True,
+        criterion: nn.Module | None = None,
+        ledger: None = None,
+    ) -> None:
+        """Check every argument, and work out sigma; nothing is attached or spent yet."""
+        self.model = check_is_module(model)
+        self._params = check_optimizer(optimizer, model)
+        self._original_optimizer = optimizer
+        self._original_loader = loader
+        wanted = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
+        self.target_delta = target_delta
+        self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
+        self.batch_first = boolean("batch_first", batch_first)
+        self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
+        if boolean("secure_mode", secure_mode):
+            raise bad(
+                "secure_mode",
+                True,
+                "cryptographically secure noise is not available in this version. Pass secure_mode=False: noise then "
+                "comes from PyTorch's generators, seeded from the operating system's entropy.",
+            )
+        if max_physical_batch_size is not None:
+            positive_int("max_physical_batch_size", max_physical_batch_size)
+        self._max_physical_batch_size = max_physical_batch_size
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
+        self._noise = GaussianNoise(noise_generator)
+        self._wants_check = boolean("self_check", self_check)
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
+        self._criterion = criterion
+        if ledger is not None:
+            raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
+        self._noise.check_devices({p.device for p in self._params})
+        if processes() > 1:
+            raise ScopeError(
+                "torch.distributed runs with several processes, which this version does not support: noise and "
+                "sampling would have to be coordinated. Train in one process."
+            )
+        self.plan = plan_sampling(
+            loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
+        )
+        make = partial(
+            make_clipping,
+            clipping,
+            params=self._params,
+            names=_names(model),
+            expected_batch_size=self.plan.expected_batch_size,
+            options=clipping_options,
+        )
+        self._sum = ClippedSum(make, max_grad_norm)
+        self._clipping_name = clipping
+        check_model(model)
+        self.accountant = make_accountant(accountant)
+        if isinstance(wanted, Target):
+            budget = Budget(wanted.epsilon, wanted.delta, self.plan.releases(wanted.epochs))
+            self.noise_multiplier = calibrate(self.accountant, budget, self.plan.charged_rate)
+        else:
+            budget, self.noise_multiplier = None, wanted
+        self._sum.clipping.check_noise(self.noise_multiplier)
+        self._meter = PrivacyMeter(
+            self.accountant,
+            noise_multiplier=self.noise_multiplier,
+            charged_rate=self.plan.charged_rate,
+            poisson=self.plan.poisson,
+            budget=budget,
+        )
+        self.optimizer: PrivateOptimizer | None = None
+        self.loader: PrivateDataLoader | None = None
+        self.controller: HookController | None = None
+        self.self_check: SelfCheck | None = None
+        self._stack: ExitStack | None = None
+        self._ended = False
+
+    # ---------------------------------------------------------------- lifetime
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the scope has been entered and not left."""
+        return self._stack is not None
+
+    def __enter__(self) -> tuple[PrivateOptimizer, PrivateDataLoader]:
+        """Install everything and return ``(optimizer, loader)``; if anything fails, everything is taken back.
+
+        Raises:
+            ScopeError: entered twice, or the model (or a parameter of it) is in another open scope.
+        """
+        if self.is_open or self._ended:
+            state = "open" if self.is_open else "over"
+            raise ScopeError(
+                f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
+                "accountant=scope.accountant to go on with the same budget."
+            )
+        with ExitStack() as stack:
+            _claims.claim(self, stack)
+            controller = HookController(
+                self.model,
+                batch_first=self.batch_first,
+                loss_reduction=self.loss_reduction,
+                grad_sample_mode=self.grad_sample_mode,
+            )
+            stack.callback(controller.cleanup)
+            if self._wants_check:
+                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion)
+                self.self_check.watch(stack)
+            optimizer = PrivateOptimizer(
+                self._original_optimizer,
+                controller=controller,
+                clipped_sum=self._sum,
+                noise=self._noise,
+                meter=self._meter,
+                expected_batch_size=self.plan.expected_batch_size,
+                loss_reduction=self.loss_reduction,
+                self_check=self.self_check,
+            )
+            optimizer.open(stack)
+            loader = make_loader(
+                self._original_loader, self.plan, self._meter, optimizer.start_batch, self._max_physical_batch_size
+            )
+            stack.callback(loader.close)
+            self.controller, self.optimizer, self.loader = controller, optimizer, loader
+            stack.callback(self._end)
+            self._stack = stack.pop_all()
+        return optimizer, loader
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove everything, whatever happened inside; exceptions pass through unchanged."""
+        batch = None if self.optimizer is None else self.optimizer.physical_batch
+        if exc is not None and batch is not None and batch.size == 0 and hasattr(exc, "add_note"):
+            exc.add_note(
+                "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
+                "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
+            )
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            stack.__exit__(exc_type, exc, traceback)
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def __iter__(self) -> NoReturn:
+        """Refused, since ``opt, loader = private_training(...)`` would never end.
+
+        Raises:
+            ScopeError: always.
+        """
+        raise ScopeError(
+            "a private scope has to be entered: write `with private_training(...) as (opt, loader):`, and train inside that "
+            "block. At its end everything that was attached to the model is taken off again."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a scope decorates nothing.
+
+        Raises:
+            ScopeError: always.
+        """
+        raise ScopeError(
+            "a private scope cannot be called: write `with private_training(...) as (opt, loader):`. The decorator for a "
+            "train function is @dp_step, and the function is called inside that block."
+        )
+
+    # ---------------------------------------------------------------- results
+
+    @property
+    def steps(self) -> int:
+        """Private steps taken so far."""
+        return self._meter.steps
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
+        return self._meter.get_epsilon(delta)
+
+    def report(self, delta: float | None = None) -> PrivacyReport:
+        """Return what can be said about privacy at this point.
+
+        Args:
+            delta: default: ``target_delta`` if given, else the smaller of 1e-5 and a tenth of 1 / (dataset size).
+        """
+        if delta is None:
+            delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
+        delta = fraction("delta", delta, "pass a number between 0 and 1.")
+        plan, clipping, sigma = self.plan, self._sum.clipping, self._meter.noise_multiplier
+        sampling = (
+            "Poisson"
+            if plan.poisson
+            else ("order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove")
+        )
+        return PrivacyReport(
+            epsilon=self.get_epsilon(delta),
+            delta=delta,
+            accountant=self.accountant.mechanism(),
+            relation=RELATION,
+            sampling=sampling,
+            sample_rate=plan.charged_rate,
+            noise_multiplier=sigma,
+            max_grad_norm=clipping.max_grad_norm,
+            sensitivity=clipping.sensitivity,
+            clipping=self._clipping_name,
+            clipping_details=clipping.details(sigma),
+            steps=self.steps,
+            expected_batch_size=plan.expected_batch_size,
+            dataset_size=plan.examples,
+            foreign_steps=self._meter.foreign_steps,
+            loss_verified=self.self_check is not None and self.self_check.loss_verified,
+            grad_sample_mode=self.grad_sample_mode,
+        )
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return the qualified names of every parameter, several if it is shared."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return names
+
+
+def active_scope(model: object) -> PrivateTraining | None:
+    """Return the innermost open scope over ``model`` in the present context, or None."""
+    return _claims.innermost(model)
+
+
+private_training = PrivateTraining

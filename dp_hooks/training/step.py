@@ -15,8 +15,9 @@ from typing_extensions import ParamSpec, TypeVar
 from .._tree import one_sample, private_copy, tensors_of, tree_map
 from .._validate import bad, boolean, one_of
 from ..capture.controller import HookController
+from ..checks.self_check import SelfCheck
 from ..errors import InvalidArgumentError, ScopeError
-from .scope import PrivateTraining, active_scope
+from .scope import active_scope
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -93,7 +94,8 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                 True,
                 f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
             )
-        if _is_empty(scope, batch):
+        drawn = optimizer.physical_batch
+        if (drawn is not None and drawn.size == 0) or _has_no_rows(batch, controller.axis):
             optimizer.zero_grad()
             optimizer.step_empty()
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
@@ -104,8 +106,11 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             with nullcontext() if trace is None else trace.function():
                 return _checked(fn, fn(model, part, *args, **kwargs), reduction)
 
+        def how_reduced(loss: Tensor) -> str:
+            return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
+
         def back(loss: Tensor, *, again: bool) -> None:
-            how = _reduction_of(scope, loss, reduction)
+            how = how_reduced(loss)
             with controller.reduced_by(how):
                 _reduced(loss, how).backward(retain_graph=again)
 
@@ -124,8 +129,9 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             loss = run(batch)
             shape_seen[:] = [loss.dim() == 1]
             back(loss, again=two_pass)
-            _check_length(fn, loss, scope)
-            _self_check(scope, run, spare, loss, reduction)
+            _check_length(fn, loss, controller.samples)
+            if check is not None and check.needed_for_function(controller.samples):
+                _self_check(check, controller, run, spare, how_reduced(loss))
             optimizer.step()
         return loss.detach()
 
@@ -165,25 +171,16 @@ def _check_function(fn: Any) -> None:
             raise InvalidArgumentError(f"fn={_name(fn)} cannot be decorated with dp_step: {reason}.")
 
 
-def _is_empty(scope: PrivateTraining, batch: Any) -> bool:
-    if scope.current_part is not None and scope.current_part.size == 0:
-        return True
-    axis = 0 if scope.batch_first else 1
+def _has_no_rows(batch: Any, axis: int) -> bool:
     sizes = [t.shape[axis] for t in tensors_of(batch) if t.dim() > axis]
     return bool(sizes) and not any(sizes)
 
 
-def _check_length(fn: Any, loss: Tensor, scope: PrivateTraining) -> None:
-    samples = 0 if scope.controller is None else scope.controller.samples
+def _check_length(fn: Any, loss: Tensor, samples: int) -> None:
     if loss.dim() == 1 and samples and len(loss) != samples:
         raise InvalidArgumentError(
             f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
         )
-
-
-def _reduction_of(scope: PrivateTraining, loss: Tensor, reduction: Reduction) -> str:
-    """Return "mean" or "sum": how the loss that is back-propagated is reduced over samples."""
-    return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
 
 
 def _reduced(loss: Tensor, how: str) -> Tensor:
@@ -193,12 +190,9 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
 
 
 def _self_check(
-    scope: PrivateTraining, run: Callable[[Any], Tensor], batch: Any, loss: Tensor, reduction: Reduction
+    check: SelfCheck, controller: HookController, run: Callable[[Any], Tensor], batch: Any, how: str
 ) -> None:
-    check, controller = scope.self_check, scope.controller
-    if check is None or controller is None or not check.needed_for_function(controller.samples):
-        return
-    samples, axis, how = controller.samples, controller.axis, _reduction_of(scope, loss, reduction)
+    samples, axis = controller.samples, controller.axis
     with controller.reduced_by(how):
         check.check_loss(
             samples,

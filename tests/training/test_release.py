@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dp_hooks import HookController
 from dp_hooks.errors import ScopeError, UnsupportedModelError
-from dp_hooks.privacy.clipping import FlatClipping
+from dp_hooks.privacy.clipping import FlatClipping, SampleNorms
 
 from ..models import (
     BOUND,
@@ -449,7 +449,7 @@ def sum_of(rows: Tensor, kind: str) -> list[Tensor]:
     loss.backward()
     found = controller.take()
     assert found is not None
-    factors = FlatClipping(1e-3).factors(found.sq_norms(found.params))
+    factors = FlatClipping(1e-3).factors(SampleNorms(found.sq_norms(found.params)))
     sums = found.weighted_sums(factors, torch.ones(found.samples, dtype=torch.bool))
     controller.cleanup()
     return list(sums.values())

@@ -32,7 +32,6 @@ class CallRecorder:
     """
 
     def __init__(self, model: nn.Module, trace: OpTrace) -> None:
-        """Nothing is recorded yet."""
         self._model = model
         self._params = list(model.parameters())
         self._device = next((p.device.type for p in self._params), "cpu")
@@ -61,8 +60,6 @@ class CallRecorder:
     def armed(self) -> bool:
         """Whether the next batch with several samples would be checked, as things stand."""
         return self.key(2) not in self.checked
-
-    # ---------------------------------------------------------------- while the model runs
 
     def begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
         """An outermost call begins: keep its inputs as they are now, if they will be needed."""
@@ -105,8 +102,6 @@ class CallRecorder:
             self.overflowed = True
         else:
             self.calls.append(call)
-
-    # ---------------------------------------------------------------- for the check
 
     def used(self) -> list[RecordedCall]:
         """The calls that gradients came back from; all, where none did: a loss may only use what is inside them."""

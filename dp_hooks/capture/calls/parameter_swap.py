@@ -27,7 +27,6 @@ class ParameterSwap:
     _lists: list[tuple[nn.RNNBase, dict[str, Any]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        """Find the places."""
         self.params, self.places = {}, []
         seen: dict[int, str] = {}
         for prefix, owner in self.module.named_modules() if self.recurse else [("", self.module)]:

@@ -78,7 +78,6 @@ class Session:
     """
 
     def __init__(self, sink: Sink, axis: int, loss_reduction: str) -> None:
-        """Nothing is going on."""
         self.sink = sink
         self.axis = axis
         self.loss_reduction = loss_reduction
@@ -97,8 +96,6 @@ class Session:
         self.recorder: CallRecorder | None = None
         self.collected: Refusals | None = None
 
-    # ---------------------------------------------------------------- questions
-
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""
         return torch._C._current_graph_task_id() not in (-1, self.outer_task)
@@ -114,8 +111,6 @@ class Session:
     def wants_gradients(self) -> bool:
         """Whether the backward pass that is running is a ``backward()``, not an ``autograd.grad()`` for something else."""
         return bool(torch._C._will_engine_execute_node(self._anchor_node))
-
-    # ---------------------------------------------------------------- what happens
 
     def running_pass(self, batch_number: int | None = None) -> BackwardPass:
         """The backward pass that is running."""
@@ -157,8 +152,6 @@ class Session:
         except BaseException:
             self.discard()
             raise
-
-    # ---------------------------------------------------------------- boundaries
 
     def restore_parameters(self) -> None:
         """Put all parameters back that are not in place."""

@@ -11,7 +11,6 @@ class Written:
     """
 
     def __init__(self, module: nn.Module, *, frozen: bool = False) -> None:
-        """Remember them."""
         self._module = module
         tensors = {n: b for n, b in module.named_buffers() if b.is_floating_point()}
         if frozen:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..._rerun import autocast_as
 from ..._tree import join, tensors_of
-from ...rules import OuterProducts, sum_of_squares
+from ...gradients.terms import Sums, Term
+from ...rules import sum_of_squares
 from .axis import SampleAxis
 from .tracked_value import TrackedValue
 
@@ -32,41 +33,29 @@ def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @dataclass(eq=False)
-class TrackedGradients:
-    """A source: ``grads`` ``[n, *value.shape]`` are the per-sample gradients of a shared tensor."""
+class TrackedGradients(Term):
+    """A term: ``rows`` ``[n, *value.shape]`` are the per-sample gradients of a tensor that all samples share."""
 
     tracked: TrackedValue
     rows: Tensor
     scale: float
     name: str
 
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.rows.shape[0]
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters behind the shared tensor."""
-        return [root.param for root in self.tracked.roots]
+    def __post_init__(self) -> None:
+        """It adds to the parameters behind the shared tensor."""
+        self.samples, self.params = self.rows.shape[0], [root.param for root in self.tracked.roots]
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the chosen samples."""
         return self.tracked.scaled_rows_to_parameter(param, self.rows[rows], self.scale)
 
-    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """None: not a sum of outer products, as far as is known."""
-        return None
-
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
+    def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms of the rows as they are, where the shared tensor is the parameter, or rearranges it."""
         if not (self.tracked.is_parameter or self.tracked.keeps_norm):
             return None
         return {param: sum_of_squares(self.rows) * self.scale**2 for param in params}
 
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weight the rows first: one pass back to the parameter instead of one per sample."""
         chosen = slice(None) if rows is None else rows
         if self.samples == 0 or self.tracked.custom:
@@ -104,8 +93,8 @@ def _contraction(outputs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
 
 
 @dataclass(eq=False)
-class BatchedOpGradients:
-    """A source: the inputs and output gradients of one operation, from which gradients are worked out when asked for."""
+class BatchedOpGradients(Term):
+    """A term: the inputs and output gradients of one operation, from which gradients are worked out when asked for."""
 
     op: BatchedOp
     plain: dict[int, Tensor]
@@ -114,15 +103,10 @@ class BatchedOpGradients:
     scale: float
     how: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """Where the operation was."""
-        return self.op.name
-
-    @property
-    def params(self) -> Sequence[nn.Parameter]:
-        """The parameters behind the shared tensors of the operation."""
-        return list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
+    def __post_init__(self) -> None:
+        """It adds to the parameters behind the shared tensors of the operation."""
+        self.name = self.op.name
+        self.params = list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
 
     def _all(self, values: dict[int, Tensor], plain: dict[int, Tensor]) -> list[Tensor]:
         return [values[i] if i in values else plain[i] for i in range(len(values) + len(plain))]
@@ -229,17 +213,7 @@ class BatchedOpGradients:
         assert total is not None
         return total
 
-    def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
-        """None: not a sum of outer products, as far as is known."""
-        return None
-
-    def sq_norms(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
-        """No faster way."""
-        return None
-
-    def weighted_sums(
-        self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None
-    ) -> dict[nn.Parameter, Tensor] | None:
+    def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weight the output gradients: one ordinary backward pass through the operation."""
         tensors = [*self.output_grads, *self.plain.values(), *(s.value for s in self.op.tracked.values())]
         halves = any(t is not None and t.dtype in _HALVES for t in tensors) or self.op.autocast is not None

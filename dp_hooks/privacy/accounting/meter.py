@@ -1,148 +1,13 @@
-"""What has been spent: charges to an Opacus accountant, and the budget that bounds them."""
+"""What has been spent: charges to an accountant, and the budget that bounds them."""
 
-import math
 import warnings
-from dataclasses import dataclass
 
-from opacus.accountants import IAccountant, create_accountant
+from opacus.accountants import IAccountant
 
-from ..._validate import bad, fraction, non_negative, one_of, positive
-from ...errors import AccountingError, BudgetExhaustedError, ScopeError
-
-ACCOUNTANTS = ("prv", "rdp", "gdp")
-_LARGEST_SIGMA = 1e4
-_LARGEST_EPSILON = 100.0
-
-_SIGMA = "pass 0 or more: it is the standard deviation of the noise in units of the clipping bound."
-_DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
-
-
-def make_accountant(accountant: str | IAccountant) -> IAccountant:
-    """Return the Opacus accountant of that name ("prv", "rdp", "gdp"), or the given object itself."""
-    if isinstance(accountant, IAccountant):
-        return accountant
-    return create_accountant(mechanism=one_of("accountant", accountant, ACCOUNTANTS))
-
-
-def epsilon_of(accountant: IAccountant, delta: float) -> float:
-    """Return epsilon at ``delta`` for the accountant's history.
-
-    0 before the first charge; infinite as soon as one step had no noise, whatever the accountant makes of that.
-
-    Raises:
-        InvalidArgumentError: ``delta`` outside (0, 1).
-        AccountingError: the accountant fails on its history.
-    """
-    delta = fraction("delta", delta, _DELTA)
-    history = [entry for entry in accountant.history if entry[2] > 0]
-    if not history:
-        return 0.0
-    if any(sigma == 0 for sigma, _, _ in history):
-        return math.inf
-    with warnings.catch_warnings():
-        # Opacus's accountants take logarithms of 0 at rate 1, and advise on their grid of orders.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        try:
-            return float(accountant.get_epsilon(delta))
-        except ValueError as error:
-            raise AccountingError(
-                f"the {accountant.mechanism()!r} accountant cannot tell epsilon at delta={delta} for its history ({error}). "
-                'What was charged is kept; use accountant="prv" or "rdp" for such steps.'
-            ) from error
-
-
-def check_budget(
-    noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object
-) -> tuple[float | None, float | None, float | None, float | None]:
-    """Check the four budget arguments together and return them as floats.
-
-    Raises:
-        InvalidArgumentError: both or neither of ``noise_multiplier`` and ``target_epsilon``, or a value out of range.
-    """
-    delta = None if target_delta is None else fraction("target_delta", target_delta, _DELTA)
-    if (noise_multiplier is None) == (target_epsilon is None):
-        given = "neither" if noise_multiplier is None else "both"
-        raise bad(
-            "noise_multiplier",
-            noise_multiplier,
-            f"{given} of noise_multiplier and target_epsilon={target_epsilon!r} given; pass exactly one: a noise "
-            "multiplier, or target_epsilon with target_delta and epochs, from which it is calculated.",
-        )
-    if target_epsilon is None:
-        sigma = non_negative("noise_multiplier", noise_multiplier, _SIGMA)
-        if epochs is not None:
-            raise bad(
-                "epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier."
-            )
-        return sigma, None, delta, None
-    epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
-    if epsilon > _LARGEST_EPSILON:
-        raise bad(
-            "target_epsilon",
-            target_epsilon,
-            f"a budget above {_LARGEST_EPSILON:g} protects nobody, and accountants break down there. Pass a smaller one, or "
-            "noise_multiplier.",
-        )
-    if delta is None:
-        raise bad("target_delta", None, f"target_epsilon needs a target_delta: {_DELTA}")
-    if epochs is None:
-        raise bad("epochs", None, "target_epsilon needs the number of passes over the data to spend it on.")
-    return None, epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0.")
-
-
-def calibrate(accountant: IAccountant, epsilon: float, delta: float, sample_rate: float, releases: int) -> float:
-    """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within ``(epsilon, delta)``.
-
-    The result is the larger end of a bisection, so epsilon is never above the target, and at least 99.9 % of it is used
-    (less only where the accountant's own resolution is coarser). Opacus's ``get_noise_multiplier`` is not used: it
-    starts from 0, where accountants take very long or run out of memory, and need not end for small targets.
-
-    Raises:
-        InvalidArgumentError: the accountant holds charges already, which the calculation would leave out, or it cannot
-            certify such a small epsilon with any noise.
-    """
-    if accountant.history:
-        raise bad(
-            "target_epsilon",
-            epsilon,
-            "the accountant already holds spent budget, which a noise multiplier calculated for a fresh start would "
-            "ignore. Use a new accountant (a new engine), or pass noise_multiplier.",
-        )
-
-    def spent(sigma: float) -> float:
-        trial = create_accountant(mechanism=accountant.mechanism())
-        trial.history = [(sigma, sample_rate, releases)]
-        try:
-            return epsilon_of(trial, delta)
-        except (AccountingError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
-            return math.inf
-
-    high = 1.0
-    while spent(high) > epsilon:
-        high *= 2
-        if high > _LARGEST_SIGMA:
-            raise bad(
-                "target_epsilon",
-                epsilon,
-                f"the {accountant.mechanism()!r} accountant cannot certify it at delta={delta} with any noise. "
-                "Pass a larger target_epsilon, or a larger target_delta.",
-            )
-    low = high / 2
-    while spent(low) <= epsilon:
-        low, high = low / 2, low
-    while epsilon - spent(high) > 1e-3 * epsilon and (high - low) > 1e-4 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
-    return high
-
-
-@dataclass
-class Budget:
-    """A calibrated number of releases within ``(epsilon, delta)``."""
-
-    epsilon: float
-    delta: float
-    releases: int
+from ..._validate import non_negative
+from ...errors import BudgetExhaustedError, ScopeError
+from .calibrate import Budget
+from .opacus import charge, epsilon_after, epsilon_of
 
 
 class PrivacyMeter:
@@ -158,20 +23,35 @@ class PrivacyMeter:
         self,
         accountant: IAccountant,
         *,
-        sigma: float,
+        noise_multiplier: float,
         charged_rate: float,
         poisson: bool,
         budget: Budget | None = None,
     ) -> None:
-        """Charge to ``accountant``; ``sigma`` and ``charged_rate`` are what the budget was calculated for."""
+        """Charge to ``accountant``; a ``budget`` was calculated for this ``noise_multiplier`` and ``charged_rate``."""
         self.accountant = accountant
-        self.sigma = sigma
         self.charged_rate = charged_rate
         self.poisson = poisson
         self.budget = budget
         self.steps = 0
         self.foreign_steps = 0
+        self._noise_multiplier = noise_multiplier
         self._pass_sigma: float | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma: what the next release is charged with."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        value = non_negative("noise_multiplier", value)
+        if self.budget is not None and value != self._noise_multiplier:
+            raise ScopeError(
+                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
+                "scope with noise_multiplier=... to schedule it."
+            )
+        self._noise_multiplier = value
 
     @property
     def remaining(self) -> int | None:
@@ -181,53 +61,48 @@ class PrivacyMeter:
         """
         if self.budget is None:
             return None
-        kinds = {(sigma, rate) for sigma, rate, _ in self.accountant.history}
-        if kinds <= {(self.sigma, self.charged_rate)}:
-            return max(0, self.budget.releases - int(sum(steps for _, _, steps in self.accountant.history)))
+        history = self.accountant.history
+        if all((sigma, rate) == (self.noise_multiplier, self.charged_rate) for sigma, rate, _ in history):
+            return max(0, self.budget.releases - int(sum(steps for _, _, steps in history)))
         # Something else was charged, too: one more release is allowed as long as epsilon stays within the target.
-        return 1 if self._epsilon_with(self.sigma, self.charged_rate) <= self.budget.epsilon else 0
+        return 1 if self._allows_one_more(self.charged_rate) else 0
+
+    @property
+    def batches_left(self) -> int | None:
+        """Logical batches that a pass may have if it begins now; None: no bound."""
+        left = self.remaining
+        return None if left and not self.poisson else left  # a pass that has begun is paid for as a whole
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``."""
         return epsilon_of(self.accountant, delta)
 
-    def _charge(self, sigma: float, rate: float) -> None:
-        before = list(self.accountant.history)
-        try:
-            self.accountant.step(noise_multiplier=sigma, sample_rate=rate)
-        except ValueError as error:
-            self.accountant.history = before  # the GDP accountant forgets what was spent when it refuses more
-            raise ScopeError(
-                f"the {self.accountant.mechanism()!r} accountant cannot add a step with noise multiplier {sigma} at rate "
-                f'{rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
-            ) from error
-
-    def start_pass(self, sigma: float) -> None:
+    def start_pass(self) -> None:
         """Account for a new pass over the loader, just before its first batch is handed out."""
         if self.poisson:
             return
         if self.remaining == 0:
             raise self._exhausted()
-        self._charge(sigma, self.charged_rate)
-        self._pass_sigma = sigma
+        charge(self.accountant, self.noise_multiplier, self.charged_rate)
+        self._pass_sigma = self.noise_multiplier
 
-    def check_step(self, sigma: float, *, foreign: bool) -> None:
-        """Raise if one more step with ``sigma`` may not be taken; changes nothing."""
+    def check_step(self, *, foreign: bool) -> None:
+        """Raise if one more step may not be taken; changes nothing."""
         if foreign:
-            if self.budget is not None and self._epsilon_with(sigma, 1.0) > self.budget.epsilon:
+            if not self._allows_one_more(1.0):
                 raise self._exhausted(
                     " (the batch did not come from the private loader, so the step has no amplification by sampling)"
                 )
         elif self.poisson:
             if self.remaining == 0:
                 raise self._exhausted()
-        elif self._pass_sigma is not None and sigma < self._pass_sigma:
+        elif self._pass_sigma is not None and self.noise_multiplier < self._pass_sigma:
             raise ScopeError(
-                f"noise_multiplier={sigma} is below the {self._pass_sigma} that this pass over the loader was charged "
-                "with. Without Poisson sampling a pass is charged at its start: lower the noise between passes."
+                f"noise_multiplier={self.noise_multiplier} is below the {self._pass_sigma} that this pass over the loader "
+                "was charged with. Without Poisson sampling a pass is charged at its start: lower the noise between passes."
             )
 
-    def charge_step(self, sigma: float, *, foreign: bool) -> None:
+    def charge_step(self, *, foreign: bool) -> None:
         """Charge one step, before anything of it is released."""
         if foreign:
             if self.foreign_steps == 0:
@@ -236,17 +111,17 @@ class PrivacyMeter:
                     "it was sampled, so the step is charged without amplification (as if it held the whole dataset)",
                     stacklevel=2,
                 )
-            self._charge(sigma, 1.0)
+            charge(self.accountant, self.noise_multiplier, 1.0)
             self.foreign_steps += 1
         elif self.poisson:
-            self._charge(sigma, self.charged_rate)
+            charge(self.accountant, self.noise_multiplier, self.charged_rate)
         self.steps += 1
 
-    def _epsilon_with(self, sigma: float, rate: float) -> float:
-        assert self.budget is not None
-        trial = create_accountant(mechanism=self.accountant.mechanism())
-        trial.history = [*self.accountant.history, (sigma, rate, 1)]
-        return epsilon_of(trial, self.budget.delta)
+    def _allows_one_more(self, rate: float) -> bool:
+        budget = self.budget
+        if budget is None:
+            return True
+        return epsilon_after(self.accountant, [(self.noise_multiplier, rate, 1)], budget.delta) <= budget.epsilon
 
     def _exhausted(self, why: str = "") -> BudgetExhaustedError:
         assert self.budget is not None

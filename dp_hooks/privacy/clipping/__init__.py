@@ -4,6 +4,7 @@ from .adaptive import AdaptiveClipping
 from .base import ClippingFunction
 from .fixed import AutomaticClipping, FlatClipping, GroupClipping
 from .make import ADAPTIVE_OPTIONS, CLIPPING_MODES, make_clipping
+from .norms import SampleNorms
 
 __all__ = [
     "ADAPTIVE_OPTIONS",
@@ -13,5 +14,6 @@ __all__ = [
     "ClippingFunction",
     "FlatClipping",
     "GroupClipping",
+    "SampleNorms",
     "make_clipping",
 ]

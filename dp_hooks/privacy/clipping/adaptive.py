@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..._validate import bad
 from ..noise.gaussian import GaussianNoise
-from .base import Norms, norms_over
 from .fixed import FlatClipping
+from .norms import SampleNorms
 
 # One sample adds b_i - 1/2 to the count, that is 1/2 or -1/2; a null record adds 0.
 _COUNT_SENSITIVITY = 0.5
@@ -102,12 +102,11 @@ class AdaptiveClipping(FlatClipping):
         share = noise_multiplier * _COUNT_SENSITIVITY / self.unclipped_num_std
         return noise_multiplier / math.sqrt((1 - share) * (1 + share))
 
-    def statistic(self, sq_norms: Norms) -> Tensor:
+    def statistic(self, norms: SampleNorms) -> Tensor:
         """Return ``sum_i (b_i - 1/2)`` over the samples with a finite norm."""
-        norms = norms_over(sq_norms.values())
-        counted = norms[norms.isfinite()]
         # Exact in float32 up to 2^23 samples.
-        return ((counted <= self._bound).to(torch.float32) - 0.5).sum().to(self.device)
+        halves = (norms.joint <= self._bound).to(torch.float32) - 0.5
+        return torch.where(norms.finite, halves, torch.zeros_like(halves)).sum().to(self.device)
 
     def update(self, statistic: Tensor | None, noise: GaussianNoise, noise_multiplier: float) -> None:
         """Add noise to the count, and move C."""

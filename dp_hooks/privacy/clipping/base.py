@@ -1,15 +1,12 @@
 """What a clipping function promises, and what the optimizer asks of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..noise.gaussian import GaussianNoise
-
-Norms = Mapping[nn.Parameter, Tensor]
+from .norms import SampleNorms
 
 
 class ClippingFunction(ABC):
@@ -35,8 +32,8 @@ class ClippingFunction(ABC):
         """The largest norm that one sample's contribution can have, in the units of the gradient."""
 
     @abstractmethod
-    def factors(self, sq_norms: Norms) -> dict[nn.Parameter, Tensor]:
-        """Return, per parameter, the factors ``[n]`` for squared norms ``[n]``."""
+    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
+        """Return, per parameter, the factors ``[n]`` for samples of these norms."""
 
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
         """Return the noise on the clipped sum, in units of the sensitivity, if ``noise_multiplier`` is charged."""
@@ -45,7 +42,7 @@ class ClippingFunction(ABC):
     def check_noise(self, noise_multiplier: float) -> None:  # noqa: B027
         """Raise ``InvalidArgumentError`` if the function cannot work at ``noise_multiplier``."""
 
-    def statistic(self, sq_norms: Norms) -> Tensor | None:
+    def statistic(self, norms: SampleNorms) -> Tensor | None:
         """Return what the samples of a physical part add to the statistic of their logical batch; None: nothing."""
         return None
 
@@ -61,24 +58,3 @@ class ClippingFunction(ABC):
     def details(self, noise_multiplier: float) -> dict[str, float]:
         """Return what a report says besides the bound and the sensitivity."""
         return {}
-
-
-def norms_over(sq_norms: Collection[Tensor]) -> Tensor:
-    """Return the norms ``[n]`` over several tensors, not finite where one of their squares is not a finite number >= 0.
-
-    A square below 0 cannot be right, and adding it to others would hide it: that sample's norm is NaN.
-    """
-    device = next(iter(sq_norms)).device
-    stacked = torch.stack([s.to(device) for s in sq_norms])
-    total = stacked.sum(0).sqrt()
-    return torch.where((stacked >= 0).all(0), total, torch.full_like(total, torch.nan))
-
-
-def finite_samples(sq_norms: Norms) -> Tensor:
-    """Return ``[n]`` bools: which samples have a usable norm in every parameter."""
-    return torch.isfinite(norms_over(sq_norms.values()))
-
-
-def drop(factors: Tensor, keep: Tensor) -> Tensor:
-    """Return ``factors`` with 0 for the samples outside ``keep``."""
-    return torch.where(keep.to(factors.device), factors, torch.zeros_like(factors))

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ClippingFunction, Norms, drop, finite_samples, norms_over
+from .base import ClippingFunction
+from .norms import SampleNorms
 
 
 class FlatClipping(ClippingFunction):
@@ -26,11 +27,9 @@ class FlatClipping(ClippingFunction):
         """C."""
         return self._bound
 
-    def factors(self, sq_norms: Norms) -> dict[nn.Parameter, Tensor]:
+    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
         """Return the same factors for every parameter."""
-        norms = norms_over(sq_norms.values())
-        factors = drop(self._factors(norms), norms.isfinite())
-        return {p: factors.to(s.device) for p, s in sq_norms.items()}
+        return norms.factors(self._factors(norms.joint), norms.squares)
 
     def _factors(self, norms: Tensor) -> Tensor:
         return clip(norms, self._bound)
@@ -87,17 +86,15 @@ class GroupClipping(ClippingFunction):
         """``sqrt(sum_k C_k^2)``: all bounds can be reached by one sample."""
         return math.sqrt(sum(bound * bound for bound in self.bounds))
 
-    def factors(self, sq_norms: Norms) -> dict[nn.Parameter, Tensor]:
+    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
         """Return separate factors for every group; a sample that is not finite anywhere is dropped everywhere."""
-        keep = finite_samples(sq_norms)
         members: dict[int, list[nn.Parameter]] = {}
-        for p in sq_norms:
+        for p in norms.squares:
             members.setdefault(self.group_of[p], []).append(p)
         out: dict[nn.Parameter, Tensor] = {}
         for group, params in members.items():
-            factors = drop(clip(norms_over([sq_norms[p] for p in params]), self.bounds[group]), keep)
-            out.update({p: factors.to(sq_norms[p].device) for p in params})
-        return {p: out[p] for p in sq_norms}
+            out |= norms.factors(clip(norms.over(params), self.bounds[group]), params)
+        return {p: out[p] for p in norms.squares}
 
 
 def clip(norms: Tensor, bound: float) -> Tensor:

@@ -1,88 +1,21 @@
 """Gaussian noise on the clipped sum."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import Event
 
 import torch
 from torch import Tensor
 
 from ..._validate import bad
-from ...errors import DPHooksError
+from .cores import idle_cores
+from .entropy import fresh_generator
 
 # Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
 _BLOCK = 1 << 15
 # Sums of fewer numbers than this are not worth starting a thread for.
 _WORTH_A_THREAD = 1 << 18
-# Elementwise operators use several threads from this size on.
-_PARALLEL_FROM = 1 << 15
-# On machines with more cores the noise is drawn so fast that preparing for it does not pay.
-_MOST_THREADS = 16
-# The state of PyTorch's CPU generator: where the 624 words of the Mersenne twister are, 8 bytes for each 4 used.
-_STATE_BYTES, _WORDS_AT, _WORDS = 5056, 24, 624
-
-
-def fresh_generator(device: torch.device) -> torch.Generator:
-    """Return a generator on ``device`` whose whole state comes from the operating system's entropy source.
-
-    On CPU ``manual_seed`` uses 32 bits of a seed only: all noise of a run could be found by trying every seed. The
-    2496 bytes of the generator's state are filled instead. Generators of other devices take seeds of 64 bits.
-
-    Raises:
-        DPHooksError: the state of this PyTorch's generator has another layout; nothing weaker is used silently.
-    """
-    generator = torch.Generator(device=device)
-    generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-    if generator.device.type == "cpu":
-        state = generator.get_state()
-        if state.numel() != _STATE_BYTES:
-            raise DPHooksError(
-                f"PyTorch {torch.__version__} keeps its random state in {state.numel()} bytes, not {_STATE_BYTES}: it cannot be "
-                "filled with fresh entropy. Pass noise_generator= for experiments, or use another version of PyTorch."
-            )
-        words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(_WORDS, 8)
-        words[:, :4] = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.uint8).view(_WORDS, 4)
-        generator.set_state(state)
-    return generator
-
-
-def _flat(tensor: Tensor) -> Tensor | None:
-    """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
-    strides = tensor.stride()
-    plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
-    return plain.view(-1) if plain.is_contiguous() else None
-
-
-@contextmanager
-def _idle_cores() -> Iterator[None]:
-    """Let PyTorch's own threads sleep in this context.
-
-    After a parallel operator the OpenMP runtime of PyTorch's Linux builds (libgomp) keeps the other cores spinning for some
-    milliseconds, in expectation of the next; threads that draw noise would have to share the cores with that. It spins only
-    briefly while there are more threads than cores, which another thread with a team of its own sees to, and a
-    parallel operator makes the spinning ones notice. With other runtimes this is without effect.
-    """
-    if torch.get_num_threads() > _MOST_THREADS:
-        yield
-        return
-    ready, over = Event(), Event()
-
-    def occupy() -> None:
-        torch.zeros(2 * _PARALLEL_FROM)
-        ready.set()
-        over.wait()
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(occupy)
-        ready.wait()
-        torch.zeros(2 * _PARALLEL_FROM)
-        try:
-            yield
-        finally:
-            over.set()
 
 
 class GaussianNoise:
@@ -165,7 +98,7 @@ class GaussianNoise:
             return
         # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
         # for one that shares the core of a busy thread.
-        with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
+        with idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
             for job in [pool.submit(work, generator) for generator in generators]:
                 job.result()
 
@@ -176,6 +109,13 @@ class GaussianNoise:
             torch.add(draw, total, alpha=scale, out=total)
         else:
             total.copy_(draw.add_(total, alpha=scale))
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
+    strides = tensor.stride()
+    plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return plain.view(-1) if plain.is_contiguous() else None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

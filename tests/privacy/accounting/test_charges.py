@@ -11,7 +11,7 @@ from opacus.schedulers import StepNoise
 
 from dp_hooks import PrivacyEngineHookBased
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.privacy.accounting.meter import epsilon_of
+from dp_hooks.privacy.accounting.opacus import epsilon_of
 
 from ...models import equal_trees
 from ...training.helpers import backward, train

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dp_hooks import PrivacyEngineHookBased, dp_step
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.privacy.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
+from dp_hooks.privacy.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping, SampleNorms
 
 from ...models import assert_same, build, drawn, each_mode, in_order, norm_of
 from ...training.helpers import Run, backward, sgd, step
@@ -48,7 +48,7 @@ def test_factors_keep_random_gradients_within_the_sensitivity(kind: str, dtype: 
     function = made(*options.values(), model)
     generator = drawn(3)
     norms = {p: 10 ** (torch.rand(2000, generator=generator) * 36 - 18).to(dtype) for p in model.parameters()}
-    factors = function.factors({p: norm.square() for p, norm in norms.items()})
+    factors = function.factors(SampleNorms({p: norm.square() for p, norm in norms.items()}))
     contributions = sum((factors[p].double() * norms[p].double()).square() for p in norms).sqrt()
     assert float(contributions.max()) <= sensitivity * (1 + 4 * torch.finfo(dtype).eps)
 
@@ -63,7 +63,7 @@ def test_a_sample_without_a_usable_norm_is_dropped_everywhere(kind: str) -> None
     for target in model.parameters():
         norms = {p: torch.ones(len(bad) + 1) for p in model.parameters()}
         norms[target][: len(bad)] = torch.tensor(bad)
-        for factors in function.factors(norms).values():
+        for factors in function.factors(SampleNorms(norms)).values():
             assert factors[: len(bad)].tolist() == [0.0] * len(bad)
             assert 0 < float(factors[-1]) <= 1
 

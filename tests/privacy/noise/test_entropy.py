@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dp_hooks.errors import DPHooksError
-from dp_hooks.privacy.noise import gaussian as entropy
-from dp_hooks.privacy.noise.gaussian import fresh_generator
+from dp_hooks.privacy.noise import entropy
+from dp_hooks.privacy.noise.entropy import fresh_generator
 
 CPU = torch.device("cpu")
 

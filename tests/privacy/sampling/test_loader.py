@@ -35,11 +35,10 @@ def test_workers_with_prefetching_deliver_every_part_in_order() -> None:
     def passes(workers: int) -> list[tuple[int, int, bool, list[float]]]:
         more = {"num_workers": workers, "prefetch_factor": 3} if workers else {}
         rows = []
-        scope = private(loader_over(12, 4, generator=drawn(3), **more), max_physical_batch_size=2)
-        with scope as (_, own):
+        with private(loader_over(12, 4, generator=drawn(3), **more), max_physical_batch_size=2) as (opt, own):
             for _ in range(2):
                 for batch in own:
-                    part = scope.current_part
+                    part = opt.physical_batch
                     rows.append((part.logical, part.index, part.last, batch[:, 0].tolist()))
                     assert part.size == len(batch)
         return rows
@@ -72,14 +71,13 @@ def test_empty_batches_come_out_of_workers() -> None:
 def test_breaking_off_with_workers_leaves_the_next_pass_aligned() -> None:
     """After a pass is broken off amid prefetched parts, the next pass starts with part 0 of a new logical batch."""
     loader = loader_over(8, 8, num_workers=2, persistent_workers=True, generator=drawn())
-    scope = private(loader, max_physical_batch_size=2, sample_rate=1.0)
-    with scope as (_, own):
+    with private(loader, max_physical_batch_size=2, sample_rate=1.0) as (opt, own):
         next(iter(own))
-        first = scope.current_part
+        first = opt.physical_batch
         sizes = []
         for batch in own:
-            sizes.append((scope.current_part.index, len(batch)))
-            assert scope.current_part.logical > first.logical
+            sizes.append((opt.physical_batch.index, len(batch)))
+            assert opt.physical_batch.logical > first.logical
         own._iterator._shutdown_workers()
     assert sizes == [(0, 2), (1, 2), (2, 2), (3, 2)]
 

@@ -11,10 +11,9 @@ def test_physical_parts_are_small_and_their_union_is_the_logical_batch(largest: 
     """No part exceeds the maximum; the parts of a logical batch are disjoint and add up to a Poisson batch."""
     logical: dict[int, list[float]] = {}
     ends: list[int] = []
-    scope = private(loader_over(40, 8, generator=drawn(4)), max_physical_batch_size=largest)
-    with scope as (_, own):
+    with private(loader_over(40, 8, generator=drawn(4)), max_physical_batch_size=largest) as (opt, own):
         for batch in own:
-            part = scope.current_part
+            part = opt.physical_batch
             assert len(batch) == part.size
             assert len(batch) <= largest
             rows = logical.setdefault(part.logical, [])
@@ -27,9 +26,8 @@ def test_physical_parts_are_small_and_their_union_is_the_logical_batch(largest: 
 
 def test_physical_parts_of_order_based_batches() -> None:
     """Without Poisson sampling the loader's own batches are split in order."""
-    scope = private(loader_over(10, 4), max_physical_batch_size=3, poisson_sampling=False)
-    with scope as (_, own):
-        seen = [(batch[:, 0].tolist(), scope.current_part.last) for batch in own]
+    with private(loader_over(10, 4), max_physical_batch_size=3, poisson_sampling=False) as (opt, own):
+        seen = [(batch[:, 0].tolist(), opt.physical_batch.last) for batch in own]
     assert seen == [([1, 2, 3], False), ([4], True), ([5, 6, 7], False), ([8], True), ([9, 10], True)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from dp_hooks.privacy.sampling.loader import PoissonSampler
+from dp_hooks.privacy.sampling.poisson import PoissonSampler
 
 from ...models import drawn
 from .helpers import Rows, as_tensor, batches_of, indices, loader_over, private

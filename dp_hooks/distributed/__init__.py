@@ -1,0 +1,1 @@
+"""Training in several processes; so far only how many there are."""

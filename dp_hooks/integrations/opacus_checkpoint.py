@@ -1,0 +1,121 @@
+"""Checkpoints in Opacus's format: model, optimizer and what was spent."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import IO, Any, BinaryIO
+
+import torch
+from opacus import PrivacyEngine
+from opacus.accountants import IAccountant
+from torch import nn
+
+from ..errors import ScopeError
+from ..privacy.accounting.opacus import make_accountant
+
+_WRAPPER = "_module."
+
+PathOrFile = str | os.PathLike[str] | BinaryIO | IO[bytes]
+
+
+class OpacusCheckpoints:
+    """Saves and loads checkpoints, and never forgets what its accountant has spent."""
+
+    accountant: IAccountant
+
+    def save_checkpoint(
+        self,
+        *,
+        path: PathOrFile,
+        module: nn.Module,
+        optimizer: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Save model, optimizer, accountant and schedulers in Opacus's checkpoint format.
+
+        State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from
+        them.
+        """
+        # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
+        PrivacyEngine.save_checkpoint(**locals())
+
+    def load_checkpoint(
+        self,
+        *,
+        path: PathOrFile,
+        module: nn.Module,
+        optimizer: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Load a checkpoint written by this engine or by Opacus's, and return what else was in it.
+
+        The ``_module.`` prefix of checkpoints written through Opacus's wrapper is taken off.
+        What this engine has spent stays spent: going back to an earlier checkpoint of the same run restores the model, not
+        the budget, since both releases have been seen.
+
+        Loads with ``weights_only=True``: a checkpoint cannot run code. Pass
+        ``torch_load_kwargs={"weights_only": False}`` for one of your own that holds other objects.
+
+        Raises:
+            ScopeError: this engine has spent budget that is neither part of the checkpoint nor its continuation.
+        """
+        checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
+        spent = checkpoint["privacy_accountant_state_dict"]
+        make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
+        history = _joined(self.accountant.history, spent["history"])
+        weights = checkpoint["module_state_dict"]
+        if weights and all(key.startswith(_WRAPPER) for key in weights):
+            weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
+        module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
+        self.accountant.load_state_dict({**spent, "history": history})
+        parts = (
+            ("optimizer_state_dict", optimizer),
+            ("noise_scheduler_state_dict", noise_scheduler),
+            ("grad_clip_scheduler_state_dict", grad_clip_scheduler),
+        )
+        for key, part in parts:
+            state = checkpoint.pop(key, {})
+            if part is not None and state:
+                part.load_state_dict(state)
+            elif (part is None) != (not state):
+                what = key.removesuffix("_state_dict")
+                warnings.warn(
+                    f"the checkpoint has {'a' if state else 'no'} {what} state, but {what} is "
+                    f"{'given' if part is not None else 'not given'}",
+                    stacklevel=2,
+                )
+        return checkpoint
+
+
+def _joined(spent: list[tuple[float, float, int]], loaded: list[tuple[float, float, int]]) -> list[Any]:
+    """Return the history to go on with: the longer of two where one continues the other."""
+    for shorter, longer in ((spent, loaded), (loaded, spent)):
+        if _continues(shorter, longer):
+            if longer is spent and len(spent) and shorter != longer:
+                warnings.warn(
+                    "the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3
+                )
+            return [tuple(entry) for entry in longer]
+    raise ScopeError(
+        f"this engine has already spent budget ({spent}) that the checkpoint ({loaded}) knows nothing of; loading would "
+        "forget it. Load into a new engine."
+    )
+
+
+def _continues(shorter: list[tuple[float, float, int]], longer: list[tuple[float, float, int]]) -> bool:
+    if not shorter:
+        return True
+    *head, (sigma, rate, steps) = [tuple(entry) for entry in shorter]
+    rest = [tuple(entry) for entry in longer]
+    if len(rest) < len(shorter) or rest[: len(head)] != head:
+        return False
+    at = rest[len(head)]
+    return at[:2] == (sigma, rate) and (at[2] >= steps)

@@ -1,0 +1,76 @@
+"""Physical batches: the parts of logical batches that fit into memory."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Sampler
+
+from .once_per_pass import OncePerPass
+from .poisson import PoissonSampler
+
+
+@dataclass(frozen=True)
+class PhysicalBatch:
+    """What the loader knows of a batch it hands out.
+
+    Attributes:
+        logical: running number of the logical batch it belongs to.
+        index: position among the physical parts of that logical batch.
+        size: number of examples in it; 0 if Poisson sampling drew none.
+        last: whether it completes the logical batch.
+    """
+
+    logical: int
+    index: int
+    size: int
+    last: bool
+
+
+class PhysicalSampler(Sampler[list[int]]):
+    """Splits logical batches into physical ones and keeps, per pass, a queue that says which part is which.
+
+    Loader workers fetch ahead of the training loop, so the queue is filled when indices are drawn and read when batches
+    arrive; DataLoader returns them in the order of drawing.
+    """
+
+    def __init__(
+        self,
+        logical: PoissonSampler | OncePerPass,
+        expected: float,
+        max_size: int | None,
+        limit: Callable[[], int | None],
+    ) -> None:
+        """Split the batches of ``logical`` (``expected`` examples each) into parts of at most ``max_size``.
+
+        ``limit`` is asked at the start of a pass how many logical batches it may have.
+        """
+        self.logical = logical
+        self.max_size = max_size
+        self.limit = limit
+        self.queue: deque[PhysicalBatch] = deque()
+        self._drawn = 0
+        self._per_batch = 1 if max_size is None else max(1, math.ceil(expected / max_size))
+
+    def __len__(self) -> int:
+        """Expected number of parts in a pass (exact if there are no physical batches and no budget ends it)."""
+        return len(self.logical) * self._per_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Begin a pass with a queue of its own."""
+        self.queue = deque()
+        return self._parts(self.queue, self.limit())
+
+    def _parts(self, queue: deque[PhysicalBatch], limit: int | None) -> Iterator[list[int]]:
+        if limit == 0:
+            return
+        for count, indices in enumerate(self.logical, start=1):
+            self._drawn += 1
+            number, step = self._drawn, self.max_size or max(1, len(indices))
+            chunks = [indices[i : i + step] for i in range(0, len(indices), step)] or [[]]
+            for index, chunk in enumerate(chunks):
+                queue.append(PhysicalBatch(number, index, len(chunk), index == len(chunks) - 1))
+                yield chunk
+            if limit is not None and count >= limit:
+                return

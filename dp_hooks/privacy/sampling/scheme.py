@@ -1,0 +1,117 @@
+"""The sampling scheme: what q is, and how long a pass."""
+
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import cast
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from ..._validate import bad, fraction
+from .physical import PhysicalSampler
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How batches will be drawn from a loader; made by :func:`plan_sampling` without touching anything.
+
+    Attributes:
+        examples: N, the number of examples in the dataset.
+        sample_rate: q, the probability of one example to be in one logical batch.
+        expected_batch_size: ``q * N``, the denominator of "mean". Not rounded.
+        batches_per_pass: logical batches in one pass over the loader.
+        poisson: Poisson sampling, or the loader's own order.
+    """
+
+    examples: int
+    sample_rate: float
+    expected_batch_size: float
+    batches_per_pass: int
+    poisson: bool
+
+    def releases(self, epochs: float) -> int:
+        """Return how often noise is released in ``epochs`` passes: per batch with Poisson sampling, else per pass."""
+        return math.ceil(epochs * (self.batches_per_pass if self.poisson else 1) - 1e-9)
+
+    @property
+    def charged_rate(self) -> float:
+        """The sampling rate that one release is charged with."""
+        return self.sample_rate if self.poisson else 1.0
+
+
+_REBUILD = "Build the loader as DataLoader(dataset, batch_size=..., shuffle=True); Poisson sampling replaces its order."
+
+
+def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) -> SamplingPlan:
+    """Check ``loader`` and work out q, the expected batch size and the length of a pass.
+
+    Raises:
+        InvalidArgumentError: not a map-style DataLoader with a ``batch_size``, an empty dataset, a batch larger than
+            the dataset, or a sampler whose batches cannot be accounted for.
+    """
+    if not isinstance(loader, DataLoader):
+        raise bad("loader", loader, "pass the torch.utils.data.DataLoader with the training data.")
+    if isinstance(loader.batch_sampler, PhysicalSampler):
+        raise bad("loader", loader, "it is a private loader already; pass the DataLoader it was made from.")
+    if isinstance(loader.dataset, IterableDataset):
+        raise bad(
+            "loader",
+            loader,
+            "its dataset is an IterableDataset, from which no example can be drawn independently. "
+            "Use a map-style dataset (with __len__ and __getitem__), or store the stream in one first.",
+        )
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        what = "batch_size=None" if loader.batch_sampler is None else "a batch_sampler of its own"
+        raise bad("loader", loader, f"it has {what}, so the sampling rate is unknown. {_REBUILD}")
+    examples = len(cast(Sized, loader.dataset))
+    if examples == 0:
+        raise bad("loader", loader, "its dataset is empty; there is nothing to train on.")
+    if loader.batch_size > examples:
+        raise bad(
+            "loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples."
+        )
+    _check_sampler(loader.sampler, examples, poisson)
+    if not getattr(loader, "in_order", True):
+        raise bad("loader", loader, "it was built with in_order=False; batches must arrive in the order of drawing.")
+    if sample_rate is None:
+        return SamplingPlan(examples, loader.batch_size / examples, float(loader.batch_size), len(loader), poisson)
+    if not poisson:
+        raise bad(
+            "sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False."
+        )
+    rate = fraction(
+        "sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True
+    )
+    return SamplingPlan(examples, rate, rate * examples, math.ceil(1 / rate - 1e-9), poisson)
+
+
+def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
+    plain = type(sampler) in (RandomSampler, SequentialSampler)
+    if isinstance(sampler, WeightedRandomSampler):
+        raise bad(
+            "loader",
+            sampler,
+            "weighted sampling picks some examples more often than the accounting assumes. "
+            f"Weight the loss instead. {_REBUILD}",
+        )
+    if poisson and not plain:
+        raise bad(
+            "loader",
+            sampler,
+            "Poisson sampling would ignore this sampler and draw from the whole dataset. To train on a part of it, pass "
+            f"torch.utils.data.Subset(dataset, indices). {_REBUILD}",
+        )
+    if not poisson and isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples > examples):
+        raise bad(
+            "loader",
+            sampler,
+            "without Poisson sampling a pass is charged as one use of each example, but this sampler can draw an "
+            "example several times. Use poisson_sampling=True, or shuffle=True without replacement.",
+        )

@@ -1,0 +1,66 @@
+"""The clipped sum of a logical batch, before it gets its noise."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..capture.parameter_swap import autocast_as
+from ..errors import ScopeError
+from ..gradients.sample_gradients import SampleGradients
+from ..privacy.clipping import ClippingFunction, SampleNorms
+
+
+class ClippedSum:
+    """Adds up the clipped gradients of one logical batch, physical batch by physical batch.
+
+    Guarantee: one example changes the totals of all parameters together by at most ``clipping.sensitivity``. They are
+    without noise, and nobody but the optimizer that adds it may see them.
+    """
+
+    def __init__(self, make_clipping: Callable[[Any], ClippingFunction], max_grad_norm: Any) -> None:
+        """Begin with no batch; gradients are clipped by ``make_clipping(max_grad_norm)``."""
+        self._make_clipping = make_clipping
+        self.clipping = make_clipping(max_grad_norm)
+        self._totals: dict[nn.Parameter, Tensor] = {}
+        self._statistic: Tensor | None = None
+
+    @property
+    def max_grad_norm(self) -> Any:
+        """The clipping bound or bounds. Setting it makes a new clipping function, between logical batches only."""
+        return self.clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: Any) -> None:
+        if self:
+            raise ScopeError(
+                f"max_grad_norm={value!r}: cannot change in the middle of a logical batch, parts of which were clipped to "
+                f"{self.max_grad_norm!r} already. Change it between steps."
+            )
+        self.clipping = self._make_clipping(value)
+
+    def __bool__(self) -> bool:
+        """Whether a physical batch with samples was added."""
+        return bool(self._totals)
+
+    def add(self, gradients: SampleGradients, params: list[nn.Parameter]) -> None:
+        """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them."""
+        # A step, or the loader that finishes a physical batch, may be used inside the user's autocast.
+        with autocast_as(params[0].device.type, None):
+            norms = SampleNorms(gradients.sq_norms(params))
+            factors = self.clipping.factors(norms)
+            for p, total in gradients.weighted_sums(factors, norms.finite, consume=True).items():
+                self._totals[p] = self._totals[p].add_(total) if p in self._totals else total
+        statistic = self.clipping.statistic(norms)
+        if statistic is not None:
+            self._statistic = statistic if self._statistic is None else self._statistic + statistic
+
+    def take(self) -> tuple[dict[nn.Parameter, Tensor], Tensor | None]:
+        """Return the totals, in at least float32, and what the clipping function learns from; nothing is left here."""
+        taken = self._totals, self._statistic
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget the logical batch."""
+        self._totals, self._statistic = {}, None
