@@ -126,6 +126,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     params = list(model.parameters())
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
     own = [(p, p.grad, dict(vars(p))) for p in params]
+    for p in params:
+        p.grad = None  # else gradients would be added to it in place
     devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
     try:
         with (

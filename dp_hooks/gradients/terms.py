@@ -73,7 +73,7 @@ class Deferred(Term):
     scale: float
     _names: dict[nn.Parameter, str] = field(init=False)
     _kept: dict[str, Tensor] | None = None
-    _products: dict[nn.Parameter, OuterProducts] = field(default_factory=dict)
+    _products: dict[nn.Parameter, OuterProducts | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._names = {self.call.parameter(name): name for name in self.call.names}
@@ -126,9 +126,9 @@ class Deferred(Term):
         found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
-            captured = {t.untyped_storage().data_ptr() for t in (*self.call.inputs, *self.call.grads) if t is not None}
-            if found.storages <= captured:
-                self._products[param] = found
+        captured = {t.untyped_storage().data_ptr() for t in (*self.call.inputs, *self.call.grads) if t is not None}
+        if found is None or found.storages <= captured:
+            self._products[param] = found
         return found
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:

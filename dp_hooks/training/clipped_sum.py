@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture.parameter_swap import autocast_as
+from .._rerun import autocast_as
 from ..errors import ScopeError
 from ..gradients.sample_gradients import SampleGradients
 from ..privacy.clipping import ClippingFunction, SampleNorms

@@ -1,0 +1,105 @@
+"""Models are run aside to find out about them: nothing of that is left in them."""
+
+import dataclasses
+import random
+from contextlib import suppress
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from dp_hooks import HookController, errors
+from dp_hooks._rerun import undisturbed
+from dp_hooks.rules import linear, registry
+
+from .. import models
+
+
+class Counting(nn.Module):
+    """Counts its forward passes in a frozen parameter, a buffer, an attribute and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.register_buffer("buffer", torch.zeros(1, dtype=torch.long))
+        self.number, self.listed = 0, []
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.frozen += 1
+            self.buffer += 1
+        self.number += 1
+        self.listed.append(self.number)
+        return self.layer(x)
+
+    def counts(self):
+        return (int(self.frozen), int(self.buffer), self.number, len(self.listed))
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_a_model_that_counts_its_forward_passes_counts_those_of_the_user_only(mode):
+    """Without the self-check two steps are two forward passes, wherever a model counts them."""
+    model = Counting()
+    scope = models.scope_over(model, grad_sample_mode=mode, self_check=False)
+    with scope as (opt, loader):
+        for step in (1, 2):
+            for x, y in loader:
+                opt.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                opt.step()
+            assert model.counts() == (step, step, step, step)
+
+
+def test_nothing_is_left_of_what_runs_undisturbed():
+    """Values, gradients, attributes of parameters and all generators are back, also after an error."""
+    model = Counting()
+    weight = model.layer.weight
+    weight.grad, weight.mark = torch.ones_like(weight), "mine"
+    before = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy())
+    with suppress(KeyError), undisturbed(model):
+        model(models.randn(2, 4)).sum().backward()
+        random.random()
+        numpy.random.rand()
+        weight.mark = "other"
+        model.new = 1
+        raise KeyError
+    assert model.counts() == (0, 0, 0, 0)
+    assert weight.mark == "mine"
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert not hasattr(model, "new")
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert (before[2] == numpy.random.get_state()[1]).all()
+
+
+def test_the_factors_of_a_layer_are_made_once_in_a_step(monkeypatch):
+    """Norms and sums of a deferred layer come from the same factors."""
+    made = []
+    own = linear.outer_products
+
+    def counting(call):
+        made.append((call.name, call.names))
+        return own(call)
+
+    monkeypatch.setattr("dp_hooks.gradients.terms._GENEROSITY", 0)
+    monkeypatch.setitem(registry._RULES, nn.Linear, dataclasses.replace(linear.LINEAR, outer_products=counting))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    controller = HookController(model, grad_sample_mode="ghost")
+    model(torch.randn(6, 4, dtype=torch.float64)).square().mean().backward()
+    found = controller.take()
+    norms = found.sq_norms(found.params)
+    found.weighted_sums(norms, torch.ones(6, dtype=torch.bool))
+    controller.cleanup()
+    assert len(made) == len(set(made)) == 4  # weight and bias of two layers
+
+
+def test_the_self_check_refuses_a_model_that_writes_to_frozen_parameters():
+    """With the self-check, a frozen parameter that follows the batch is refused by name."""
+    model = Counting()
+    with models.scope_over(model) as (opt, loader):
+        for x, y in loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            with pytest.raises(errors.SelfCheckError, match="frozen"):
+                opt.step()
