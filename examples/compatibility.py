@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dp_hooks
-from dp_hooks._no_randomness import NoDropout
+from dp_hooks._no_randomness import NoRandomness
 from dp_hooks.errors import DPHooksError
 
 SAMPLES = 3
@@ -525,7 +525,7 @@ def judge(model: nn.Module, inputs: dict[str, Tensor]) -> Record:
     """Compare one private step without noise with plain autograd on single samples."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    steady = NoDropout if _draws(model, inputs) else nullcontext
+    steady = NoRandomness if _draws(model, inputs) else nullcontext
     with steady():
         rows = [_has_rows(t, SAMPLES) for t in _outputs(model(**inputs))]
         among = functools.partial(itertools.compress, selectors=rows)
@@ -548,7 +548,7 @@ def judge(model: nn.Module, inputs: dict[str, Tensor]) -> Record:
     }
     before = {name: p.detach().clone() for name, p in params.items()}
     record: Record = {"mixes": mixed, "parameters": sum(p.numel() for p in params.values())}
-    record["draws"] = steady is NoDropout
+    record["draws"] = steady is NoRandomness
     start = time.monotonic()
     try:
         with steady():
