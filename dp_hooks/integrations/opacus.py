@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,18 +55,11 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         self.dataset: Any = None
         self._scopes: list[PrivateTraining] = []
 
-    # ---------------------------------------------------------------- lifetime
-
     def __enter__(self) -> Self:
         """Return the engine; leaving the block calls :meth:`cleanup`."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Call :meth:`cleanup`."""
         self.cleanup()
 
@@ -82,8 +74,6 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         finally:
             if self._scopes:  # one of them failed: the others must go all the same
                 self.cleanup()
-
-    # ---------------------------------------------------------------- making private
 
     def make_private(
         self,
@@ -106,28 +96,13 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
     ) -> Private | PrivateWithCriterion:
         """Attach to ``module`` and return it with the private optimizer and loader.
 
-        Parameters mean what they mean in :func:`~dp_hooks.private_training` (``module`` is ``model``,
-        ``data_loader`` is ``loader``).
-
-        Args:
-            module: the model, returned as the same object.
-            optimizer: its optimizer.
-            criterion: the loss function; returned unchanged in mode "ghost" (default there: ``CrossEntropyLoss()``), since
-                ordinary losses work. Unused in other modes.
-            data_loader: the loader of the training data.
-            noise_multiplier: sigma.
-            max_grad_norm: C, or a list or a mapping from name patterns with ``clipping="per_layer"``.
-            batch_first: the sample axis is 0, else 1.
-            loss_reduction: "mean" or "sum".
-            poisson_sampling: draw batches by Poisson sampling.
-            clipping: "flat", "per_layer", "per_group", "automatic" or "adaptive".
-            noise_generator: generator of the noise, for repeatable experiments.
-            grad_sample_mode: "hooks", "functorch" or "ghost".
-            wrap_model: accepted for compatibility; True raises, since this engine never wraps.
-            rand_on_empty: accepted for compatibility; True raises, since empty batches have no row here.
-            **kwargs: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``, ``self_check`` as in
-                ``private_training``. The options of adaptive clipping may also be given one by one, as Opacus has them
-                (``target_unclipped_quantile=0.5, ...``).
+        Arguments mean what they mean in :func:`~dp_hooks.private_training` (``module`` is its ``model``, ``data_loader`` its
+        ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``,
+        ``sample_rate`` and ``self_check``.
+        The options of adaptive clipping may also be given one by one, as Opacus has them (``target_unclipped_quantile=0.5,
+        ...``). ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned unchanged there, since ordinary
+        losses work, and unused in other modes. ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused
+        if True: this engine never wraps, and its empty batches have no row.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -223,25 +198,11 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
             return module, private_optimizer, loss, private_loader
         return module, private_optimizer, private_loader
 
-    # ---------------------------------------------------------------- checking
-
-    def is_compatible(
-        self,
-        *,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        data_loader: DataLoader[Any] | None = None,
-    ) -> bool:
+    def is_compatible(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> bool:
         """Whether :meth:`validate` would pass."""
         return not problems(module)
 
-    def validate(
-        self,
-        *,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        data_loader: DataLoader[Any] | None = None,
-    ) -> None:
+    def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
         """Raise ``UnsupportedModelError`` if a module is known to mix samples or to keep statistics of them.
 
         Unlike in Opacus, ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention`` pass: they are trained as
@@ -254,8 +215,6 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         """Return a copy of ``module`` in which Opacus's fixers have replaced what cannot be trained privately."""
         fixed: nn.Module = PrivacyEngine.get_compatible_module(module)
         return fixed
-
-    # ---------------------------------------------------------------- accounting
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``; infinite after a step without noise."""

@@ -16,6 +16,7 @@ from ..privacy.accounting.opacus import make_accountant
 
 _WRAPPER = "_module."
 
+History = list[tuple[float, float, int]]
 PathOrFile = str | os.PathLike[str] | BinaryIO | IO[bytes]
 
 
@@ -95,27 +96,24 @@ class OpacusCheckpoints:
         return checkpoint
 
 
-def _joined(spent: list[tuple[float, float, int]], loaded: list[tuple[float, float, int]]) -> list[Any]:
+def _joined(spent: History, loaded: History) -> History:
     """Return the history to go on with: the longer of two where one continues the other."""
-    for shorter, longer in ((spent, loaded), (loaded, spent)):
-        if _continues(shorter, longer):
-            if longer is spent and len(spent) and shorter != longer:
-                warnings.warn(
-                    "the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3
-                )
-            return [tuple(entry) for entry in longer]
+    spent, loaded = ([(sigma, rate, steps) for sigma, rate, steps in history] for history in (spent, loaded))
+    if _continues(spent, loaded):
+        return loaded
+    if _continues(loaded, spent):
+        warnings.warn("the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3)
+        return spent
     raise ScopeError(
         f"this engine has already spent budget ({spent}) that the checkpoint ({loaded}) knows nothing of; loading would "
         "forget it. Load into a new engine."
     )
 
 
-def _continues(shorter: list[tuple[float, float, int]], longer: list[tuple[float, float, int]]) -> bool:
-    if not shorter:
+def _continues(earlier: History, later: History) -> bool:
+    """Whether more of the last entry of ``earlier``, and further entries, make it ``later``."""
+    if not earlier:
         return True
-    *head, (sigma, rate, steps) = [tuple(entry) for entry in shorter]
-    rest = [tuple(entry) for entry in longer]
-    if len(rest) < len(shorter) or rest[: len(head)] != head:
-        return False
-    at = rest[len(head)]
-    return at[:2] == (sigma, rate) and (at[2] >= steps)
+    *head, (sigma, rate, steps) = earlier
+    at = len(head)
+    return later[:at] == head and len(later) > at and later[at][:2] == (sigma, rate) and later[at][2] >= steps

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+RELATION = "one example, replaced by a null record (fixed-size add/remove)"
+BY_ORDER = "order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove"
 NOT_COVERED = (
     "validation, early stopping and hyper-parameter choice on private data",
     "anything computed from private data outside the loss of the private steps (normalisation, vocabularies)",
@@ -19,7 +21,6 @@ class PrivacyReport:
     epsilon: float
     delta: float
     accountant: str
-    relation: str
     sampling: str
     sample_rate: float
     noise_multiplier: float
@@ -32,6 +33,7 @@ class PrivacyReport:
     foreign_steps: int
     loss_verified: bool
     grad_sample_mode: str
+    relation: str = RELATION
     not_covered: tuple[str, ...] = NOT_COVERED
     clipping_details: dict[str, float] = field(default_factory=dict)
 

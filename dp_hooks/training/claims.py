@@ -1,22 +1,15 @@
 """Which models are in which open scopes."""
 
-import contextvars
 import threading
 from contextlib import ExitStack
-from typing import Generic, Protocol, TypeVar
+from contextvars import ContextVar
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from ..errors import ScopeError
 
-
-class HasModel(Protocol):
-    """A scope, as far as it matters here."""
-
-    model: nn.Module
-
-
-Scope = TypeVar("Scope", bound=HasModel)
+Scope = TypeVar("Scope")
 
 
 class Claims(Generic[Scope]):
@@ -26,31 +19,31 @@ class Claims(Generic[Scope]):
         """No scope is open."""
         self._lock = threading.Lock()
         self._claimed: set[int] = set()
-        self._open: contextvars.ContextVar[tuple[Scope, ...]] = contextvars.ContextVar("dp_hooks_scopes", default=())
+        self._open: ContextVar[tuple[tuple[nn.Module, Scope], ...]] = ContextVar("dp_hooks_scopes", default=())
 
-    def claim(self, scope: Scope, stack: ExitStack) -> None:
-        """Claim the model of ``scope`` until ``stack`` unwinds.
+    def claim(self, model: nn.Module, scope: Scope, stack: ExitStack) -> None:
+        """Claim ``model`` for ``scope`` until ``stack`` unwinds.
 
         Raises:
             ScopeError: a module or parameter of it is in another open scope.
         """
-        keys = {id(m) for m in scope.model.modules()} | {id(p) for p in scope.model.parameters()}
+        keys = {id(m) for m in model.modules()} | {id(p) for p in model.parameters()}
         with self._lock:
             if keys & self._claimed:
                 raise ScopeError(
-                    f"the model {type(scope.model).__name__}, or a part of it, is already in an open private scope. "
+                    f"the model {type(model).__name__}, or a part of it, is already in an open private scope. "
                     "Leave that scope first (engine.cleanup() for an engine); its steps and these would not be "
                     "accounted together."
                 )
             self._claimed |= keys
         stack.callback(self._let_go, scope, keys)
-        self._open.set((*self._open.get(), scope))
+        self._open.set((*self._open.get(), (model, scope)))
 
     def _let_go(self, scope: Scope, keys: set[int]) -> None:
-        self._open.set(tuple(other for other in self._open.get() if other is not scope))
+        self._open.set(tuple(pair for pair in self._open.get() if pair[1] is not scope))
         with self._lock:
             self._claimed -= keys
 
     def innermost(self, model: object) -> Scope | None:
         """Return the open scope over ``model`` that was opened last in the present context, or None."""
-        return next((scope for scope in reversed(self._open.get()) if scope.model is model), None)
+        return next((scope for claimed, scope in reversed(self._open.get()) if claimed is model), None)

@@ -25,19 +25,14 @@ class ClippedSum:
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._statistic: Tensor | None = None
 
-    @property
-    def max_grad_norm(self) -> Any:
-        """The clipping bound or bounds. Setting it makes a new clipping function, between logical batches only."""
-        return self.clipping.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: Any) -> None:
+    def change_bound(self, max_grad_norm: Any) -> None:
+        """Clip to another bound from the next logical batch on."""
         if self:
             raise ScopeError(
-                f"max_grad_norm={value!r}: cannot change in the middle of a logical batch, parts of which were clipped to "
-                f"{self.max_grad_norm!r} already. Change it between steps."
+                f"max_grad_norm={max_grad_norm!r}: cannot change in the middle of a logical batch, parts of which were clipped "
+                f"to {self.clipping.max_grad_norm!r} already. Change it between steps."
             )
-        self.clipping = self._make_clipping(value)
+        self.clipping = self._make_clipping(max_grad_norm)
 
     def __bool__(self) -> bool:
         """Whether a physical batch with samples was added."""

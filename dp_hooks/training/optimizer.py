@@ -31,7 +31,14 @@ class PrivateOptimizer(WrappedOptimizer):
 
     Guarantee: one example of the dataset changes the clipped sum by at most the clipping function's sensitivity, and no
     function of that sum leaves this class without noise.
+
+    Attributes:
+        params: the trainable parameters, in the wrapped optimizer's order.
+        expected_batch_size: what the noised sum is divided by if ``loss_reduction`` is "mean".
+        physical_batch: what is known of the batch that the private loader handed out last; None before the first.
     """
+
+    physical_batch: PhysicalBatch | None = None
 
     def __init__(
         self,
@@ -45,18 +52,7 @@ class PrivateOptimizer(WrappedOptimizer):
         loss_reduction: str,
         self_check: SelfCheck | None = None,
     ) -> None:
-        """Wrap ``optimizer``; the pieces come checked from the scope.
-
-        Args:
-            optimizer: the user's own.
-            controller: captures the gradients.
-            clipped_sum: clips them and adds them up.
-            noise: draws the noise.
-            meter: is charged, and knows the noise multiplier.
-            expected_batch_size: what the noised sum is divided by, if ``loss_reduction`` is "mean".
-            loss_reduction: "mean" or "sum".
-            self_check: looks at gradients before they are used.
-        """
+        """Wrap ``optimizer``; the pieces come checked from the scope."""
         super().__init__(optimizer)
         self.expected_batch_size = expected_batch_size
         self.loss_reduction = loss_reduction
@@ -69,7 +65,6 @@ class PrivateOptimizer(WrappedOptimizer):
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
-        self._batch: PhysicalBatch | None = None
         self._batch_done = False
         self._mentioned: set[nn.Parameter] = set()
 
@@ -85,7 +80,13 @@ class PrivateOptimizer(WrappedOptimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self._sum.clipping.check_noise(non_negative("noise_multiplier", value))
+        value = non_negative("noise_multiplier", value)
+        if self._meter.budget is not None and value != self.noise_multiplier:
+            raise ScopeError(
+                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
+                "scope with noise_multiplier=... to schedule it."
+            )
+        self._sum.clipping.check_noise(value)
         self._meter.noise_multiplier = value
 
     @property
@@ -94,11 +95,11 @@ class PrivateOptimizer(WrappedOptimizer):
 
         With adaptive clipping it is the bound of the next step, and setting it starts afresh from there.
         """
-        return self._sum.max_grad_norm
+        return self._sum.clipping.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
-        self._sum.max_grad_norm = value
+        self._sum.change_bound(value)
 
     @property
     def clipping_details(self) -> dict[str, float]:
@@ -109,11 +110,6 @@ class PrivateOptimizer(WrappedOptimizer):
     def sensitivity(self) -> float:
         """S: what one example can change in the clipped sum; the noise is in units of it."""
         return self._sum.clipping.sensitivity
-
-    @property
-    def physical_batch(self) -> PhysicalBatch | None:
-        """What is known of the batch that the private loader handed out last; None before the first."""
-        return self._batch
 
     def attach_step_hook(self, fn: StepHook) -> None:
         """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
@@ -179,8 +175,13 @@ class PrivateOptimizer(WrappedOptimizer):
     # ---------------------------------------------------------------- inside
 
     def _step(self, closure: Callable[[], Any] | None, *, empty: bool) -> Any:
-        self._check_open()
-        batch = self._batch
+        if self._closed:
+            raise ScopeError(
+                "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
+                "the original optimizer."
+            )
+        batch = self.physical_batch
+        empty = empty or (batch is not None and batch.size == 0)
         finishes = batch is None or batch.last
         if finishes:
             self._meter.check_step(foreign=batch is None)
@@ -192,15 +193,8 @@ class PrivateOptimizer(WrappedOptimizer):
         self._check_step(empty=empty)
         self._add_batch()
         if finishes:
-            self._release(foreign=batch is None)
+            self._release(foreign=batch is None, empty=empty)
         return loss
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ScopeError(
-                "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
-                "the original optimizer."
-            )
 
     def _check_params(self) -> None:
         managed = {id(p) for p in self.params}
@@ -217,13 +211,12 @@ class PrivateOptimizer(WrappedOptimizer):
             )
 
     def _check_step(self, *, empty: bool) -> None:
-        batch = self._batch
+        batch = self.physical_batch
         if batch is not None and self._batch_done:
             raise ScopeError(
                 "a second opt.step() for the same batch of the private loader: its sampling was charged once. Take the "
                 "next batch from the loader first. (Batches from elsewhere can be used only in a scope of their own.)"
             )
-        empty = empty or (batch is not None and batch.size == 0)
         if self._controller.is_stale:
             raise ScopeError(
                 "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
@@ -237,7 +230,7 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def start_batch(self, batch: PhysicalBatch) -> None:
         """The loader is about to hand out ``batch``: finish the one before it, or forget a logical batch left early."""
-        before = self._batch
+        before = self.physical_batch
         if batch.index == 0:
             self._sum.clear()
         elif before is None or (before.logical, before.index + 1) != (batch.logical, batch.index):
@@ -247,7 +240,7 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         elif not self._batch_done:
             self._add_batch()
-        self._batch, self._batch_done = batch, False
+        self.physical_batch, self._batch_done = batch, False
         self._controller.next_batch()
         if self._self_check is not None:
             self._self_check.new_step()
@@ -256,7 +249,13 @@ class PrivateOptimizer(WrappedOptimizer):
         """Add what was captured of the present physical batch to the sum of its logical batch."""
         gradients = self._controller.take()
         if gradients is not None:
-            self._check_rows(gradients.samples)
+            batch = self.physical_batch
+            if batch is not None and gradients.samples > batch.size:
+                raise ScopeError(
+                    f"the model saw {gradients.samples} samples, but the private loader handed out {batch.size} examples: one "
+                    "example may then be clipped several times over. Keep one row per example (add up the losses of "
+                    "augmented copies in separate forward passes)."
+                )
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
             if self._self_check is not None:
@@ -267,19 +266,12 @@ class PrivateOptimizer(WrappedOptimizer):
                 self._sum.add(gradients, params)
         self._batch_done = True
 
-    def _check_rows(self, samples: int) -> None:
-        if self._batch is not None and samples > self._batch.size:
-            raise ScopeError(
-                f"the model saw {samples} samples, but the private loader handed out {self._batch.size} examples: one "
-                "example may then be clipped several times over. Keep one row per example (add up the losses of "
-                "augmented copies in separate forward passes)."
-            )
-
-    def _release(self, *, foreign: bool) -> None:
+    def _release(self, *, foreign: bool, empty: bool) -> None:
         sums, statistic = self._sum.take()
         clipping, sigma = self._sum.clipping, self.noise_multiplier  # a step hook may set others for the next step
         params = [p for p in self.params if p.requires_grad]
-        self._mention_unused([p for p in params if p not in sums])
+        if not empty:
+            self._mention_unused([p for p in params if p not in sums])
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
@@ -302,7 +294,7 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def _mention_unused(self, unused: list[nn.Parameter]) -> None:
         new = [p for p in unused if p not in self._mentioned]
-        if new and (self._batch is None or self._batch.size > 0):
+        if new:
             self._mentioned.update(new)
             names = ", ".join(self._controller.name_of(p) for p in new[:8])
             warnings.warn(
@@ -327,4 +319,4 @@ class PrivateOptimizer(WrappedOptimizer):
     def _close(self) -> None:
         self._closed = True
         self._sum.clear()
-        self._batch = None
+        self.physical_batch = None

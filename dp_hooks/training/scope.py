@@ -1,7 +1,5 @@
 """private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -19,22 +17,20 @@ from ..capture.validate import check_is_module, check_model
 from ..checks.self_check import SelfCheck
 from ..distributed.world import processes
 from ..errors import ScopeError
-from ..privacy.accounting.calibrate import Budget, Target, calibrate, check_budget
+from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
 from ..privacy.accounting.meter import PrivacyMeter
-from ..privacy.accounting.opacus import make_accountant
+from ..privacy.accounting.opacus import epsilon_of, make_accountant
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.gaussian import GaussianNoise
-from ..privacy.report import PrivacyReport
-from ..privacy.sampling.loader import PrivateDataLoader, make_loader
+from ..privacy.report import BY_ORDER, PrivacyReport
+from ..privacy.sampling.loader import PrivateDataLoader
 from ..privacy.sampling.scheme import plan_sampling
 from .claims import Claims
 from .clipped_sum import ClippedSum
 from .optimizer import PrivateOptimizer
 from .wrapped_optimizer import check_optimizer
 
-RELATION = "one example, replaced by a null record (fixed-size add/remove)"
-
-_claims: Claims[PrivateTraining] = Claims()
+open_scopes: Claims["PrivateTraining"] = Claims()
 
 
 class PrivateTraining:
@@ -194,18 +190,20 @@ class PrivateTraining:
         self._clipping_name = clipping
         check_model(model)
         self.accountant = make_accountant(accountant)
-        if isinstance(wanted, Target):
-            budget = Budget(wanted.epsilon, wanted.delta, self.plan.releases(wanted.epochs))
-            self.noise_multiplier = calibrate(self.accountant, budget, self.plan.charged_rate)
+        rate, releases = self.plan.charged_rate, 0
+        if isinstance(wanted, Budget):
+            releases = self.plan.releases(wanted.epochs)
+            self.noise_multiplier = calibrate(self.accountant, wanted, rate, releases)
         else:
-            budget, self.noise_multiplier = None, wanted
+            self.noise_multiplier = wanted
         self._sum.clipping.check_noise(self.noise_multiplier)
         self._meter = PrivacyMeter(
             self.accountant,
             noise_multiplier=self.noise_multiplier,
-            charged_rate=self.plan.charged_rate,
+            charged_rate=rate,
             poisson=self.plan.poisson,
-            budget=budget,
+            budget=wanted if isinstance(wanted, Budget) else None,
+            releases=releases,
         )
         self.optimizer: PrivateOptimizer | None = None
         self.loader: PrivateDataLoader | None = None
@@ -234,7 +232,7 @@ class PrivateTraining:
                 "accountant=scope.accountant to go on with the same budget."
             )
         with ExitStack() as stack:
-            _claims.claim(self, stack)
+            open_scopes.claim(self.model, self, stack)
             controller = HookController(
                 self.model,
                 batch_first=self.batch_first,
@@ -256,20 +254,16 @@ class PrivateTraining:
                 self_check=self.self_check,
             )
             optimizer.open(stack)
-            loader = make_loader(
+            loader = PrivateDataLoader(
                 self._original_loader, self.plan, self._meter, optimizer.start_batch, self._max_physical_batch_size
             )
             stack.callback(loader.close)
             self.controller, self.optimizer, self.loader = controller, optimizer, loader
-            stack.callback(self._end)
             self._stack = stack.pop_all()
         return optimizer, loader
 
     def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove everything, whatever happened inside; exceptions pass through unchanged."""
         batch = None if self.optimizer is None else self.optimizer.physical_batch
@@ -280,31 +274,21 @@ class PrivateTraining:
             )
         if self._stack is not None:
             stack, self._stack = self._stack, None
-            stack.__exit__(exc_type, exc, traceback)
-
-    def _end(self) -> None:
-        self._ended = True
+            self._ended = True
+            stack.__exit__(kind, exc, trace)
 
     def __iter__(self) -> NoReturn:
-        """Refused, since ``opt, loader = private_training(...)`` would never end.
-
-        Raises:
-            ScopeError: always.
-        """
+        """Refused with a ``ScopeError``: ``opt, loader = private_training(...)`` would be a scope that nothing ends."""
         raise ScopeError(
-            "a private scope has to be entered: write `with private_training(...) as (opt, loader):`, and train inside that "
-            "block. At its end everything that was attached to the model is taken off again."
+            "a private scope has to be entered: write `with private_training(...) as (opt, loader):` and train inside that "
+            "block, at the end of which everything is taken off the model again."
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: a scope decorates nothing.
-
-        Raises:
-            ScopeError: always.
-        """
+        """Refused with a ``ScopeError``: a scope decorates nothing."""
         raise ScopeError(
-            "a private scope cannot be called: write `with private_training(...) as (opt, loader):`. The decorator for a "
-            "train function is @dp_step, and the function is called inside that block."
+            "a private scope cannot be called or decorate: write `with private_training(...) as (opt, loader):`, and call a "
+            "function decorated with @dp_step inside that block."
         )
 
     # ---------------------------------------------------------------- results
@@ -316,7 +300,7 @@ class PrivateTraining:
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
-        return self._meter.get_epsilon(delta)
+        return epsilon_of(self.accountant, delta)
 
     def report(self, delta: float | None = None) -> PrivacyReport:
         """Return what can be said about privacy at this point.
@@ -328,17 +312,11 @@ class PrivateTraining:
             delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
         delta = fraction("delta", delta, "pass a number between 0 and 1.")
         plan, clipping, sigma = self.plan, self._sum.clipping, self._meter.noise_multiplier
-        sampling = (
-            "Poisson"
-            if plan.poisson
-            else ("order of the loader: one full-rate release charged per pass; no guarantee under plain add/remove")
-        )
         return PrivacyReport(
             epsilon=self.get_epsilon(delta),
             delta=delta,
             accountant=self.accountant.mechanism(),
-            relation=RELATION,
-            sampling=sampling,
+            sampling="Poisson" if plan.poisson else BY_ORDER,
             sample_rate=plan.charged_rate,
             noise_multiplier=sigma,
             max_grad_norm=clipping.max_grad_norm,
@@ -360,11 +338,6 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
     return names
-
-
-def active_scope(model: object) -> PrivateTraining | None:
-    """Return the innermost open scope over ``model`` in the present context, or None."""
-    return _claims.innermost(model)
 
 
 private_training = PrivateTraining

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Concatenate, Literal, overload
 
 import torch
@@ -17,7 +17,7 @@ from .._validate import bad, boolean, one_of
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
 from ..errors import InvalidArgumentError, ScopeError
-from .scope import active_scope
+from .scope import open_scopes
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -80,7 +80,7 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
 
     @functools.wraps(fn)
     def step(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        scope = active_scope(model)
+        scope = open_scopes.innermost(model)
         if scope is None or scope.optimizer is None:
             raise ScopeError(
                 f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
@@ -94,12 +94,11 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                 True,
                 f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
             )
+        optimizer.zero_grad()
         drawn = optimizer.physical_batch
         if (drawn is not None and drawn.size == 0) or _has_no_rows(batch, controller.axis):
-            optimizer.zero_grad()
             optimizer.step_empty()
             return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
-        optimizer.zero_grad()
 
         def run(part: Any) -> Tensor:
             trace = controller.session.trace if controller.hooks_enabled else None
@@ -120,17 +119,20 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             check.new_step()  # nothing of an earlier step that was broken off
             # fn may consume its batch
             spare = private_copy(batch) if check.armed else tree_map(lambda leaf: leaf, batch)
-        with ExitStack() as stack:
-            stack.enter_context(_dropped_on_error(controller))
-            if two_pass:
-                stack.enter_context(controller.two_passes(lambda: back(loss, again=False)))
-            if check is not None:
-                stack.enter_context(check.deferred())
+        with (
+            _dropped_on_error(controller),
+            controller.two_passes(lambda: back(loss, again=False)) if two_pass else nullcontext(),
+            nullcontext() if check is None else check.deferred(),
+        ):
             loss = run(batch)
             shape_seen[:] = [loss.dim() == 1]
             back(loss, again=two_pass)
-            _check_length(fn, loss, controller.samples)
-            if check is not None and check.needed_for_function(controller.samples):
+            samples = controller.samples
+            if loss.dim() == 1 and samples and len(loss) != samples:
+                raise InvalidArgumentError(
+                    f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
+                )
+            if check is not None and check.needed_for_function(samples):
                 _self_check(check, controller, run, spare, how_reduced(loss))
             optimizer.step()
         return loss.detach()
@@ -174,13 +176,6 @@ def _check_function(fn: Any) -> None:
 def _has_no_rows(batch: Any, axis: int) -> bool:
     sizes = [t.shape[axis] for t in tensors_of(batch) if t.dim() > axis]
     return bool(sizes) and not any(sizes)
-
-
-def _check_length(fn: Any, loss: Tensor, samples: int) -> None:
-    if loss.dim() == 1 and samples and len(loss) != samples:
-        raise InvalidArgumentError(
-            f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
-        )
 
 
 def _reduced(loss: Tensor, how: str) -> Tensor:

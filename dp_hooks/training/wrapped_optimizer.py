@@ -16,6 +16,14 @@ _HOOKS = tuple(
 )
 
 
+def _wrapped(name: str) -> Any:
+    """Return a property that is the wrapped optimizer's own attribute ``name``."""
+    return property(
+        lambda self: getattr(self.original_optimizer, name),
+        lambda self, value: setattr(self.original_optimizer, name, value),
+    )
+
+
 class WrappedOptimizer(torch.optim.Optimizer):
     """The user's optimizer by another name: parameter groups, state, defaults and hooks are its own.
 
@@ -29,32 +37,9 @@ class WrappedOptimizer(torch.optim.Optimizer):
         for name in _HOOKS:  # shared, so that hooks registered here run when the wrapped optimizer works
             setattr(self, name, getattr(optimizer, name))
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.original_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.original_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.original_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.original_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.original_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.original_optimizer.defaults = value
+    param_groups = _wrapped("param_groups")
+    state = _wrapped("state")
+    defaults = _wrapped("defaults")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state dict."""

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 
-import dp_hooks.training.scope
-from dp_hooks import HookController, PrivateOptimizer, PrivateTraining
+from dp_hooks import HookController, PrivateDataLoader, PrivateOptimizer, PrivateTraining
 from dp_hooks.errors import ScopeError
 
 from ..models import (
@@ -188,7 +187,7 @@ def test_an_exception_while_entering_takes_everything_back(
         elif point == "optimizer":
             patch.setattr(PrivateOptimizer, "__init__", later(PrivateOptimizer.__init__, 0))
         else:
-            patch.setattr(dp_hooks.training.scope, "make_loader", later(dp_hooks.training.scope.make_loader, 0))
+            patch.setattr(PrivateDataLoader, "__init__", later(PrivateDataLoader.__init__, 0))
         scope = scope_over(model, optimizer=optimizer)
         with pytest.raises(error) as caught:
             scope.__enter__()

@@ -130,3 +130,11 @@ def test_unused_parameters_are_named_once_and_cheaply(monkeypatch: pytest.Monkey
                 opt.zero_grad()
                 nn.functional.mse_loss(model(x), y).backward()
                 opt.step()
+
+
+def test_a_step_without_examples_calls_no_parameter_unused() -> None:
+    """A step of noise alone has no loss that could have reached anything: no warning, be the batch drawn empty or not."""
+    with scope_over(nn.Linear(3, 1), self_check=False, sample_rate=1.0) as (opt, loader), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(iter(loader))
+        opt.step_empty()

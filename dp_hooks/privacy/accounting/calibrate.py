@@ -15,27 +15,18 @@ _SIGMA = "pass 0 or more: it is the standard deviation of the noise in units of 
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is to be spent: at most ``epsilon`` at ``delta``, in ``epochs`` passes over the data."""
+class Budget:
+    """What may be spent: at most ``epsilon`` at ``delta``, in ``epochs`` passes over the data."""
 
     epsilon: float
     delta: float
     epochs: float
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A calibrated number of releases within ``(epsilon, delta)``."""
-
-    epsilon: float
-    delta: float
-    releases: int
-
-
 def check_budget(
     noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object
-) -> float | Target:
-    """Check the four budget arguments together; return the noise multiplier that was given, or what to calculate it for.
+) -> float | Budget:
+    """Check the four budget arguments together; return the noise multiplier that was given, or the budget that was.
 
     Raises:
         InvalidArgumentError: both or neither of ``noise_multiplier`` and ``target_epsilon``, or a value out of range.
@@ -68,11 +59,11 @@ def check_budget(
         raise bad("target_delta", None, f"target_epsilon needs a target_delta: {DELTA}")
     if epochs is None:
         raise bad("epochs", None, "target_epsilon needs the number of passes over the data to spend it on.")
-    return Target(epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0."))
+    return Budget(epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0."))
 
 
-def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float) -> float:
-    """Return the noise multiplier with which ``budget.releases`` steps at ``sample_rate`` stay within the budget.
+def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, releases: int) -> float:
+    """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within the budget.
 
     The result is the larger end of a bisection, so epsilon is never above the target, and at least 99.9 % of it is used
     (less only where the accountant's own resolution is coarser). Opacus's ``get_noise_multiplier`` is not used: it
@@ -96,7 +87,7 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float) -> fl
 
     def spent(sigma: float) -> float:
         try:
-            return epsilon_after(accountant, [(sigma, sample_rate, budget.releases)], budget.delta)
+            return epsilon_after(accountant, [(sigma, sample_rate, releases)], budget.delta)
         except (AccountingError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
             return math.inf
 

@@ -4,10 +4,9 @@ import warnings
 
 from opacus.accountants import IAccountant
 
-from ..._validate import non_negative
 from ...errors import BudgetExhaustedError, ScopeError
 from .calibrate import Budget
-from .opacus import charge, epsilon_after, epsilon_of
+from .opacus import charge, epsilon_after
 
 
 class PrivacyMeter:
@@ -27,31 +26,21 @@ class PrivacyMeter:
         charged_rate: float,
         poisson: bool,
         budget: Budget | None = None,
+        releases: int = 0,
     ) -> None:
-        """Charge to ``accountant``; a ``budget`` was calculated for this ``noise_multiplier`` and ``charged_rate``."""
+        """Charge to ``accountant``; a ``budget`` was calculated for ``releases`` with these first two numbers.
+
+        ``noise_multiplier`` is what the next release is charged with; without a budget it may be set anew.
+        """
         self.accountant = accountant
+        self.noise_multiplier = noise_multiplier
         self.charged_rate = charged_rate
         self.poisson = poisson
         self.budget = budget
+        self.releases = releases
         self.steps = 0
         self.foreign_steps = 0
-        self._noise_multiplier = noise_multiplier
         self._pass_sigma: float | None = None
-
-    @property
-    def noise_multiplier(self) -> float:
-        """sigma: what the next release is charged with."""
-        return self._noise_multiplier
-
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        value = non_negative("noise_multiplier", value)
-        if self.budget is not None and value != self._noise_multiplier:
-            raise ScopeError(
-                f"noise_multiplier={value}: the noise was calculated for target_epsilon and cannot be changed. Open the "
-                "scope with noise_multiplier=... to schedule it."
-            )
-        self._noise_multiplier = value
 
     @property
     def remaining(self) -> int | None:
@@ -63,7 +52,7 @@ class PrivacyMeter:
             return None
         history = self.accountant.history
         if all((sigma, rate) == (self.noise_multiplier, self.charged_rate) for sigma, rate, _ in history):
-            return max(0, self.budget.releases - int(sum(steps for _, _, steps in history)))
+            return max(0, self.releases - int(sum(steps for _, _, steps in history)))
         # Something else was charged, too: one more release is allowed as long as epsilon stays within the target.
         return 1 if self._allows_one_more(self.charged_rate) else 0
 
@@ -72,10 +61,6 @@ class PrivacyMeter:
         """Logical batches that a pass may have if it begins now; None: no bound."""
         left = self.remaining
         return None if left and not self.poisson else left  # a pass that has begun is paid for as a whole
-
-    def get_epsilon(self, delta: float) -> float:
-        """Return the epsilon spent so far at ``delta``."""
-        return epsilon_of(self.accountant, delta)
 
     def start_pass(self) -> None:
         """Account for a new pass over the loader, just before its first batch is handed out."""

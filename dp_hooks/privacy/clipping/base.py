@@ -47,12 +47,9 @@ class ClippingFunction(ABC):
         return None
 
     def update(self, statistic: Tensor | None, noise: GaussianNoise, noise_multiplier: float) -> None:  # noqa: B027
-        """Learn from a released logical batch.
+        """Learn from a released logical batch that was charged with ``noise_multiplier``; ``noise`` adds the noise.
 
-        Args:
-            statistic: the sum of :meth:`statistic` over its parts, without noise; None if there were no samples.
-            noise: adds the noise.
-            noise_multiplier: what the release was charged with.
+        ``statistic`` is the sum of :meth:`statistic` over its parts, without noise; None if there were no samples.
         """
 
     def details(self, noise_multiplier: float) -> dict[str, float]:

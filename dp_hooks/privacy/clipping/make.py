@@ -125,7 +125,10 @@ def _by_pattern(
         positive(f"max_grad_norm[{pattern!r}]", max_grad_norm[pattern], "every bound must be a number greater than 0.")
         for pattern in patterns
     ]
-    matches = {p: [k for k, pattern in enumerate(patterns) if _matches(names[p], pattern)] for p in params}
+    matches = {
+        p: [k for k, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names[p])]
+        for p in params
+    }
     missing = [names[p][0] for p in params if not matches[p]]
     if missing:
         raise bad(
@@ -149,10 +152,6 @@ def _by_pattern(
                 ),
             )
     return GroupClipping(bounds, group_of, dict(zip(patterns, bounds, strict=True)))
-
-
-def _matches(names: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _some(params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, Sequence[str]], most: int = 8) -> str:

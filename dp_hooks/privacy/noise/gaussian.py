@@ -1,21 +1,54 @@
 """Gaussian noise on the clipped sum."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
+from threading import Event
 
 import torch
 from torch import Tensor
 
 from ..._validate import bad
-from .cores import idle_cores
 from .entropy import fresh_generator
 
 # Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
 _BLOCK = 1 << 15
 # Sums of fewer numbers than this are not worth starting a thread for.
 _WORTH_A_THREAD = 1 << 18
+# Elementwise operators use several threads from this size on.
+_PARALLEL_FROM = 1 << 15
+# On machines with more cores the noise is drawn so fast that preparing for it does not pay.
+_MOST_THREADS = 16
+
+
+@contextmanager
+def _idle_cores() -> Iterator[None]:
+    """Let PyTorch's own threads sleep in this context.
+
+    After a parallel operator the OpenMP runtime of PyTorch's Linux builds (libgomp) keeps the other cores spinning for some
+    milliseconds, in expectation of the next; threads that draw noise would have to share the cores with that. It spins only
+    briefly while there are more threads than cores, which another thread with a team of its own sees to, and a
+    parallel operator makes the spinning ones notice. With other runtimes this is without effect.
+    """
+    if torch.get_num_threads() > _MOST_THREADS:
+        yield
+        return
+    ready, over = Event(), Event()
+
+    def occupy() -> None:
+        torch.zeros(2 * _PARALLEL_FROM)
+        ready.set()
+        over.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(occupy)
+        ready.wait()
+        torch.zeros(2 * _PARALLEL_FROM)
+        try:
+            yield
+        finally:
+            over.set()
 
 
 class GaussianNoise:
@@ -98,7 +131,7 @@ class GaussianNoise:
             return
         # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
         # for one that shares the core of a busy thread.
-        with idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
+        with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
             for job in [pool.submit(work, generator) for generator in generators]:
                 job.result()
 

@@ -10,10 +10,14 @@ from torch.utils.data import BatchSampler, DataLoader
 from ...errors import ScopeError
 from ..accounting.meter import PrivacyMeter
 from .empty_batch import EmptyAwareCollate
-from .once_per_pass import OncePerPass
-from .physical import PhysicalBatch, PhysicalSampler
+from .physical import OncePerPass, PhysicalBatch, PhysicalSampler
 from .poisson import PoissonSampler
 from .scheme import SamplingPlan
+
+_KEPT = (
+    "num_workers pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor persistent_workers "
+    "pin_memory_device"
+).split()
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -26,39 +30,32 @@ class PrivateDataLoader(DataLoader[Any]):
     def __init__(
         self,
         loader: DataLoader[Any],
-        sampler: PhysicalSampler,
+        plan: SamplingPlan,
         meter: PrivacyMeter,
         before_batch: Callable[[PhysicalBatch], None],
-        sample_rate: float,
+        max_physical_batch_size: int | None,
     ) -> None:
-        """Take everything but the sampling from ``loader``.
+        """Take everything but the sampling, which is that of ``plan``, from ``loader``.
 
-        Args:
-            loader: the loader that the user built.
-            sampler: draws the batches.
-            meter: is told when a pass begins, and may refuse it.
-            before_batch: called with each batch before it is handed out.
-            sample_rate: q.
+        ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called before a batch is handed out.
         """
-        self.sample_rate = sample_rate
+        logical: PoissonSampler | OncePerPass
+        if plan.poisson:
+            logical = PoissonSampler(plan.examples, plan.sample_rate, plan.batches_per_pass, loader.generator)
+        else:
+            logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
+        self.sample_rate = plan.sample_rate
         self._meter = meter
         self._before_batch = before_batch
-        self._poisson = isinstance(sampler.logical, PoissonSampler)
         self._pass: deque[PhysicalBatch] | None = None
         self._closed = False
         super().__init__(
             loader.dataset,
-            batch_sampler=sampler,
+            batch_sampler=PhysicalSampler(
+                logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left
+            ),
             collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset),
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-            pin_memory_device=loader.pin_memory_device,
+            **{name: getattr(loader, name) for name in _KEPT},
         )
 
     def __iter__(self) -> Any:
@@ -94,27 +91,10 @@ class PrivateDataLoader(DataLoader[Any]):
             if not started:
                 self._meter.start_pass()
                 started, self._pass = True, queue
-            if self._pass is not queue and not self._poisson:
+            if self._pass is not queue and not self._meter.poisson:
                 raise ScopeError(
                     "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
                     "start, with the noise of that moment. Finish or leave one pass before beginning the next."
                 )
             self._before_batch(queue.popleft())
             yield batch
-
-
-def make_loader(
-    loader: DataLoader[Any],
-    plan: SamplingPlan,
-    meter: PrivacyMeter,
-    before_batch: Callable[[PhysicalBatch], None],
-    max_physical_batch_size: int | None,
-) -> PrivateDataLoader:
-    """Build the private loader for ``plan``; the arguments are those of :class:`PrivateDataLoader`."""
-    logical: PoissonSampler | OncePerPass
-    if plan.poisson:
-        logical = PoissonSampler(plan.examples, plan.sample_rate, plan.batches_per_pass, loader.generator)
-    else:
-        logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
-    sampler = PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left)
-    return PrivateDataLoader(loader, sampler, meter, before_batch, plan.sample_rate)

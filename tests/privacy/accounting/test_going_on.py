@@ -69,7 +69,6 @@ def test_a_loaded_accountant_goes_on_where_the_budget_stopped(accountant: str, p
     assert 1.9 < scope.get_epsilon(1e-5) <= 2.0
 
 
-@pytest.mark.filterwarnings("ignore:the loss did not reach")
 def test_not_one_release_more_than_is_left() -> None:
     """With a spent state loaded, a step on the batch of a pass that had begun before is refused."""
     earlier = scope_over()

@@ -14,7 +14,7 @@ from dp_hooks.checks.self_check import SelfCheck
 from dp_hooks.rules import registry
 from dp_hooks.rules.linear import LINEAR
 
-PATH = Path(__file__).parent.parent / "examples" / "compatibility.py"
+PATH = Path(__file__).parents[2] / "examples" / "compatibility.py"
 
 
 @pytest.fixture
@@ -118,7 +118,12 @@ def test_what_cannot_be_built_is_not_counted_as_refused(compatibility):
 def test_a_model_of_ones_own_is_explained(compatibility, capsys):
     """``--model`` with ``--inputs`` prints the explanation of that model."""
     compatibility.main(
-        ["--model", "tests.test_compatibility:make_model", "--inputs", "tests.test_compatibility:make_inputs"]
+        [
+            "--model",
+            "tests.whole.test_compatibility:make_model",
+            "--inputs",
+            "tests.whole.test_compatibility:make_inputs",
+        ]
     )
     out = capsys.readouterr().out
     assert "Sequential in training mode" in out
@@ -128,4 +133,4 @@ def test_a_model_of_ones_own_is_explained(compatibility, capsys):
 def test_a_model_of_ones_own_without_inputs_needs_a_configuration(compatibility):
     """Without ``--inputs`` a model that is not from transformers is an error that says what to give."""
     with pytest.raises(SystemExit, match="give --inputs"):
-        compatibility.main(["--model", "tests.test_compatibility:make_model"])
+        compatibility.main(["--model", "tests.whole.test_compatibility:make_model"])

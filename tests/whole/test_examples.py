@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name):
@@ -86,6 +87,33 @@ def test_the_keys_written_into_the_model_compute_what_was_trained(tiny_model):
     hidden = example.encode(model, ids, mask).float()
     expected = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(top(hidden, mask), expected, atol=2e-2, rtol=2e-2)  # hidden states are kept in float16
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_is_for_terminals_only(terminal, monkeypatch, capsys):
+    """On a terminal the example shows a bar while it works; in a log, nothing but its lines."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(load("finetune_sentiment").progress(range(3), "work")) == [0, 1, 2]
+    assert ("work" in capsys.readouterr().err) == terminal
+
+
+def test_choosing_prints_both_tables(monkeypatch, capsys):
+    """The quick form of the measurement trains once per cell and prints accuracies, which are numbers between 0 and 1."""
+    monkeypatch.setattr(sys, "argv", ["choosing.py", "--quick"])
+    choosing = load("choosing")
+    choosing.main()
+    cells = re.findall(r"\| (\d\.\d{3}) \((\d\.\d{3}) to (\d\.\d{3})\)", capsys.readouterr().out)
+    assert len(cells) == len(choosing.LEARNING_RATES) + len(choosing.rows_of(choosing.Choice()))
+    assert all(0 <= float(low) <= float(mean) <= float(high) <= 1 for mean, low, high in cells)
+
+
+def test_choosing_is_repeatable():
+    """The same seed gives the same accuracy, another seed other data."""
+    choosing = load("choosing")
+    choice = choosing.Choice(batch_size=100, epochs=1)
+    first, again, other = (choosing.accuracy_of(choice, 1.0, 600, seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivateTraining, private_training
 
-from .models import drawn
+from ..models import drawn
 
 COUNT = 20_000
 NEVER = 1e-12  # a sample rate at which every batch is empty
 
 
 class Wide(nn.Module):
-    """One weight of COUNT numbers and one of half as many."""
+    """One weight of COUNT numbers and one of half as many, all zero."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.a = nn.Linear(COUNT // 2, 2, bias=False, dtype=dtype)
         self.b = nn.Linear(COUNT // 2, 1, bias=False, dtype=dtype)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x).sum(1) + self.b(x).sum(1)
@@ -49,13 +51,15 @@ def released(model: nn.Module, opt: Any) -> dict[str, Tensor]:
     return {name: before[name].double() - p.detach().double() for name, p in model.named_parameters()}
 
 
+def noises_of(model: nn.Module, count: int = 1, **kwargs: Any) -> list[dict[str, Tensor]]:
+    """The noise of the first steps, on empty batches."""
+    with wide_scope(model, sample_rate=NEVER, **kwargs) as (opt, loader):
+        return [released(model, opt) for _ in zip(range(count), loader, strict=False)]
+
+
 def noise_of(model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
     """The noise of one step on an empty batch."""
-    for p in model.parameters():
-        nn.init.zeros_(p)
-    with wide_scope(model, sample_rate=NEVER, **kwargs) as (opt, loader):
-        next(iter(loader))
-        return released(model, opt)
+    return noises_of(model, **kwargs)[0]
 
 
 def fits(numbers: Tensor, std: float) -> bool:
@@ -65,3 +69,11 @@ def fits(numbers: Tensor, std: float) -> bool:
     chi = (numbers.square().sum().item() / std**2 - n) / math.sqrt(2 * n)
     mean = numbers.sum().item() / (std * math.sqrt(n))
     return abs(chi) < 4.5 and abs(mean) < 4.5
+
+
+def assert_fits_only(numbers: Tensor, std: float, *others: float) -> None:
+    """Assert that many numbers are N(0, std^2), and neither of a std not far from it nor of one of the ``others``."""
+    assert numbers.numel() >= COUNT
+    assert fits(numbers, std)
+    for wrong in (*others, *(factor * std for factor in (0.5, 0.9, 0.95, 1.05, 1.1, 2.0))):
+        assert not fits(numbers, wrong)

@@ -23,12 +23,12 @@ from dp_hooks import HookController, PrivacyEngineHookBased  # noqa: E402
 NOT_APPLICABLE = {
     "test_per_layer_clipping": (
         "uses optimizer.signal_skip_step() and p.summed_grad, state that Opacus keeps on the user's parameters; "
-        "test_optimizer.py checks per-layer clipping on the parameters' move"
+        "training/test_release.py checks per-layer clipping on the parameters' move"
     ),
     "test_generate_noise_in_secure_mode": "skipped by Opacus itself; it tests Opacus's own noise function",
     "test_standard_module_validation": (
         "looks for the attribute ft_compute_sample_grad on the user's module, where nothing is put here; "
-        "test_rules.py covers modules without a rule"
+        "rules/test_rules.py covers modules without a rule"
     ),
 }
 

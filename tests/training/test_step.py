@@ -1,5 +1,6 @@
 """``@dp_step``: one call is one whole private step, or a clear error."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -12,36 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, ScopeError, SelfCheckError
 
-from .models import (
-    BOUND,
-    assert_same,
-    build,
-    charges,
-    clipped_sum,
-    each_mode,
-    examples,
-    expected_move,
-    in_order,
-    moved,
-    sample_gradients,
-    scope_over,
-    values,
-)
+from ..models import assert_same, build, charges, each_mode, examples, in_order, sample_gradients, scope_over, values
+from .helpers import NOISY, POISSON, Run, backward
+
+Loss = Callable[[nn.Module, Any], Any]
 
 
-@dp_step
-def per_sample(model: nn.Module, batch: Any) -> Tensor:
-    """Return one loss per sample."""
-    x, y = batch
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
-def loss_of(reduction: str) -> Callable[[nn.Module, Any], Tensor]:
+def loss_of(reduction: str) -> Loss:
     """Return a train function whose loss is reduced by ``reduction``."""
 
     def train_step(model: nn.Module, batch: Any) -> Tensor:
@@ -51,6 +34,15 @@ def loss_of(reduction: str) -> Callable[[nn.Module, Any], Tensor]:
     return train_step
 
 
+per_sample = dp_step(loss_of("none"))
+
+
+def stepped(run: Run, step: Callable[..., Any] = per_sample) -> list[Any]:
+    """Call ``step`` on every batch of one pass; return the losses."""
+    with run as (model, _, loader):
+        return [step(model, batch) for batch in loader]
+
+
 # ---------------------------------------------------------------- what a step is
 
 FORMS: dict[str, Callable[[Any], Any]] = {
@@ -58,86 +50,73 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     "called": lambda fn: dp_step()(fn),
     "auto": lambda fn: dp_step(reduction="auto")(fn),
 }
+each_declared = pytest.mark.parametrize("declared", ["mean", "sum"])
 
 
 @each_mode
-@pytest.mark.parametrize("declared", ["mean", "sum"])
+@each_declared
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("scalar", [False, True])
 def test_a_call_is_a_private_step(scalar: bool, form: str, declared: str, mode: str) -> None:
     """Per-sample and scalar losses move the model by the hand-clipped gradients, and the loss comes back detached."""
-    model, start = build("mlp"), values(build("mlp"))
-    step = FORMS[form](loss_of(declared if scalar else "none"))
-    x, y = examples()
-    wanted = F.cross_entropy(build("mlp")(x), y, reduction=declared if scalar else "none").detach()
-    scope = scope_over(model, loss_reduction=declared, grad_sample_mode=mode)
-    with scope as (_, loader):
-        losses = [step(model, batch) for batch in loader]
-    assert len(losses) == scope.steps == 1
+    loss, run = loss_of(declared if scalar else "none"), Run(loss_reduction=declared, grad_sample_mode=mode)
+    losses = stepped(run, FORMS[form](loss))
+    assert len(losses) == run.scope.steps == 1
     assert not losses[0].requires_grad
     assert losses[0].grad_fn is None
-    assert_same(losses, [wanted])
-    assert_same(moved(start, model), expected_move(build("mlp"), divided_by=6 if declared == "mean" else 1))
+    assert_same(losses, [loss(build("mlp"), examples()).detach()])
+    run.assert_moved(divided_by=6 if declared == "mean" else 1)
 
 
 @pytest.mark.parametrize("self_check", [True, False])
-@pytest.mark.parametrize("declared", ["mean", "sum"])
+@each_declared
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_the_reduction_of_the_function_may_differ_from_the_scopes(
     reduction: str, declared: str, self_check: bool
 ) -> None:
     """A function that says how it reduces its loss gives the same update in a scope that declares the other way."""
-    model, start = build("mlp"), values(build("mlp"))
-    step = dp_step(reduction=reduction)(loss_of(reduction))
-    with scope_over(model, loss_reduction=declared, self_check=self_check) as (_, loader):
-        for batch in loader:
-            step(model, batch)
-    assert_same(moved(start, model), expected_move(build("mlp"), divided_by=6 if declared == "mean" else 1))
+    run = Run(loss_reduction=declared, self_check=self_check)
+    stepped(run, dp_step(reduction=reduction)(loss_of(reduction)))
+    run.assert_moved(divided_by=6 if declared == "mean" else 1)
 
 
 @each_mode
 def test_several_steps_equal_a_loop_written_out(mode: str) -> None:
     """Three passes with ``dp_step`` and Adam end where the ordinary loop in a scope ends."""
-    models = [build("mlp"), build("mlp")]
-    optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in models]
-    with scope_over(models[0], optimizer=optimizers[0], loader=in_order(6, 2), grad_sample_mode=mode) as (_, loader):
-        for _ in range(3):
-            for batch in loader:
-                per_sample(models[0], batch)
-    with scope_over(models[1], optimizer=optimizers[1], loader=in_order(6, 2), grad_sample_mode=mode) as (opt, loader):
-        for _ in range(3):
-            for x, y in loader:
-                opt.zero_grad()
-                F.cross_entropy(models[1](x), y).backward()
-                opt.step()
-    assert_same(values(models[0]), values(models[1]))
+    more = {"optimizer": lambda m: torch.optim.Adam(m.parameters(), lr=0.1), "grad_sample_mode": mode}
+    runs = [Run(loader=in_order(6, 2), **more) for _ in range(2)]
+    runs[0].trained(passes=3, by=lambda model, opt, x, y: per_sample(model, (x, y)))
+    runs[1].trained(passes=3)
+    assert_same(*[values(run.model) for run in runs])
 
 
 @each_mode
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
 def test_physical_batches_make_one_step(size: int, mode: str) -> None:
     """Calls on the parts of a logical batch make the step of the whole batch, once, after the last part."""
-    model, start = build("mlp"), values(build("mlp"))
-    scope = scope_over(model, max_physical_batch_size=size, grad_sample_mode=mode)
-    steps = []
-    with scope as (_, loader):
-        for batch in loader:
-            loss = per_sample(model, batch)
-            assert loss.shape == (len(batch[0]),)
-            steps.append(scope.steps)
+    run, steps = Run(max_physical_batch_size=size, grad_sample_mode=mode), []
+
+    def step(model: nn.Module, batch: Any) -> None:
+        assert per_sample(model, batch).shape == (len(batch[0]),)
+        steps.append(run.scope.steps)
+
+    stepped(run, step)
     assert steps == [0] * (len(steps) - 1) + [1]
     assert len(steps) == -(-6 // size)
-    assert_same(moved(start, model), expected_move(build("mlp")))
+    run.assert_moved()
 
 
 def test_gradients_left_by_the_user_are_not_part_of_the_step() -> None:
     """What a backward pass outside the function captured before the call is discarded."""
-    model, start = build("mlp"), values(build("mlp"))
-    with scope_over(model) as (_, loader):
-        for x, y in loader:
-            (7 * F.cross_entropy(model(-x), y)).backward()
-            per_sample(model, (x, y))
-    assert_same(moved(start, model), expected_move(build("mlp")))
+    run = Run()
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        backward(model, -x, y, 7)
+        return per_sample(model, batch)
+
+    stepped(run, step)
+    run.assert_moved()
 
 
 def test_extra_arguments_reach_the_function() -> None:
@@ -146,16 +125,11 @@ def test_extra_arguments_reach_the_function() -> None:
 
     @dp_step
     def step(model: nn.Module, batch: Any, scale: float, *, offset: float = 0.0) -> Tensor:
-        x, y = batch
         seen.append((scale, offset))
-        return scale * F.cross_entropy(model(x), y, reduction="none") + offset
+        return scale * loss_of("none")(model, batch) + offset
 
-    model = build("mlp")
-    x, y = examples()
-    wanted = 2.0 * F.cross_entropy(model(x), y, reduction="none").detach() + 3.0
-    with scope_over(model) as (_, loader):
-        losses = [step(model, batch, 2.0, offset=3.0) for batch in loader]
-    assert_same(losses, [wanted])
+    losses = stepped(Run(), lambda model, batch: step(model, batch, 2.0, offset=3.0))
+    assert_same(losses, [2.0 * loss_of("none")(build("mlp"), examples()).detach() + 3.0])
     assert set(seen) == {(2.0, 3.0)}
 
 
@@ -170,90 +144,54 @@ class Batch:
     y: Tensor
 
 
-def stacked(rows: list[Any]) -> tuple[Tensor, Tensor]:
-    """Stack a list of examples."""
-    return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
-
-
-KINDS: dict[str, tuple[Callable[[list[Any]], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
-    "tuple": (stacked, lambda b: (b[0], b[1])),
-    "list": (lambda rows: list(stacked(rows)), lambda b: (b[0], b[1])),
-    "dict": (lambda rows: dict(zip("xy", stacked(rows), strict=True)), lambda b: (b["x"], b["y"])),
-    "user dict": (lambda rows: UserDict(zip("xy", stacked(rows), strict=True)), lambda b: (b["x"], b["y"])),
-    "named tuple": (lambda rows: Pair(*stacked(rows)), lambda b: (b.x, b.y)),
-    "dataclass": (lambda rows: Batch(*stacked(rows)), lambda b: (b.x, b.y)),
-    "nested": (
-        lambda rows: {"inputs": {"x": stacked(rows)[0]}, "labels": [stacked(rows)[1]]},
-        lambda b: (b["inputs"]["x"], b["labels"][0]),
-    ),
+# From inputs and labels to a batch, and back.
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "tuple": (lambda x, y: (x, y), lambda b: (b[0], b[1])),
+    "list": (lambda x, y: [x, y], lambda b: (b[0], b[1])),
+    "dict": (lambda x, y: {"x": x, "y": y}, lambda b: (b["x"], b["y"])),
+    "user dict": (lambda x, y: UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
+    "named tuple": (Pair, lambda b: (b.x, b.y)),
+    "dataclass": (Batch, lambda b: (b.x, b.y)),
+    "nested": (lambda x, y: {"inputs": {"x": x}, "labels": [y]}, lambda b: (b["inputs"]["x"], b["labels"][0])),
 }
 
 
-class Rows(Dataset[Any]):
-    def __init__(self) -> None:
-        self.x, self.y = examples()
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-
-def loss_on(kind: str, seen: list[Any]) -> Callable[[nn.Module, Any], Tensor]:
-    """Return a private train function for batches of ``kind`` that notes the classes it gets."""
-    unpack = KINDS[kind][1]
+def batches_of(kind: str, **options: Any) -> tuple[Run, Any, list[Any]]:
+    """Return a run over batches of ``kind``, a private train function for them, and the classes it gets."""
+    (pack, unpack), seen = KINDS[kind], []
 
     @dp_step
     def step(model: nn.Module, batch: Any) -> Tensor:
         seen.append(type(batch))
-        x, y = unpack(batch)
-        return F.cross_entropy(model(x), y, reduction="none")
+        return loss_of("none")(model, unpack(batch))
 
-    return step
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> Any:
+        return pack(*map(torch.stack, zip(*rows, strict=True)))
+
+    return Run(loader=DataLoader(TensorDataset(*examples()), 6, collate_fn=collate), **options), step, seen
 
 
 @each_mode
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_batches_of_any_structure_work(kind: str, mode: str) -> None:
     """The function gets the batch as the collate function made it, and the step is right."""
-    model, start, seen = build("mlp"), values(build("mlp")), []
-    step = loss_on(kind, seen)
-    with scope_over(model, loader=DataLoader(Rows(), 6, collate_fn=KINDS[kind][0]), grad_sample_mode=mode) as (
-        _,
-        batches,
-    ):
-        for batch in batches:
-            step(model, batch)
-    assert set(seen) == {type(KINDS[kind][0]([Rows()[0]]))}
-    assert_same(moved(start, model), expected_move(build("mlp")))
+    run, step, seen = batches_of(kind, grad_sample_mode=mode)
+    stepped(run, step)
+    assert set(seen) == {type(KINDS[kind][0](*examples()))}
+    run.assert_moved()
 
 
 @each_mode
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_empty_batch_is_a_step_of_noise(kind: str, mode: str) -> None:
     """For a batch without examples the function is not run; noise is released and charged, and a zero loss returned."""
-    model, start, seen = build("mlp"), values(build("mlp")), []
-    step = loss_on(kind, seen)
-    scope = scope_over(
-        model,
-        loader=DataLoader(Rows(), 6, collate_fn=KINDS[kind][0]),
-        poisson_sampling=True,
-        sample_rate=1e-9,
-        loss_reduction="sum",
-        noise_multiplier=2.0,
-        noise_generator=torch.Generator().manual_seed(5),
-        accountant="rdp",
-        grad_sample_mode=mode,
-    )
-    with scope as (_, batches):
+    run, step, seen = batches_of(kind, **NOISY, sample_rate=1e-9, grad_sample_mode=mode)
+    with run as (model, _, batches):
         loss = step(model, next(iter(batches)))
     assert seen == []
     assert float(loss.sum()) == 0
-    assert charges(scope) == scope.steps == 1
-    replay = torch.Generator().manual_seed(5)
-    noise = [torch.empty_like(p).normal_(0.0, 2.0 * BOUND, generator=replay) for p in start]
-    assert_same(moved(start, model), noise)
+    assert run.scope.steps == 1
+    run.assert_moved_by_noise()
 
 
 @each_mode
@@ -261,25 +199,12 @@ def test_an_empty_batch_is_a_step_of_noise(kind: str, mode: str) -> None:
 @pytest.mark.parametrize("drawn_first", [True, False])
 def test_a_batch_emptied_by_the_user_is_a_step_of_noise(drawn_first: bool, mode: str) -> None:
     """A batch whose rows were all filtered out, or an empty one from elsewhere, releases noise alone and is charged."""
-    model, start = build("mlp"), values(build("mlp"))
-    step = loss_on("tuple", [])
-    scope = scope_over(
-        model,
-        poisson_sampling=True,
-        loss_reduction="sum",
-        noise_multiplier=2.0,
-        noise_generator=torch.Generator().manual_seed(5),
-        accountant="rdp",
-        grad_sample_mode=mode,
-    )
-    with scope as (_, loader):
+    run = Run(**NOISY, grad_sample_mode=mode)
+    with run as (model, _, loader):
         x, y = next(iter(loader)) if drawn_first else examples()
-        F.cross_entropy(model(x), y).backward()  # nothing of this may be released
-        step(model, (x[:0], y[:0]))
-    assert charges(scope) == 1
-    replay = torch.Generator().manual_seed(5)
-    noise = [torch.empty_like(p).normal_(0.0, 2.0 * BOUND, generator=replay) for p in start]
-    assert_same(moved(start, model), noise)
+        backward(model, x, y)  # nothing of this may be released
+        per_sample(model, (x[:0], y[:0]))
+    run.assert_moved_by_noise()
 
 
 # ---------------------------------------------------------------- where it may be called
@@ -287,66 +212,65 @@ def test_a_batch_emptied_by_the_user_is_a_step_of_noise(drawn_first: bool, mode:
 
 def test_outside_a_scope_it_is_an_error() -> None:
     """A call before and after the scope raises, names the function, and does not run it."""
-    model, ran = build("mlp"), []
+    run, ran = Run(), []
 
     @dp_step
     def my_step(model: nn.Module, batch: Any) -> Tensor:
         ran.append(1)
-        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return loss_of("none")(model, batch)
 
     with pytest.raises(ScopeError, match="my_step"):
-        my_step(model, examples())
+        my_step(run.model, examples())
     assert ran == []
-    with scope_over(model) as (_, loader):
-        for batch in loader:
-            my_step(model, batch)
-    after, count = values(model), len(ran)
+    stepped(run, my_step)
+    after, count = values(run.model), len(ran)
     with pytest.raises(ScopeError, match="my_step"):
-        my_step(model, examples())
+        my_step(run.model, examples())
     assert len(ran) == count >= 1
-    assert_same(values(model), after)
+    assert_same(values(run.model), after)
 
 
-@pytest.mark.parametrize("other", ["equal model", "part", "parent", "not a model"])
+WRONG: dict[str, Callable[[nn.Module], Any]] = {
+    "equal model": lambda model: build("mlp"),
+    "part": lambda model: model[0],
+    "parent": nn.Sequential,
+    "not a model": lambda model: 3,
+}
+
+
+@pytest.mark.parametrize("other", list(WRONG))
 def test_another_model_is_an_error(other: str) -> None:
     """A call with anything else than the scope's own model raises and moves nothing."""
-    model = build("mlp")
-    wrong: Any = {"equal model": build("mlp"), "part": model[0], "parent": nn.Sequential(model), "not a model": 3}[
-        other
-    ]
-    start = values(model)
-    with scope_over(model) as (_, loader):
+    run = Run()
+    with run as (model, _, loader):
         batch = next(iter(loader))
         with pytest.raises(ScopeError, match="same model as first argument"):
-            per_sample(wrong, batch)
-        assert_same(values(model), start)
+            per_sample(WRONG[other](model), batch)
+        assert_same(values(model), run.start)
 
 
 def test_with_two_scopes_the_model_decides() -> None:
     """Inside two scopes a call steps the model it was given, and only that one."""
-    first, second = build("mlp"), build("mlp")
-    start = values(first)
-    with scope_over(first) as (_, one), scope_over(second) as (_, two):
-        per_sample(first, next(iter(one)))
-        assert_same(values(second), start)
-        per_sample(second, next(iter(two)))
-    assert_same(values(first), values(second))
-    assert_same(moved(start, first), expected_move(build("mlp")))
+    first, second = Run(), Run()
+    with first as (_, _, one), second as (_, _, two):
+        per_sample(first.model, next(iter(one)))
+        assert_same(values(second.model), second.start)
+        per_sample(second.model, next(iter(two)))
+    assert_same(values(first.model), values(second.model))
+    first.assert_moved()
 
 
 @pytest.mark.parametrize("managed", [True, False])
 def test_a_function_may_run_through_a_second_model(managed: bool) -> None:
     """A generator's step through a critic, in a scope of its own or in none, is right and touches the critic once."""
-    critic, generator = build("mlp"), nn.Linear(4, 4).double()
-    (x, _), twin = examples(), nn.Linear(4, 4).double()
-    twin.load_state_dict(generator.state_dict())
-    start = values(generator)
+    critic, twin = build("mlp"), nn.Linear(4, 4).double()
+    run, (x, _) = Run(copy.deepcopy(twin)), examples()
 
     @dp_step
     def step(model: nn.Module, batch: Any) -> Tensor:
         return -critic(model(batch[0])).logsumexp(1)
 
-    with scope_over(generator) as (_, loader):
+    with run as (generator, _, loader):
         if managed:
             with scope_over(critic):
                 step(generator, next(iter(loader)))
@@ -356,40 +280,36 @@ def test_a_function_may_run_through_a_second_model(managed: bool) -> None:
             critic.zero_grad()
             (-critic(twin(x)).logsumexp(1)).mean().backward()
             assert_same(found, [p.grad for p in critic.parameters()])
-    rows = sample_gradients(twin, x, x, lambda m, a, _: -critic(m(a)).logsumexp(1).sum())
-    assert_same(moved(start, generator), [g / 6 for g in clipped_sum(rows, BOUND)])
+    run.assert_moved_by(sample_gradients(twin, x, x, lambda m, a, _: -critic(m(a)).logsumexp(1).sum()))
 
 
 def test_a_second_call_for_the_same_batch_is_refused() -> None:
     """Two calls on one batch of the loader raise at the second, which moves and charges nothing."""
-    model = build("mlp")
-    scope = scope_over(model, poisson_sampling=True, accountant="rdp")
-    with scope as (_, loader):
+    run = Run(**POISSON)
+    with run as (model, _, loader):
         batch = next(iter(loader))
         per_sample(model, batch)
         after = values(model)
         with pytest.raises(ScopeError, match="second"):
             per_sample(model, batch)
     assert_same(values(model), after)
-    assert charges(scope) == 1
+    assert charges(run.scope) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("physical", [None, 3])
 def test_an_exception_in_the_function_releases_nothing(physical: int | None, error: type[BaseException]) -> None:
     """An exception after the forward comes out as it is; nothing moves, and a later pass is clean."""
-    model, original, broken = build("mlp"), error("stop"), [False]
+    run, original, broken = Run(max_physical_batch_size=physical), error("stop"), [False]
 
     @dp_step
     def step(model: nn.Module, batch: Any) -> Tensor:
-        x, y = batch
-        losses = F.cross_entropy(model(x), y, reduction="none")
+        losses = loss_of("none")(model, batch)
         if broken[0]:
             raise original
         return losses
 
-    start = values(model)
-    with scope_over(model, max_physical_batch_size=physical) as (_, loader):
+    with run as (model, _, loader):
         parts = iter(loader)
         if physical:
             step(model, next(parts))
@@ -397,28 +317,25 @@ def test_an_exception_in_the_function_releases_nothing(physical: int | None, err
         with pytest.raises(error) as caught:
             step(model, next(parts))
         assert caught.value is original
-        assert_same(values(model), start)
+        assert_same(values(model), run.start)
         broken[0] = False
         for batch in loader:
             step(model, batch)
-    assert_same(moved(start, model), expected_move(build("mlp")))
+    run.assert_moved()
 
 
 # ---------------------------------------------------------------- what it may decorate and return
 
 
 def a_generator(model: nn.Module, batch: Any) -> Any:
-    """Yield."""
     yield model
 
 
 async def a_coroutine(model: nn.Module, batch: Any) -> Any:
-    """Await."""
     return model
 
 
 async def an_async_generator(model: nn.Module, batch: Any) -> Any:
-    """Yield, asynchronously."""
     yield model
 
 
@@ -473,45 +390,29 @@ def test_what_is_no_loss_is_refused(kind: str, self_check: bool) -> None:
     def step(model: nn.Module, batch: Any) -> Any:
         return loss(model(batch[0]), batch[1])
 
-    model = build("mlp")
-    start = values(model)
-    scope = scope_over(model, poisson_sampling=True, accountant="rdp", self_check=self_check)
-    with scope as (_, loader):
+    run = Run(**POISSON, self_check=self_check)
+    with run as (model, _, loader):
         for batch in loader:
             with pytest.raises(InvalidArgumentError, match=message):
                 step(model, batch)
-    assert charges(scope) == 0
-    assert_same(values(model), start)
+    assert charges(run.scope) == 0
+    assert_same(values(model), run.start)
 
 
-@pytest.mark.parametrize("declared", ["mean", "sum"])
-def test_a_wrongly_declared_scalar_is_caught_before_the_first_release(declared: str) -> None:
-    """A scalar loss reduced in another way than the scope declares is found by the self-check."""
-    model = build("mlp")
-    start = values(model)
-    step = dp_step(loss_of("sum" if declared == "mean" else "mean"))
-    with scope_over(model, loss_reduction=declared) as (_, loader):
+def coupled(model: nn.Module, batch: Any) -> Tensor:
+    losses = loss_of("none")(model, batch)
+    return losses * losses.sum()
+
+
+@pytest.mark.parametrize(("declared", "loss"), [("mean", loss_of("sum")), ("sum", loss_of("mean")), ("mean", coupled)])
+def test_a_loss_that_is_not_what_it_should_be_is_caught_before_the_first_release(declared: str, loss: Loss) -> None:
+    """The self-check runs the function: a scalar reduced otherwise than declared, or a loss that couples samples, is found."""
+    run = Run(loss_reduction=declared)
+    with run as (model, _, loader):
         batch = next(iter(loader))
         with pytest.raises(SelfCheckError, match="the train function"):
-            step(model, batch)
-    assert_same(values(model), start)
-
-
-def test_a_loss_that_couples_samples_is_caught_before_the_first_release() -> None:
-    """A loss weighted by the whole batch is found by the self-check, which runs the whole function."""
-    model = build("mlp")
-    start = values(model)
-
-    @dp_step
-    def step(model: nn.Module, batch: Any) -> Tensor:
-        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        return losses * losses.sum()
-
-    with scope_over(model) as (_, loader):
-        batch = next(iter(loader))
-        with pytest.raises(SelfCheckError, match="the train function"):
-            step(model, batch)
-    assert_same(values(model), start)
+            dp_step(loss)(model, batch)
+    assert_same(values(model), run.start)
 
 
 def test_metadata_and_signature_survive() -> None:
@@ -543,8 +444,6 @@ def test_decorating_does_not_change_the_function() -> None:
     def scaled(model: nn.Module, batch: Any, scale: float) -> Tensor:
         return scale * plain(model, batch)
 
-    model, start = build("mlp"), values(build("mlp"))
-    with scope_over(model) as (_, loader):
-        for batch in loader:
-            dp_step(functools.partial(scaled, scale=1.0))(model, batch)
-    assert_same(moved(start, model), expected_move(build("mlp")))
+    run = Run()
+    stepped(run, dp_step(functools.partial(scaled, scale=1.0)))
+    run.assert_moved()
