@@ -475,13 +475,15 @@ def test_a_trap_is_refused(name: str, mode: laws.Mode) -> None:
     start = values(model)
     trainable = [p.requires_grad for p in model.parameters()]
     before = Snapshot(model)
-    with mode.on() as way:
+    charged = None
+    with mode.on() as way, pytest.raises(trap.error) as caught:  # noqa: PT012
         scope = scope_of(trap, model, data, 1.0, way)
-        with pytest.raises(trap.error) as caught, scope as (opt, loader):
+        charged = scope.accountant.history
+        with scope as (opt, loader):
             train(trap, Run(model, opt, loader, trap.losses, prepared))
     assert re.search(trap.refused, str(caught.value)), str(caught.value)
     assert_same(values(model), start)
-    assert not scope.accountant.history
+    assert not charged
     for p, was in zip(model.parameters(), trainable, strict=True):
         assert p.grad is None  # also of those that the loop unfroze
         p.requires_grad_(was)
