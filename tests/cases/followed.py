@@ -176,48 +176,98 @@ def parameter_lists(s, x):
 # ---------------------------------------------------------------- functions of the user
 
 
-def function(name, forward, backward, **more):
-    """Return a function that autograd does not look into."""
-    methods = {"forward": forward, "backward": backward, **more}
-    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+class Product(torch.autograd.Function):
+    """The product of the first two arguments, differentiated by hand."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return (grad * b).sum_to_size(a.shape), (grad * a).sum_to_size(b.shape)
 
 
-def product(ctx, a, b):
-    ctx.save_for_backward(a, b)
-    return a * b
+class ProductInTwoParts(Product):
+    """The same, in the form whose ``forward`` gets no context."""
+
+    @staticmethod
+    def forward(a, b):
+        return a * b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
 
-def product_backward(ctx, grad):
-    a, b = ctx.saved_tensors
-    return (grad * b).sum_to_size(a.shape), (grad * a).sum_to_size(b.shape)
+class Scaled(Product):
+    """The same of any number of arguments."""
+
+    @staticmethod
+    def forward(ctx, *factors):
+        return Product.forward(ctx, *factors)
 
 
-def saving(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+class ScaledInTwoParts(ProductInTwoParts):
+    """The same of any number of arguments."""
+
+    @staticmethod
+    def forward(*factors):
+        return factors[0] * factors[1]
 
 
-def weighed(ctx, a, x):
-    ctx.save_for_backward(x)
-    return a.clone()
+class Clamped(torch.autograd.Function):
+    """A copy whose gradient is cut off: the gradients of samples do not add up to that of the batch."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.1, 0.1)
 
 
-def constant(ctx, a):
-    out = a * 2
-    ctx.mark_non_differentiable(out)
-    return out
+class Weighed(torch.autograd.Function):
+    """A copy of parameters, whose gradient depends on what it was called with besides."""
+
+    @staticmethod
+    def forward(ctx, a, x):
+        ctx.save_for_backward(x)
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.square().sum(), None
 
 
-# The product of two arguments, and of any number; both in one part and in the form whose ``forward`` gets no context.
-Product = function("Product", product, product_backward)
-Scaled = function("Scaled", lambda ctx, *factors: product(ctx, *factors), product_backward)
-ProductInTwoParts = function("ProductInTwoParts", lambda a, b: a * b, product_backward, setup_context=saving)
-ScaledInTwoParts = function("ScaledInTwoParts", lambda *f: f[0] * f[1], product_backward, setup_context=saving)
-# A copy whose gradient is cut off (those of samples do not add up to that of the batch), or depends on other arguments.
-Clamped = function("Clamped", lambda ctx, a: a.clone(), lambda ctx, grad: grad.clamp(-0.1, 0.1))
-Weighed = function("Weighed", weighed, lambda ctx, grad: (grad * ctx.saved_tensors[0].square().sum(), None))
-# Computed elsewhere than in PyTorch; not differentiable.
-OutOfSight = function("OutOfSight", lambda ctx, a: torch.from_numpy(a.detach().numpy() * 2), lambda ctx, grad: grad * 2)
-Constant = function("Constant", constant, lambda ctx, grad: None)
+class OutOfSight(torch.autograd.Function):
+    """What it gives back was computed elsewhere than in PyTorch."""
+
+    @staticmethod
+    def forward(ctx, a):
+        return torch.from_numpy(a.detach().numpy() * 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Constant(torch.autograd.Function):
+    """Not differentiable."""
+
+    @staticmethod
+    def forward(ctx, a):
+        out = a * 2
+        ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
 
 
 def function_of_parameters(product, scaled):
