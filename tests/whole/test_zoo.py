@@ -26,6 +26,10 @@ WITH_DROPOUT = (
 ).split()
 
 
+# Known and open, as in test_laws: uses outside a parameter's own module are left out of the norms of two passes.
+UNCOUNTED = ("mobilebert", "tied-functional")
+
+
 def norms_of(grads):
     return torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
 
@@ -105,8 +109,10 @@ def test_grad_sample_is_the_gradient_of_each_sample_alone(known):
 
 
 @pytest.mark.parametrize("mode", [laws.MODE["ghost"], laws.MODE["two-pass"]], ids=str)
-def test_a_step_moves_a_model_by_the_sum_of_its_clipped_single_sample_gradients(known, mode):
+def test_a_step_moves_a_model_by_the_sum_of_its_clipped_single_sample_gradients(known, mode, request):
     """What is clipped is what plain autograd gives for each sample alone, and nothing is left on the model."""
+    if mode.two_pass and request.node.callspec.params["known"] in UNCOUNTED:
+        request.applymarker(pytest.mark.xfail(reason="uses that two passes do not count", strict=True))
     seen = Snapshot(known.model)
     known.losses(known.model, *known.batch)
     left_by_the_model = seen.differences()
