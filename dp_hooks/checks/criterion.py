@@ -67,7 +67,7 @@ class CriterionCheck:
         if self._call is None:
             raise SelfCheckError(
                 "criterion was not called before this step, so it could not be checked. Pass the loss module that the "
-                "training loop calls, or leave criterion out (the report then says: loss not verified)."
+                "training loop calls, or leave criterion out (the report then says that the loss was not checked)."
             )
         axis, call, reduction = self._controller.axis, self._call, self._controller.loss_reduction
         with undisturbed(self._criterion), NoRandomness(samples), self._trace.apart():

@@ -41,7 +41,7 @@ class SelfCheck:
         self._model = model
         self._params = params
         self._trace = OpTrace(model.buffers)
-        self._recorder = CallRecorder(model, self._trace)
+        self._recorder = CallRecorder(model, params, self._trace)
         self._criterion = None if criterion is None else CriterionCheck(criterion, controller, self._recorder)
         self._coarse = False  # autocast or half precision is in use
         self.loss_verified = False

@@ -1,6 +1,6 @@
 """CallRecorder: keeps the outermost calls of one step, for a check that may want to run them again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,9 +31,9 @@ class CallRecorder:
         state: while a whole function is to be checked, attributes of the model at its start; calls need none then.
     """
 
-    def __init__(self, model: nn.Module, trace: OpTrace) -> None:
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], trace: OpTrace) -> None:
         self._model = model
-        self._params = list(model.parameters())
+        self._params = params
         self._device = next((p.device.type for p in self._params), "cpu")
         self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
         self.trace = trace
