@@ -16,14 +16,16 @@ def losses_of(model, *inputs):
 
 def sample_grads(model, losses_of, *batch):
     """Return ``{name: [n, *shape]}`` from one forward and backward pass per sample; ``losses_of(model, *batch) -> [1]``."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rows = {name: [] for name in params}
-    for i in range(batch[0].shape[0]):
-        loss = losses_of(model, *(part[i : i + 1] for part in batch)).sum()
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        for (name, p), grad in zip(params.items(), grads, strict=True):
-            rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
-    return {name: torch.stack(grads) for name, grads in rows.items()}
+    count = batch[0].shape[0]
+    alone = (losses_of(model, *(part[i : i + 1] for part in batch)).sum() for i in range(count))
+    return by_name(model, rows_by_backward(model, alone))
+
+
+def by_name(model, rows):
+    """Return what :func:`rows_by_backward` does as ``{name: [n, *shape]}``, of the trainable parameters."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(list(model.parameters()))
+    found = zip(model.named_parameters(), columns, strict=True)
+    return {name: torch.stack(c) if c else p.new_zeros(0, *p.shape) for (name, p), c in found if p.requires_grad}
 
 
 def rows_by_backward(model, losses, retain_graph=False):
@@ -32,9 +34,15 @@ def rows_by_backward(model, losses, retain_graph=False):
     for loss in losses:
         model.zero_grad()
         loss.backward(retain_graph=retain_graph)
-        rows.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+        rows.append([_dense(p) for p in model.parameters()])
     model.zero_grad()
     return rows
+
+
+def _dense(p):
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad.to_dense() if p.grad.is_sparse else p.grad
 
 
 def clipped_sum(grads, bound):

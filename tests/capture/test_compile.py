@@ -6,7 +6,7 @@ import torch
 from dp_hooks import HookController
 from dp_hooks.capture.compile_stance import eager
 
-from .models import build, drawn
+from ..models import build, drawn
 
 
 @pytest.fixture

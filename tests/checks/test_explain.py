@@ -7,73 +7,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dp_hooks import HookController, explain, private_training
+from dp_hooks import HookController, explain
 from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 
-from .models import MODES
+from ..cases import param
+from ..cases.layers import LinearWithForward, tokens_of
+from ..models import MODES, Net, in_order, scope_over
 
 
-class Net(nn.Module):
-    """A model of named parts, run one after another."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        for part in self.children():
-            x = part(x)
-        return x
-
-
-class WithToken(nn.Module):
+def with_token():
     """Patches with a class token in front, and a parameter that nothing uses."""
-
-    def __init__(self):
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, 6))
-        self.idle = nn.Parameter(torch.randn(3))
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.head(torch.cat([self.token.expand(len(x), -1, -1), x], 1)[:, :2])
+    return Net(
+        lambda s, x: s.head(torch.cat([s.token.expand(len(x), -1, -1), x], 1)[:, :2]),
+        token=param(1, 1, 6),
+        idle=param(3),
+        head=nn.Linear(6, 2),
+    )
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(6, 5, batch_first=True)
-
-    def forward(self, x):
-        return self.lstm(x)[0][:, -1]
+def alone(layer):
+    """Return a maker of a model that runs one layer, called ``a``."""
+    return lambda: Net(lambda s, x: s.a(x), a=layer())
 
 
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * F.linear(x, self.weight, self.bias)
-
-
-class NoRule(nn.Module):
-    """Has a layer that inherits from one with a rule, but computes something else."""
-
-    def __init__(self):
-        super().__init__()
-        self.odd = Doubled(6, 2)
-
-    def forward(self, x):
-        return self.odd(x)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(50, 4)
-        self.decoder = nn.Linear(4, 50, bias=False)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return self.decoder(self.embedding(ids))
+def tied():
+    parts = {"embedding": nn.Embedding(50, 4), "decoder": nn.Linear(4, 50, bias=False)}
+    model = Net(lambda s, ids: s.decoder(s.embedding(ids)), **parts)
+    model.decoder.weight = model.embedding.weight
+    return model
 
 
 def _ids(n, t):
@@ -82,25 +43,29 @@ def _ids(n, t):
 
 # model, example, {parameter: (strategy, multiplications)}
 CASES = {
-    "one token": (lambda: Net(a=nn.Linear(40, 30)), torch.randn(3, 40), {"a.weight": ("ghost", 70)}),
+    "one token": (alone(lambda: nn.Linear(40, 30)), torch.randn(3, 40), {"a.weight": ("ghost", 70)}),
     "Gram": (
-        lambda: Net(a=nn.Linear(40, 30)),
+        alone(lambda: nn.Linear(40, 30)),
         torch.randn(3, 2, 40),
         {"a.weight": ("ghost", 2 * 2 * 71), "a.bias": ("instantiate", 30)},
     ),
-    "many tokens": (lambda: Net(a=nn.Linear(4, 3)), torch.randn(3, 9, 4), {"a.weight": ("instantiate", 12 * 10)}),
-    "convolution": (lambda: Net(a=nn.Conv2d(1, 2, 3)), torch.randn(3, 1, 6, 6), {"a.weight": ("instantiate", 18 * 17)}),
-    "lookup": (lambda: Net(a=nn.Embedding(50, 4)), _ids(3, 5), {"a.weight": ("ghost", 20)}),
-    "norm": (lambda: Net(a=nn.LayerNorm(6)), torch.randn(3, 6), {"a.weight": ("instantiate", 6)}),
-    "class token": (WithToken, torch.randn(3, 4, 6), {"token": ("lifted", 6), "idle": ("unused", 0)}),
-    "recurrent": (Recurrent, torch.randn(3, 4, 6), {"lstm.weight_ih_l0": ("loop", None)}),
-    "no rule": (NoRule, torch.randn(3, 4, 6), {"odd.weight": ("lifted", None)}),
+    "many tokens": (alone(lambda: nn.Linear(4, 3)), torch.randn(3, 9, 4), {"a.weight": ("instantiate", 12 * 10)}),
+    "convolution": (alone(lambda: nn.Conv2d(1, 2, 3)), torch.randn(3, 1, 6, 6), {"a.weight": ("instantiate", 18 * 17)}),
+    "lookup": (alone(lambda: nn.Embedding(50, 4)), _ids(3, 5), {"a.weight": ("ghost", 20)}),
+    "norm": (alone(lambda: nn.LayerNorm(6)), torch.randn(3, 6), {"a.weight": ("instantiate", 6)}),
+    "class token": (with_token, torch.randn(3, 4, 6), {"token": ("lifted", 6), "idle": ("unused", 0)}),
+    "recurrent": (
+        alone(lambda: tokens_of(nn.LSTM(6, 5, batch_first=True))),
+        torch.randn(3, 4, 6),
+        {"a.r.weight_ih_l0": ("loop", None)},
+    ),
+    "no rule": (alone(lambda: LinearWithForward(6, 2)), torch.randn(3, 4, 6), {"a.weight": ("lifted", None)}),
     "attention": (
         lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dropout=0.0),
         torch.randn(3, 4, 8),
         {"self_attn.in_proj_weight": ("lifted", None), "linear1.weight": ("instantiate", 64 * 5)},
     ),
-    "tied": (Tied, _ids(3, 2), {"embedding.weight": ("ghost", 4 * 2 * 5 + 4 * 2 * 55)}),
+    "tied": (tied, _ids(3, 2), {"embedding.weight": ("ghost", 4 * 2 * 5 + 4 * 2 * 55)}),
 }
 
 
@@ -117,23 +82,23 @@ def test_strategy_and_cost_of_every_kind_of_parameter(case):
 
 def test_a_module_without_rule_is_repeated_by_vmap_in_functorch_mode():
     """In mode "functorch" every module goes through vmap, and in mode "hooks" gradients are written out."""
-    model, x = Net(a=nn.Linear(40, 30)), torch.randn(3, 40)
+    model, x = alone(lambda: nn.Linear(40, 30))(), torch.randn(3, 40)
     assert {row.strategy for row in explain(model, x, grad_sample_mode="functorch").rows} == {"vmap"}
     assert {row.strategy for row in explain(model, x, grad_sample_mode="hooks").rows} == {"instantiate"}
 
 
 def test_uses_of_a_shared_parameter_are_one_row():
     """A tied weight is listed once, with the number of its uses and both rules."""
-    (row,) = explain(Tied(), _ids(3, 2)).rows
+    (row,) = explain(tied(), _ids(3, 2)).rows
     assert (row.uses, row.rule, row.module, row.shape) == (2, "Embedding+Linear", "Embedding", (50, 4))
 
 
 def test_all_offenders_are_listed_and_the_rest_is_explained():
     """Every module and parameter in the way is listed with class, reason and remedy, and the other rows are complete."""
-    model = Net(a=nn.Linear(6, 4), n=nn.BatchNorm1d(4), b=nn.Linear(4, 4), m=nn.BatchNorm1d(4))
+    parts = {"a": nn.Linear(6, 4), "n": nn.BatchNorm1d(4), "b": nn.Linear(4, 4), "m": nn.BatchNorm1d(4)}
+    model = Net(lambda s, x: s.m(s.b(s.n(s.a(x)))), **parts)
     model.spare = nn.Embedding(3, 2, max_norm=1.0)
     model.phase = nn.Parameter(torch.randn(2, dtype=torch.complex64))
-    model.forward = lambda x: model.m(model.b(model.n(model.a(x))))
     found = explain(model, torch.randn(3, 6))
     starts = ("n (BatchNorm1d)", "m (BatchNorm1d)", "spare (Embedding)", "phase (parameter of Net)")
     assert [text.startswith(start) for text, start in zip(found.refusals, starts, strict=True)] == [True] * 4
@@ -148,42 +113,22 @@ def test_all_offenders_are_listed_and_the_rest_is_explained():
     assert all(text in str(raised.value) for text in found.refusals)
 
 
-class Dropping(nn.Module):
-    """Two recurrent layers that draw random numbers inside, between linear ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.r, self.s = (nn.GRU(4, 4, 2, dropout=0.5, batch_first=True) for _ in range(2))
-
-    def forward(self, x):
-        return self.b(self.s(self.r(self.a(x))[0])[0])
-
-
 def test_refusals_found_while_running_are_collected():
     """What only shows in the backward pass is collected over the whole model, and the other rows are complete."""
-    found = explain(Dropping(), torch.randn(3, 5, 4))
+    gru = {name: nn.GRU(4, 4, 2, dropout=0.5, batch_first=True) for name in "rs"}
+    model = Net(lambda s, x: s.b(s.s(s.r(s.a(x))[0])[0]), a=nn.Linear(4, 4), b=nn.Linear(4, 2), **gru)
+    found = explain(model, torch.randn(3, 5, 4))
     assert not found.checked
     assert {text.split(": ")[0] for text in found.refusals} == {"r (GRU)", "s (GRU)"}
     assert {r.name[0] for r in found.rows if r.strategy == "refused"} == {"r", "s"}
     assert {r.strategy for r in found.rows if r.name[0] in "ab"} == {"instantiate"}
 
 
-class Foreign(nn.Module):
-    """Uses a weight in a way that no hook sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.kept = [self.b.weight]
-
-    def forward(self, x):
-        return F.linear(self.a(x), self.kept[0])
-
-
 def test_a_weight_used_where_no_hook_sees_it_is_refused_by_name():
     """A gradient that arrives summed over the batch is a refusal of that parameter, and the other rows are complete."""
-    found = explain(Foreign(), torch.randn(3, 4))
+    model = Net(lambda s, x: F.linear(s.a(x), s.kept[0]), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    model.kept = [model.b.weight]
+    found = explain(model, torch.randn(3, 4))
     assert {r.name: r.strategy for r in found.rows} == {
         "a.weight": "ghost", "a.bias": "instantiate", "b.weight": "refused", "b.bias": "unused"
     }  # fmt: skip
@@ -199,12 +144,7 @@ def test_lazy_modules_have_to_run_once_first():
 
 def test_mixing_without_a_module_is_found_by_the_check():
     """A model whose samples mix in its forward is said to be refused, as the self-check finds."""
-
-    class Mixing(nn.Linear):
-        def forward(self, x):
-            return super().forward(x - x.mean(0))
-
-    found = explain(Mixing(4, 3), torch.randn(5, 4))
+    found = explain(Net(lambda s, x: s.a(x - x.mean(0)), a=nn.Linear(4, 3)), torch.randn(5, 4))
     assert not found.checked
     assert any("mix" in text for text in found.refusals)
     assert "checked against single-sample autograd: no" in str(found)
@@ -256,7 +196,7 @@ def test_nothing_is_left_behind(mode):
 
 def test_a_failing_model_leaves_nothing_behind():
     """What the model raises on the example reaches the caller, and the hooks are gone."""
-    model = Net(a=nn.Linear(4, 3))
+    model = alone(lambda: nn.Linear(4, 3))()
     with pytest.raises(RuntimeError, match="shapes"):
         explain(model, torch.randn(2, 5))
     assert not model.a._forward_hooks
@@ -283,12 +223,10 @@ def test_an_example_that_shows_nothing_is_an_error(example):
         explain(nn.Linear(4, 2), example)
 
 
-def test_a_model_in_use_is_an_error(loader_of):
+def test_a_model_in_use_is_an_error():
     """Inside an open scope or under a controller the model cannot be explained, and afterwards it can."""
     model = nn.Linear(4, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scope = private_training(model, optimizer, loader_of([torch.randn(4, 4)]), noise_multiplier=1.0, max_grad_norm=1.0)
-    with scope, pytest.raises(ScopeError, match="explain it before or after"):
+    with scope_over(model, loader=in_order()), pytest.raises(ScopeError, match="explain it before or after"):
         explain(model, torch.randn(2, 4))
     assert explain(model, torch.randn(2, 4)).checked
 
@@ -301,7 +239,7 @@ def test_a_frozen_model_has_no_rows():
 
 def test_printed_and_as_a_dictionary():
     """The table names parameter, strategy and the unused one; the dictionary holds the same rows."""
-    found = explain(WithToken(), torch.randn(3, 4, 6))
+    found = explain(with_token(), torch.randn(3, 4, 6))
     text = str(found)
     assert "unused: idle. Freeze" in text
     assert "checked against single-sample autograd: yes\nnothing would be refused" in text

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, rnn
 from torchvision.models import swin_transformer
 
+from ..models import Net
+
 SAMPLES = 3
 LENGTH = 6
 VOCAB = 40
@@ -38,19 +40,6 @@ class Specimen:
 
 
 Builder = Callable[[], Specimen]
-
-
-class Net(nn.Module):
-    """Runs ``fn(self, *inputs)`` over the given submodules and parameters."""
-
-    def __init__(self, fn: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.fn = (fn,)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.fn[0](self, **inputs)
 
 
 # ---------------------------------------------------------------- inputs
@@ -95,57 +84,43 @@ def waveform() -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- transformers
 
-WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+def every(value: Any, names: str) -> dict[str, Any]:
+    """Return settings that all have one value."""
+    return dict.fromkeys(names.split(), value)
+
+
+WIDE = every(2, "num_hidden_layers num_attention_heads") | {"hidden_size": 16, "intermediate_size": 24}
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL = every(0.0, "hidden_dropout_prob attention_probs_dropout_prob")
 TEXT = {**WIDE, **IDS, **STILL, "max_position_embeddings": 32, "num_labels": 3}
-DECODER = {
-    **WIDE,
-    **IDS,
-    "max_position_embeddings": 32,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "attention_dropout": 0.0,
-    "use_cache": False,
-}
+DECODER = WIDE | IDS | {"max_position_embeddings": 32, "num_key_value_heads": 1, "head_dim": 8}
+DECODER |= {"attention_dropout": 0.0, "use_cache": False}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 IMAGE = {**WIDE, **STILL, "image_size": 16, "patch_size": 8, "num_labels": 3, "attention_dropout": 0.0}
-AUDIO = {
-    **WIDE,
-    **STILL,
-    "vocab_size": 12,
-    "conv_dim": (8, 8),
-    "conv_stride": (5, 4),
-    "conv_kernel": (10, 4),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "activation_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
-    "final_dropout": 0.0,
-    "layerdrop": 0.0,
-    "apply_spec_augment": False,
-    "mask_time_prob": 0.0,
-}
-SEQ2SEQ = {
-    **IDS,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 32,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-    "use_cache": False,
-}
+AUDIO = (
+    WIDE
+    | STILL
+    | every(0.0, "activation_dropout attention_dropout hidden_dropout feat_proj_dropout final_dropout layerdrop")
+    | {
+        "vocab_size": 12,
+        "conv_dim": (8, 8),
+        "conv_stride": (5, 4),
+        "conv_kernel": (10, 4),
+        "num_feat_extract_layers": 2,
+    }
+    | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    | {"apply_spec_augment": False, "mask_time_prob": 0.0}
+)
+SEQ2SEQ = (
+    IDS
+    | {"d_model": 16, "max_position_embeddings": 32, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    | every(1, "encoder_layers decoder_layers")
+    | every(2, "encoder_attention_heads decoder_attention_heads")
+    | every(24, "encoder_ffn_dim decoder_ffn_dim")
+    | every(0.0, "dropout attention_dropout activation_dropout")
+    | {"use_cache": False}
+)
 
 
 def first(output: Any) -> Tensor:
@@ -155,8 +130,8 @@ def first(output: Any) -> Tensor:
 
 def hf(
     model: str,
-    inputs: Callable[[], dict[str, Tensor]],
     config: dict[str, Any],
+    inputs: Callable[[], dict[str, Tensor]] = text,
     read: Callable[[Any], Tensor] = first,
     attention: str | None = None,
     **more: Any,
@@ -218,246 +193,179 @@ def only(read: Callable[[Any], Tensor], builder: Builder) -> Builder:
     return build
 
 
+SHORT = {"max_position_embeddings": 32, "use_cache": False}
+BARE = WIDE | IDS | SHORT
 GPT = {**IDS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
 GPT_STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BART = {**SEQ2SEQ, "num_labels": 3}
-T5 = {
-    **IDS,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_heads": 2,
-    "relative_attention_num_buckets": 4,
-    "relative_attention_max_distance": 8,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-    "use_cache": False,
-}
+T5 = (
+    IDS
+    | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0, "use_cache": False}
+    | {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 8, "decoder_start_token_id": 0}
+)
 DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
-SWIN = {
-    **STILL,
-    "image_size": 16,
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depths": [2, 1],
-    "num_heads": [2, 2],
-    "window_size": 4,
-    "drop_path_rate": 0.0,
-    "num_labels": 3,
-}
-CONVNEXT = {
-    "hidden_sizes": [8, 12],
-    "depths": [1, 1],
-    "num_stages": 2,
-    "patch_size": 4,
-    "image_size": 16,
-    "num_labels": 3,
-}
+SWIN = (
+    STILL
+    | {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+    | {"drop_path_rate": 0.0, "num_labels": 3}
+)
+CONVNEXT = every([1, 1], "depths") | {"hidden_sizes": [8, 12], "num_stages": 2, "patch_size": 4, "image_size": 16}
+CONVNEXT |= {"num_labels": 3}
 STATE = {**IDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 3, "use_cache": False}
 SQUEEZED = {f"{name}_groups": 2 for name in ("q", "k", "v", "intermediate", "output")} | {"post_attention_groups": 1}
-MIXTRAL = hf("MixtralForCausalLM", text, {**DECODER, **EXPERTS}, num_local_experts=3, sliding_window=None)
+MIXTRAL = hf("MixtralForCausalLM", {**DECODER, **EXPERTS}, num_local_experts=3, sliding_window=None)
 JETMOE = {"num_key_value_heads": 1, "kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 ENCODERS: dict[str, Builder] = {
-    "bert-mlm": hf("BertForMaskedLM", text, TEXT),
-    "bert-classifier-eager": hf("BertForSequenceClassification", text, TEXT, attention="eager"),
-    "bert-checkpointed": checkpointed(hf("BertForSequenceClassification", text, TEXT)),
-    "roberta-tokens": hf("RobertaForTokenClassification", text, TEXT),
-    "albert": hf("AlbertForMaskedLM", text, TEXT, embedding_size=8),
+    "bert-mlm": hf("BertForMaskedLM", TEXT),
+    "bert-classifier-eager": hf("BertForSequenceClassification", TEXT, attention="eager"),
+    "bert-checkpointed": checkpointed(hf("BertForSequenceClassification", TEXT)),
+    "roberta-tokens": hf("RobertaForTokenClassification", TEXT),
+    "albert": hf("AlbertForMaskedLM", TEXT, embedding_size=8),
     "distilbert": hf(
         "DistilBertForMaskedLM",
-        text,
         {**IDS, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0},
         max_position_embeddings=32,
     ),
-    "electra": hf("ElectraForMaskedLM", text, TEXT, embedding_size=8),
+    "electra": hf("ElectraForMaskedLM", TEXT, embedding_size=8),
     "deberta-v2": hf(
-        "DebertaV2ForMaskedLM", text, DEBERTA, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True
+        "DebertaV2ForMaskedLM", DEBERTA, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True
     ),
-    "deberta": hf("DebertaForMaskedLM", text, DEBERTA),
-    "mpnet": hf("MPNetForMaskedLM", text, TEXT, relative_attention_num_buckets=32),
-    "xlnet": hf(
-        "XLNetLMHeadModel",
-        text,
-        {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0},
-    ),
+    "deberta": hf("DebertaForMaskedLM", DEBERTA),
+    "mpnet": hf("MPNetForMaskedLM", TEXT, relative_attention_num_buckets=32),
+    "xlnet": hf("XLNetLMHeadModel", {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0}),
     "funnel": hf(
         "FunnelForMaskedLM",
-        text,
         {**IDS, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24},
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
+        **every(0.0, "hidden_dropout attention_dropout activation_dropout"),
     ),
-    "convbert": hf("ConvBertForMaskedLM", text, TEXT, embedding_size=8, conv_kernel_size=3, head_ratio=2),
+    "convbert": hf("ConvBertForMaskedLM", TEXT, embedding_size=8, conv_kernel_size=3, head_ratio=2),
     "modernbert": hf(
         "ModernBertForMaskedLM",
-        text,
-        {**WIDE, **IDS, "max_position_embeddings": 32, "local_attention": 4, "global_attn_every_n_layers": 2},
-        cls_token_id=1,
-        sep_token_id=2,
+        {**BARE, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
-    "longformer": hf("LongformerForMaskedLM", lambda: {"input_ids": ids(8)}, TEXT, attention_window=4),
-    "mobilebert": hf(
-        "MobileBertForMaskedLM", text, TEXT, embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8
-    ),
-    "squeezebert": hf("SqueezeBertForMaskedLM", text, TEXT, embedding_size=16, **SQUEEZED),
-    "fnet": hf("FNetForMaskedLM", unpadded, {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0}),
+    "longformer": hf("LongformerForMaskedLM", TEXT, lambda: {"input_ids": ids(8)}, attention_window=4),
+    "mobilebert": hf("MobileBertForMaskedLM", TEXT, embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8),
+    "squeezebert": hf("SqueezeBertForMaskedLM", TEXT, embedding_size=16, **SQUEEZED),
+    "fnet": hf("FNetForMaskedLM", {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0}, unpadded),
 }
 
 CAUSAL: dict[str, Builder] = {
-    "gpt2": hf("GPT2LMHeadModel", text, {**GPT, **GPT_STILL}),
-    "gpt2-checkpointed": checkpointed(hf("GPT2LMHeadModel", text, {**GPT, **GPT_STILL})),
+    "gpt2": hf("GPT2LMHeadModel", {**GPT, **GPT_STILL}),
+    "gpt2-checkpointed": checkpointed(hf("GPT2LMHeadModel", {**GPT, **GPT_STILL})),
     "gpt-neo": hf(
         "GPTNeoForCausalLM",
-        text,
-        {**IDS, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 4},
+        {**IDS, **SHORT, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 4},
         attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=32,
-        use_cache=False,
     ),
-    "gptj": hf("GPTJForCausalLM", text, {**GPT, **GPT_STILL, "rotary_dim": 4}),
-    "gpt-neox": hf("GPTNeoXForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}),
-    "opt": hf(
-        "OPTForCausalLM",
-        text,
-        {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
-    ),
+    "gptj": hf("GPTJForCausalLM", {**GPT, **GPT_STILL, "rotary_dim": 4}),
+    "gpt-neox": hf("GPTNeoXForCausalLM", BARE),
+    "opt": hf("OPTForCausalLM", {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "bloom": hf(
         "BloomForCausalLM",
-        text,
         {**IDS, "hidden_size": 16, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
         use_cache=False,
     ),
-    "llama": hf("LlamaForCausalLM", text, DECODER),
-    "llama-tied-eager": hf("LlamaForCausalLM", text, DECODER, attention="eager", tie_word_embeddings=True),
-    "mistral": hf("MistralForCausalLM", text, DECODER, sliding_window=4),
+    "llama": hf("LlamaForCausalLM", DECODER),
+    "llama-tied-eager": hf("LlamaForCausalLM", DECODER, attention="eager", tie_word_embeddings=True),
+    "mistral": hf("MistralForCausalLM", DECODER, sliding_window=4),
     "mixtral": single_precision(MIXTRAL),
-    "qwen2": hf("Qwen2ForCausalLM", text, DECODER),
-    "qwen3": hf("Qwen3ForCausalLM", text, DECODER),
-    "qwen2-moe": single_precision(hf("Qwen2MoeForCausalLM", text, {**DECODER, **EXPERTS}, num_experts=3)),
-    "jetmoe": single_precision(
-        hf("JetMoeForCausalLM", text, {**WIDE, **IDS, "max_position_embeddings": 32, "use_cache": False}, **JETMOE)
-    ),
-    "gemma": hf("GemmaForCausalLM", text, DECODER),
-    "gemma2": hf("Gemma2ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
-    "gemma3": hf("Gemma3ForCausalLM", text, DECODER, query_pre_attn_scalar=8, sliding_window=4),
-    "phi": hf("PhiForCausalLM", text, DECODER, num_key_value_heads=2, resid_pdrop=0.0, embd_pdrop=0.0),
-    "falcon": hf(
-        "FalconForCausalLM",
-        text,
-        {**WIDE, **IDS, "max_position_embeddings": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-        use_cache=False,
-    ),
-    "olmo": hf("OlmoForCausalLM", text, DECODER),
-    "mamba": hf("MambaForCausalLM", unpadded, STATE, time_step_rank=4),
-    "mamba2": hf("Mamba2ForCausalLM", unpadded, STATE, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4),
+    "qwen2": hf("Qwen2ForCausalLM", DECODER),
+    "qwen3": hf("Qwen3ForCausalLM", DECODER),
+    "qwen2-moe": single_precision(hf("Qwen2MoeForCausalLM", {**DECODER, **EXPERTS}, num_experts=3)),
+    "jetmoe": single_precision(hf("JetMoeForCausalLM", BARE, **JETMOE)),
+    "gemma": hf("GemmaForCausalLM", DECODER),
+    "gemma2": hf("Gemma2ForCausalLM", DECODER, query_pre_attn_scalar=8, sliding_window=4),
+    "gemma3": hf("Gemma3ForCausalLM", DECODER, query_pre_attn_scalar=8, sliding_window=4),
+    "phi": hf("PhiForCausalLM", DECODER, num_key_value_heads=2, resid_pdrop=0.0, embd_pdrop=0.0),
+    "falcon": hf("FalconForCausalLM", BARE, hidden_dropout=0.0, attention_dropout=0.0),
+    "olmo": hf("OlmoForCausalLM", DECODER),
+    "mamba": hf("MambaForCausalLM", STATE, unpadded, time_step_rank=4),
+    "mamba2": hf("Mamba2ForCausalLM", STATE, unpadded, num_heads=4, head_dim=8, n_groups=1, expand=2, chunk_size=4),
     "rwkv": hf(
         "RwkvForCausalLM",
-        unpadded,
         {**IDS, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24},
-        context_length=16,
-        rescale_every=0,
-        use_cache=False,
+        unpadded,
+        **{"context_length": 16, "rescale_every": 0, "use_cache": False},
     ),
     "recurrent-gemma": hf(
         "RecurrentGemmaForCausalLM",
-        text,
-        DECODER,
-        lru_width=16,
-        attention_window_size=4,
-        conv1d_width=3,
+        {**DECODER, "lru_width": 16, "attention_window_size": 4, "conv1d_width": 3},
         block_types=["recurrent", "attention"],
     ),
 }
 
 SEQ2SEQS: dict[str, Builder] = {
-    "t5": hf("T5ForConditionalGeneration", text_pair, T5),
-    "t5-encoder": hf("T5EncoderModel", text, T5),
-    "bart": hf("BartForConditionalGeneration", text_pair, BART),
-    "pegasus": hf("PegasusForConditionalGeneration", text_pair, BART),
-    "marian": hf("MarianMTModel", text_pair, BART),
+    "t5": hf("T5ForConditionalGeneration", T5, text_pair),
+    "t5-encoder": hf("T5EncoderModel", T5),
+    "bart": hf("BartForConditionalGeneration", BART, text_pair),
+    "pegasus": hf("PegasusForConditionalGeneration", BART, text_pair),
+    "marian": hf("MarianMTModel", BART, text_pair),
     "m2m100": hf(
-        "M2M100ForConditionalGeneration", text_pair, {**BART, "encoder_layerdrop": 0.0}, decoder_layerdrop=0.0
+        "M2M100ForConditionalGeneration", {**BART, "encoder_layerdrop": 0.0}, text_pair, decoder_layerdrop=0.0
     ),
     "bert-to-bert": encoder_decoder,
 }
 
 VISION: dict[str, Builder] = {
-    "vit": hf("ViTForImageClassification", image, IMAGE),
-    "deit": hf("DeiTForImageClassification", image, IMAGE),
+    "vit": hf("ViTForImageClassification", IMAGE, image),
+    "deit": hf("DeiTForImageClassification", IMAGE, image),
     "beit": hf(
-        "BeitForImageClassification", image, IMAGE, use_relative_position_bias=True, drop_path_rate=0.0, vocab_size=8
+        "BeitForImageClassification", IMAGE, image, use_relative_position_bias=True, drop_path_rate=0.0, vocab_size=8
     ),
-    "swin": hf("SwinForImageClassification", image, SWIN),
-    "swinv2": hf("Swinv2ForImageClassification", image, SWIN),
-    "convnext": hf("ConvNextForImageClassification", image, CONVNEXT),
-    "convnextv2": hf("ConvNextV2ForImageClassification", image, CONVNEXT),
-    "dinov2": hf("Dinov2ForImageClassification", image, IMAGE, layerscale_value=0.5),
+    "swin": hf("SwinForImageClassification", SWIN, image),
+    "swinv2": hf("Swinv2ForImageClassification", SWIN, image),
+    "convnext": hf("ConvNextForImageClassification", CONVNEXT, image),
+    "convnextv2": hf("ConvNextV2ForImageClassification", CONVNEXT, image),
+    "dinov2": hf("Dinov2ForImageClassification", IMAGE, image, layerscale_value=0.5),
     "segformer": hf(
         "SegformerForImageClassification",
-        image,
         {**STILL, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 12]},
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
-        drop_path_rate=0.0,
-        num_labels=3,
+        image,
+        **{"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+        **{"drop_path_rate": 0.0, "num_labels": 3},
     ),
     "poolformer": hf(
         "PoolFormerForImageClassification",
-        image,
         {"hidden_sizes": [8, 12], "depths": [1, 1], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2]},
-        padding=[2, 1],
-        mlp_ratio=2.0,
-        drop_path_rate=0.0,
-        num_labels=3,
+        image,
+        **{"padding": [2, 1], "mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_labels": 3},
     ),
 }
 
 SOUND: dict[str, Builder] = {
-    "wav2vec2": hf("Wav2Vec2ForCTC", waveform, AUDIO),
+    "wav2vec2": hf("Wav2Vec2ForCTC", AUDIO, waveform),
     "wav2vec2-stable": hf(
-        "Wav2Vec2ForCTC", waveform, AUDIO, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True
+        "Wav2Vec2ForCTC", AUDIO, waveform, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True
     ),
-    "hubert": hf("HubertForCTC", waveform, AUDIO),
+    "hubert": hf("HubertForCTC", AUDIO, waveform),
     "whisper": hf(
         "WhisperForConditionalGeneration",
-        lambda: {"input_features": randn(8, 16), "decoder_input_ids": ids(4)},
         {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8},
+        lambda: {"input_features": randn(8, 16), "decoder_input_ids": ids(4)},
         suppress_tokens=None,
         begin_suppress_tokens=None,
     ),
     "ast": hf(
         "ASTForAudioClassification",
+        WIDE | STILL | every(4, "patch_size time_stride frequency_stride") | {"max_length": 16, "num_mel_bins": 8},
         lambda: {"input_values": randn(16, 8)},
-        {
-            **WIDE,
-            **STILL,
-            "patch_size": 4,
-            "time_stride": 4,
-            "frequency_stride": 4,
-            "max_length": 16,
-            "num_mel_bins": 8,
-        },
         num_labels=3,
     ),
 }
 
 MULTIMODAL: dict[str, Builder] = {
-    "clip-text": hf("CLIPTextModelWithProjection", text, CLIP_TEXT),
-    "clip-vision": hf("CLIPVisionModelWithProjection", image, CLIP_IMAGE),
-    "clip-embeddings": only(embeddings, hf("CLIPModel", image_and_text, CLIP)),
-    "siglip-vision": hf("SiglipVisionModel", image, IMAGE),
+    "clip-text": hf("CLIPTextModelWithProjection", CLIP_TEXT),
+    "clip-vision": hf("CLIPVisionModelWithProjection", CLIP_IMAGE, image),
+    "clip-embeddings": only(embeddings, hf("CLIPModel", CLIP, image_and_text)),
+    "siglip-vision": hf("SiglipVisionModel", IMAGE, image),
     "blip-captions": hf(
         "BlipForConditionalGeneration",
-        image_and_text,
         {"text_config": {**TEXT, "encoder_hidden_size": 16, "use_cache": False}, "vision_config": IMAGE},
+        image_and_text,
         read=lambda output: output.logits,
     ),
-    "vilt": hf("ViltForQuestionAnswering", image_and_text, {**TEXT, **IMAGE, "max_image_length": -1}),
+    "vilt": hf("ViltForQuestionAnswering", {**TEXT, **IMAGE, "max_image_length": -1}, image_and_text),
 }
 
 # ---------------------------------------------------------------- timm and torchvision
@@ -492,30 +400,22 @@ TIMM: dict[str, Builder] = {
     "timm-mambaout": timm_model("mambaout_femto", 32, **STAGES),
 }
 
+
+def residual(norm: Any) -> nn.Module:
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm)
+
+
+SWIN_SIZES = [2, 2], 8, [2, 1], [2, 2], [4, 4]
+SWIN_ENDS = {"stochastic_depth_prob": 0.0, "num_classes": 3}
+
 TORCHVISION: dict[str, Builder] = {
-    "resnet-groupnorm": pictures(
-        lambda: torchvision.models.ResNet(
-            torchvision.models.resnet.BasicBlock,
-            [1, 1, 1, 1],
-            num_classes=3,
-            norm_layer=lambda channels: nn.GroupNorm(4, channels),
-        )
-    ),
+    "resnet-groupnorm": pictures(lambda: residual(lambda channels: nn.GroupNorm(4, channels))),
     "torchvision-vit": pictures(lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 24, num_classes=3)),
-    "torchvision-swin": pictures(
-        lambda: torchvision.models.SwinTransformer(
-            [2, 2], 8, [2, 1], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=3
-        )
-    ),
+    "torchvision-swin": pictures(lambda: swin_transformer.SwinTransformer(*SWIN_SIZES, **SWIN_ENDS)),
     "torchvision-swin-v2": pictures(
-        lambda: torchvision.models.SwinTransformer(
-            [2, 2],
-            8,
-            [2, 1],
-            [2, 2],
-            [4, 4],
-            stochastic_depth_prob=0.0,
-            num_classes=3,
+        lambda: swin_transformer.SwinTransformer(
+            *SWIN_SIZES,
+            **SWIN_ENDS,
             block=swin_transformer.SwinTransformerBlockV2,
             downsample_layer=swin_transformer.PatchMergingV2,
         )
@@ -620,6 +520,11 @@ def head() -> nn.Module:
     return nn.Linear(8, 3)
 
 
+def headed(fn: Callable[..., Any], body: Callable[[], nn.Module], inputs: Callable[[], Any] = sequence) -> Builder:
+    """Return a builder for a linear layer on what ``fn(body, **inputs)`` gives."""
+    return plain(lambda s, **inputs: s.head(fn(s.body, **inputs)), inputs, body=body, head=head)
+
+
 PLAIN: dict[str, Builder] = {
     "rnn": recurrent(nn.RNN),
     "lstm": recurrent(nn.LSTM, num_layers=2, bidirectional=True),
@@ -630,35 +535,22 @@ PLAIN: dict[str, Builder] = {
         cells=lambda: nn.LSTM(8, 6, batch_first=True),
         head=lambda: nn.Linear(6, 3),
     ),
-    "torch-transformer": plain(
-        lambda s, x, y: s.head(s.body(x, y).mean(1)),
+    "torch-transformer": headed(
+        lambda body, x, y: body(x, y).mean(1),
+        lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
         lambda: {"x": randn(5, 8), "y": randn(4, 8)},
-        body=lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
-        head=head,
     ),
-    "torch-encoder-time-first": plain(
-        lambda s, x: s.head(s.body(x.transpose(0, 1)).mean(0)),
-        sequence,
-        body=lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
-        head=head,
+    "torch-encoder-time-first": headed(
+        lambda body, x: body(x.transpose(0, 1)).mean(0),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
     ),
-    "multihead-attention": plain(
-        lambda s, x: s.head(s.body(x, x, x, need_weights=False)[0].mean(1)),
-        sequence,
-        body=lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
-        head=head,
+    "multihead-attention": headed(
+        lambda body, x: body(x, x, x, need_weights=False)[0].mean(1),
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
     ),
-    "weight-norm": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        sequence,
-        body=lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
-        head=head,
-    ),
-    "embedding-bag": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        lambda: {"x": ids()},
-        body=lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"),
-        head=head,
+    "weight-norm": headed(lambda body, x: torch.tanh(body(x)), lambda: parametrizations.weight_norm(nn.Linear(8, 8))),
+    "embedding-bag": headed(
+        lambda body, x: torch.tanh(body(x)), lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"), lambda: {"x": ids()}
     ),
     "class-token": plain(
         lambda s, x: s.head(s.body(torch.cat([s.token.expand(len(x), 1, -1), x], 1) + s.at[None])[:, 0]),
@@ -692,38 +584,24 @@ ARCHITECTURES: dict[str, Builder] = {
 # ---------------------------------------------------------------- what couples samples
 
 
-def residual(norm: Any) -> nn.Module:
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm)
-
-
 COUPLED: dict[str, Builder] = {
-    "clip-logits": hf("CLIPModel", image_and_text, CLIP, read=lambda output: output.logits_per_image),
+    "clip-logits": hf("CLIPModel", CLIP, image_and_text, read=lambda output: output.logits_per_image),
     "siglip-logits": hf(
         "SiglipModel",
-        image_and_text,
         {"text_config": {**CLIP_TEXT, "projection_size": 16}, "vision_config": IMAGE},
+        image_and_text,
         read=lambda output: output.logits_per_text,
     ),
     "resnet-batchnorm": pictures(lambda: residual(nn.BatchNorm2d)),
     "wav2vec2-conformer": hf(
-        "Wav2Vec2ConformerForCTC", waveform, AUDIO, conv_depthwise_kernel_size=3, max_source_positions=32
+        "Wav2Vec2ConformerForCTC", AUDIO, waveform, conv_depthwise_kernel_size=3, max_source_positions=32
     ),
     "timm-convmixer": pictures(lambda: importlib.import_module("timm.models.convmixer").ConvMixer(8, 2, num_classes=3)),
-    "spectral-norm": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x))),
-        sequence,
-        body=lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),
-        head=head,
+    "spectral-norm": headed(
+        lambda body, x: torch.tanh(body(x)), lambda: parametrizations.spectral_norm(nn.Linear(8, 8))
     ),
-    "attention-over-samples": plain(
-        lambda s, x: s.head(s.body(x, x, x)[0].mean(1)),
-        sequence,
-        body=lambda: nn.MultiheadAttention(8, 2),
-        head=head,
-    ),
-    "batch-mean": plain(
-        lambda s, x: s.head(torch.tanh(s.body(x) - x.mean(0))), sequence, body=lambda: nn.Linear(8, 8), head=head
-    ),
+    "attention-over-samples": headed(lambda body, x: body(x, x, x)[0].mean(1), lambda: nn.MultiheadAttention(8, 2)),
+    "batch-mean": headed(lambda body, x: torch.tanh(body(x) - x.mean(0)), lambda: nn.Linear(8, 8)),
 }
 
 # ---------------------------------------------------------------- building

@@ -1,6 +1,7 @@
 """What was checked on one batch holds for the operations of that batch; a model that takes another way is looked at anew."""
 
 import functools
+import itertools
 import random
 from collections import UserDict
 
@@ -11,241 +12,146 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from dp_hooks import dp_step, errors, private_training
-from dp_hooks.capture.controller import MODES
+from dp_hooks import dp_step, errors
 from dp_hooks.checks.self_check import SelfCheck
 
-from .models import Net, randn
-from .reference import sample_grads
+from ..cases.coins import COINS, SWITCHES, ChangingCriterion, Roll
+from ..models import MODES, Net, loader_of, moved, randn, scope_over, values
+from ..reference import sample_grads
 
 N, T, D = 6, 4, 5
 STYLES = ("bare loop", "dp_step")
+WAYS = [*itertools.product(MODES, STYLES), ("ghost", "two passes")]
 
 
-def _losses(model, x):
+def losses_of(model, x):
     return model(x).square().mean(1)
 
 
-def _enter(model, loader_of, mode, **kwargs):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "poisson_sampling": False, **kwargs}
-    return private_training(model, optimizer, loader_of([randn(6 * N, T, D)], N), grad_sample_mode=mode, **arguments)
+def net(forward, **parts):
+    """A network over two layers, not switched yet."""
+    model = Net(forward, **{"a": nn.Linear(D, D), "b": nn.Linear(D, 3), **parts}).double()
+    model.switch = False
+    return model
 
 
-def _stepper(style, losses=_losses):
+def switching(name):
+    return net(SWITCHES[name], child=Roll())
+
+
+def enter(model, mode="ghost", **options):
+    """Open a scope with six batches."""
+    return scope_over(
+        model, loader=loader_of([randn(6 * N, T, D)], N), max_grad_norm=1.0, grad_sample_mode=mode, **options
+    )
+
+
+def stepper(style, losses=losses_of):
     """Return ``step(model, opt, x)``."""
-    whole = dp_step(lambda model, x: losses(model, x))
+    whole = dp_step(two_pass=style == "two passes")(lambda model, x: losses(model, x))
 
     def step(model, opt, x):
-        if style == "dp_step":
+        if style != "bare loop":
             whole(model, x)
             return
         opt.zero_grad()
-        losses(model, x).mean().backward()
-        opt.step()
+        stepped(losses(model, x).mean(), opt)
 
     return step
+
+
+def stepped(loss, opt):
+    loss.backward()
+    opt.step()
+
+
+def still(before, model):
+    return not any(bool(m.any()) for m in moved(before, model))
 
 
 @pytest.fixture
 def checks(monkeypatch):
     """A list that grows with every comparison of the self-check."""
     seen = []
-    judge = SelfCheck._judge
-    monkeypatch.setattr(SelfCheck, "_judge", lambda self, *args: (seen.append(1), judge(self, *args))[1])
+    compare = SelfCheck._compare
+    monkeypatch.setattr(SelfCheck, "_compare", lambda self, *args: (seen.append(1), compare(self, *args))[1])
     return seen
 
 
-def _flattened(s, x):
-    if s.switch:
-        h = s.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
-    else:
-        h = s.a(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return s.b(h.mean(1))
-
-
-def _centred(s, x):
-    h = s.a(x)
-    return s.b((h - (0.5 if s.switch else 0.0) * h.mean(0)).mean(1))
-
-
-def _summed_over(s, x):
-    h = s.a(x)
-    return s.b((h - h.mean(0 if s.switch else 1, keepdim=True)).square().mean(1))
-
-
-def _by_equation(s, x):
-    h = s.a(x)
-    return s.b(torch.einsum("ntd,ksd->nd" if s.switch else "ntd,nsd->nd", h, h))
-
-
-def _normalised(s, x):
-    h = s.a(x).mean(1)
-    return s.b(F.batch_norm(h, None, None, training=True) if s.switch else F.layer_norm(h, h.shape[1:]))
-
-
-def _other_order(s, x):
-    h = x.flip(0) if s.switch else x
-    h = s.a(h)
-    return s.b((h + h.flip(0)).mean(1) if s.switch else h.mean(1))
-
-
-def _inside_a_child(s, x):
-    s.child.switch = s.switch
-    return s.b(s.child(s.a(x)).mean(1))
-
-
-class _Roll(nn.Module):
-    switch = False
-
-    def forward(self, h):
-        return h + h.roll(1, 0) if self.switch else h + h.tanh()
-
-
-def _rising(s, x):
-    h = s.a(x)
-    return s.b((h - (0.6 if s.switch else 1e-7) * h.mean(0)).mean(1))
-
-
-def _numpy_factor(s, x):
-    h = s.a(x)
-    return s.b((h - numpy.float32(0.5 if s.switch else 0.0) * h.mean(0)).mean(1))
-
-
-def _rolled(s, x):
-    h = s.a(x)
-    return s.b((h + h.roll(1, 0 if s.switch else 1)).mean(1))
-
-
-def _rolled_by(s, x):
-    h = s.a(x)
-    return s.b((h + h.roll(len(x) - 1 if s.switch else 0, 0)).mean(1))
-
-
-def _pasted(s, x):
-    h = s.a(x)
-    end = D if s.switch else 2
-    return s.b(torch.cat([h[..., :2], h.flip(0)[..., 2:end], h[..., end:]], -1).mean(1))
-
-
-def _hooked(s, x):
-    h = s.a(x)
-    if s.switch:
-        h.register_hook(lambda grad: grad / grad.norm())
-    return s.b(h.mean(1))
-
-
-SWITCHES = {
-    "how tokens are flattened": _flattened,
-    "a factor that was zero": _centred,
-    "the axis of a mean": _summed_over,
-    "an equation": _by_equation,
-    "a factor that was very small": _rising,
-    "a factor of numpy": _numpy_factor,
-    "the axis of a roll": _rolled,
-    "the length of a roll": _rolled_by,
-    "a slice that was empty": _pasted,
-    "a hook on a tensor": _hooked,
-    "the kind of norm": _normalised,
-    "the order of rows": _other_order,
-    "inside a module without parameters": _inside_a_child,
-}
-
-
-def _switching(name):
-    model = Net(SWITCHES[name], a=nn.Linear(D, D), b=nn.Linear(D, 3), child=_Roll()).double()
-    model.switch = False
-    return model
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "style"), WAYS)
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_after_the_first_batches_is_noticed(name, mode, style, loader_of):
+def test_a_switch_after_the_first_batches_is_noticed(name, mode, style):
     """A model that is turned into one that mixes or reorders samples, shapes unchanged, is refused at that very step."""
-    model, step = _switching(name), _stepper(style)
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model, step = switching(name), stepper(style)
+    with enter(model, mode) as (opt, loader):
         for index, (x,) in enumerate(loader):
             model.switch = index >= 2
-            before = [p.detach().clone() for p in model.parameters()]
+            before = values(model)
             if model.switch:
                 with pytest.raises(errors.UnsupportedModelError):
                     step(model, opt, x)
-                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                assert still(before, model)
                 assert not any(hasattr(p, "grad_sample") for p in model.parameters())
                 break
             step(model, opt, x)
-            assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert not still(before, model)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_loss_that_couples_samples_later_is_noticed(mode, loader_of):
+def test_a_loss_that_couples_samples_later_is_noticed(mode):
     """A train function that adds a term over the whole batch from the third step on is refused there."""
-    model, late = _switching("a factor that was zero"), []
-    step = _stepper(
-        "dp_step", lambda m, x: (out := m(x)).square().mean(1) + (out.mean(0).square().sum() if late else 0)
-    )
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model, late = switching("a factor that was zero"), []
+    step = stepper("dp_step", lambda m, x: (out := m(x)).square().mean(1) + (out.mean(0).square().sum() if late else 0))
+    with enter(model, mode) as (opt, loader):
         batches = iter(loader)
         step(model, opt, *next(batches))
         step(model, opt, *next(batches))
         late.append(True)
-        before = [p.detach().clone() for p in model.parameters()]
+        before = values(model)
         with pytest.raises(errors.SelfCheckError, match="train function"):
             step(model, opt, *next(batches))
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert still(before, model)
 
 
-class _Criterion(nn.Module):
-    """Mean squared outputs, from some time on with a term over the whole batch."""
-
-    late = False
-
-    def forward(self, out):
-        loss = out.square().mean(1)
-        return (loss + out.mean(0).square().sum() if self.late else loss).mean()
-
-
-class _PerSample(nn.Module):
+class PerSample(nn.Module):
     def forward(self, out):
         return out.square().mean(1)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_criterion_that_couples_samples_later_is_noticed(mode, loader_of):
+def test_a_criterion_that_couples_samples_later_is_noticed(mode):
     """A loss module given as criterion is checked again when it does something else; a train function covers its own."""
-    model, criterion = _switching("a factor that was zero"), _Criterion()
-    with _enter(model, loader_of, mode, criterion=criterion) as (opt, loader):
+    model, criterion = switching("a factor that was zero"), ChangingCriterion()
+    with enter(model, mode, criterion=criterion) as (opt, loader):
         for index, (x,) in enumerate(loader):
             criterion.late = index == 2
-            before = [p.detach().clone() for p in model.parameters()]
+            before = values(model)
             loss = criterion(model(x))
             if criterion.late:
                 with pytest.raises(errors.SelfCheckError, match="criterion"):
-                    _stepped(loss, opt)
-                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                    stepped(loss, opt)
+                assert still(before, model)
                 break
-            _stepped(loss, opt)
-    model, criterion = _switching("a factor that was zero"), _PerSample()
+            stepped(loss, opt)
+    model, criterion = switching("a factor that was zero"), PerSample()
     step = dp_step(lambda m, x: criterion(m(x)))
-    with _enter(model, loader_of, mode, criterion=criterion) as (opt, loader):
+    with enter(model, mode, criterion=criterion) as (opt, loader):
         for (x,) in loader:
             step(model, x)
 
 
 @pytest.mark.filterwarnings("ignore:the loss did not reach g")
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_sound_branch_costs_one_more_check(mode, style, loader_of, checks):
+@pytest.mark.parametrize(("mode", "style"), WAYS)
+def test_a_sound_branch_costs_one_more_check(mode, style, checks):
     """A branch that is taken later and is right is checked when it is taken first, and never again."""
 
     def forward(s, x):
         h = s.a(x)
         return s.b((h * s.g).sigmoid().mean(1) if s.switch else h.mean(1))
 
-    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3), g=nn.Parameter(torch.ones(D))).double()
-    model.switch, step, counts = False, _stepper(style), []
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model = net(forward, g=nn.Parameter(torch.ones(D)))
+    step, counts = stepper(style), []
+    with enter(model, mode) as (opt, loader):
         for index, (x,) in enumerate(loader):
             model.switch = index in (2, 4)
             step(model, opt, x)
@@ -254,26 +160,16 @@ def test_a_sound_branch_costs_one_more_check(mode, style, loader_of, checks):
 
 
 @pytest.mark.filterwarnings("ignore:a step was taken on a batch that did not come from")
-def test_what_changes_from_batch_to_batch_is_no_other_way(loader_of, checks):
+def test_what_changes_from_batch_to_batch_is_no_other_way(checks):
     """Other numbers of samples and tokens, and another learning rate or temperature, cause no further check."""
     model = Net(lambda s, x: s.b((s.a(x) * s.heat).flatten(0, 1)).view(*x.shape[:2], -1).mean(1))
     model.a, model.b, model.heat = nn.Linear(D, D).double(), nn.Linear(D, 3).double(), 0.7
-    with _enter(model, loader_of, "ghost") as (opt, _):
+    with enter(model) as (opt, _):
         for index, (n, t) in enumerate([(6, 4), (8, 4), (7, 9), (12, 1), (9, 9), (4, 7), (6, 4)]):
             model.heat = 1.5 + index
-            _losses(model, randn(n, t, D)).mean().backward()
+            losses_of(model, randn(n, t, D)).mean().backward()
             opt.step()
     assert len(checks) == 1
-
-
-COINS = {
-    "torch.rand": lambda: bool(torch.rand([]) < 0.4),
-    "torch.rand, one element": lambda: torch.rand(1).item() < 0.4,
-    "torch.randint": lambda: torch.randint(0, 3, (1,)).item() == 0,
-    "torch.bernoulli": lambda: bool(torch.empty(()).bernoulli_(0.4)),
-    "random": lambda: random.random() < 0.4,
-    "numpy": lambda: numpy.random.uniform() < 0.4,
-}
 
 
 def _tossing(s, x):
@@ -298,20 +194,20 @@ def _tossing_model(coin):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("coin", COINS)
-def test_models_that_skip_layers_at_random_are_right(coin, mode, style, loader_of):
+def test_models_that_skip_layers_at_random_are_right(coin, mode, style):
     """Branches and layers that are taken by the toss of a coin are learned and checked as they come."""
     random.seed(0)
     numpy.random.seed(0)
     model = _tossing_model(coin)
-    step = _stepper(style, lambda m, x: _losses(m, x.flip(1) if model.coin() else x))
-    with _enter(model, loader_of, mode) as (opt, loader):
+    step = stepper(style, lambda m, x: losses_of(m, x.flip(1) if model.coin() else x))
+    with enter(model, mode) as (opt, loader):
         for _ in range(3):
             for (x,) in loader:
                 step(model, opt, x)
 
 
 @pytest.mark.parametrize("coin", COINS)
-def test_checks_draw_nothing_from_the_users_generators(coin, loader_of):
+def test_checks_draw_nothing_from_the_users_generators(coin):
     """With and without the self-check a training that tosses coins goes the same ways and ends at the same weights."""
     ends = []
     for self_check in (True, False):
@@ -324,9 +220,9 @@ def test_checks_draw_nothing_from_the_users_generators(coin, loader_of):
             b=nn.Linear(D, 3),
         ).double()
         model.coin = COINS[coin]
-        with _enter(model, loader_of, "ghost", self_check=self_check) as (opt, loader):
+        with enter(model, self_check=self_check) as (opt, loader):
             for (x,) in loader:
-                _losses(model, x).mean().backward()
+                losses_of(model, x).mean().backward()
                 opt.step()
         ends.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*ends)
@@ -356,39 +252,18 @@ def _cached(s, h):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mode", ["ghost", "hooks"])
 @pytest.mark.parametrize("kind", ["attribute", "dictionary", "function", "counter"])
-def test_caches_and_counters_of_a_model_are_no_reason_to_refuse(kind, mode, style, loader_of):
+def test_caches_and_counters_of_a_model_are_no_reason_to_refuse(kind, mode, style):
     """What a model keeps from its first pass, or does at every third, does not look as if the check went another way."""
     _remembered.cache_clear()
     model = Net(lambda s, x: s.b(_cached(s, s.a(x)).mean(1)), a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
     model.register_buffer("rate", torch.rand(D, dtype=torch.float64))
-    model.kind, model.longest, model.known, model.calls, step = kind, 0, {}, 0, _stepper(style)
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model.kind, model.longest, model.known, model.calls, step = kind, 0, {}, 0, stepper(style)
+    with enter(model, mode) as (opt, loader):
         for (x,) in loader:
             step(model, opt, x)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_rows_put_in_another_order_by_constants_are_noticed(style, loader_of):
-    """A switch that only changes how an index of the batch is made from nothing is a new way, too."""
-
-    def forward(s, x):
-        order = torch.arange(len(x))
-        order = order.flip(0) if s.switch else order.sort().values
-        h = s.a(x)
-        return s.b((h + h[order].detach().tanh() * h).mean(1))
-
-    model, step = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double(), _stepper(style)
-    with _enter(model, loader_of, "ghost") as (opt, loader):
-        for index, (x,) in enumerate(loader):
-            model.switch = index == 2
-            if model.switch:
-                with pytest.raises(errors.SelfCheckError):
-                    step(model, opt, x)
-                break
-            step(model, opt, x)
-
-
-def test_a_pass_that_cannot_be_repeated_is_refused(loader_of):
+def test_a_pass_that_cannot_be_repeated_is_refused():
     """A model that goes another way whenever it is run on the same batch cannot be checked, and is not released."""
 
     def forward(s, x):
@@ -397,13 +272,13 @@ def test_a_pass_that_cannot_be_repeated_is_refused(loader_of):
         return s.b((h.tanh() if len(calls) == late else h.relu()).mean(1))
 
     calls, late = [], -1
-    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
-    with _enter(model, loader_of, "ghost") as (opt, loader):
+    model = net(forward)
+    with enter(model) as (opt, loader):
         batches = iter(loader)
-        _losses(model, *next(batches)).mean().backward()
+        losses_of(model, *next(batches)).mean().backward()
         opt.step()
         late = len(calls) + 1
-        _losses(model, *next(batches)).mean().backward()
+        losses_of(model, *next(batches)).mean().backward()
         with pytest.raises(errors.SelfCheckError, match="did not do the same as before"):
             opt.step()
 
@@ -418,10 +293,10 @@ class _Counting(TorchFunctionMode):
 
 def _inside_a_mode(model, x):
     with _Counting():
-        _losses(model, x)
+        losses_of(model, x)
 
 
-def test_nothing_is_left_on_the_stack_of_function_modes(loader_of):
+def test_nothing_is_left_on_the_stack_of_function_modes():
     """Interrupted passes leave no mode behind, modes of the user stay where they are, and closed scopes follow nothing."""
 
     def forward(s, x):
@@ -429,19 +304,19 @@ def test_nothing_is_left_on_the_stack_of_function_modes(loader_of):
             raise KeyboardInterrupt
         return s.b(s.a(x).mean(1))
 
-    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model = net(forward)
     model.switch = False
     with _Counting() as mine:
-        with _enter(model, loader_of, "ghost") as (opt, loader):
+        with enter(model) as (opt, loader):
             for index, (x,) in enumerate(loader):
                 model.switch = index == 1
                 if model.switch:
                     with pytest.raises(KeyboardInterrupt):
-                        _losses(model, x)
+                        losses_of(model, x)
                     opt.zero_grad()
                     assert _get_current_function_mode_stack() == [mine]
                     continue
-                _losses(model, x).mean().backward()
+                losses_of(model, x).mean().backward()
                 assert _get_current_function_mode_stack() == [mine]
                 opt.step()
             model.switch = True
@@ -457,7 +332,7 @@ def test_nothing_is_left_on_the_stack_of_function_modes(loader_of):
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
 @pytest.mark.parametrize("reading", ["mixed inside", "mixed by a loss of the model", "sound"])
-def test_grad_sample_is_checked_before_it_can_be_read(reading, mode, loader_of):
+def test_grad_sample_is_checked_before_it_can_be_read(reading, mode):
     """In the modes that write ``p.grad_sample``, ``backward()`` itself refuses what a step would refuse."""
 
     def forward(s, x):
@@ -467,8 +342,9 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode, loader_of):
         out = s.b(h.mean(1))
         return (out.softmax(0) if "loss" in reading else out).square().mean()
 
-    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model = net(forward)
+    scope = enter(model, mode)
+    with scope as (opt, loader):
         (x,) = next(iter(loader))
         if reading != "sound":
             with pytest.raises(errors.SelfCheckError):
@@ -480,16 +356,11 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode, loader_of):
         model(x).backward()
         got = {name: p.grad_sample for name, p in model.named_parameters()}
         opt.zero_grad()
-        opt._controller.disable_hooks()
+        scope.controller.disable_hooks()
         torch.testing.assert_close(got, sample_grads(model, lambda m, part: m(part), x))
 
 
 # ---------------------------------------------------------------- outputs
-
-
-def _stepped(loss, opt):
-    loss.backward()
-    opt.step()
 
 
 def _two_outputs(s, x):
@@ -498,24 +369,24 @@ def _two_outputs(s, x):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_that_the_loss_does_not_use_may_mix_samples(mode, loader_of):
+def test_outputs_that_the_loss_does_not_use_may_mix_samples(mode):
     """A model that also returns similarities of all pairs can be trained on its embeddings, but not on those."""
-    model = Net(_two_outputs, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
-    with _enter(model, loader_of, mode) as (opt, loader):
+    model = net(_two_outputs)
+    with enter(model, mode) as (opt, loader):
         batches = iter(loader)
         for _ in range(2):
             model(*next(batches))["embeddings"].square().mean(1).mean().backward()
             opt.step()
-        before = [p.detach().clone() for p in model.parameters()]
+        before = values(model)
         logits = model(*next(batches))["logits"]
         with pytest.raises(errors.SelfCheckError):
-            _stepped(F.cross_entropy(logits, torch.arange(N)), opt)
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            stepped(F.cross_entropy(logits, torch.arange(N)), opt)
+        assert still(before, model)
 
 
 @pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first, loader_of):
+def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first):
     """Rows of all samples flattened into one axis, in either order, are compared like any other output."""
 
     def forward(s, x):
@@ -523,8 +394,8 @@ def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first, lo
         h = h - h.mean(0) if mixed else h
         return s.b((h.transpose(0, 1) if time_first else h).flatten(0, 1))
 
-    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
-    with _enter(model, loader_of, "ghost") as (opt, loader):
+    model = net(forward)
+    with enter(model) as (opt, loader):
         model(*next(iter(loader))).square().mean().backward()
         if mixed:
             with pytest.raises(errors.SelfCheckError):
@@ -534,13 +405,14 @@ def test_outputs_with_several_rows_per_sample_are_compared(mixed, time_first, lo
 
 
 @pytest.mark.parametrize("flat_first", [False, True])
-def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first, loader_of):
+def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first):
     """A part that gets frames flattened into the batch from the model, and single frames from the loop, stays right."""
     encoder = Net(lambda s, x: (s.a(x) * s.g).tanh(), a=nn.Linear(D, D), g=nn.Parameter(torch.ones(D)))
     model = Net(lambda s, x: s.b(s.encoder(x.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)), b=nn.Linear(D, 3))
     model.encoder = encoder
     model.double()
-    with _enter(model, loader_of, "hooks") as (opt, loader):
+    scope = enter(model, "hooks")
+    with scope as (opt, loader):
         for index, (x,) in enumerate(loader):
             flat = (index % 2 == 0) == flat_first
 
@@ -550,9 +422,9 @@ def test_a_part_called_with_and_without_flattened_frames_is_right(flat_first, lo
             losses(model, x).mean().backward()
             got = {name: p.grad_sample.clone() for name, p in model.named_parameters()}
             opt.zero_grad()
-            opt._controller.disable_hooks()
+            scope.controller.disable_hooks()
             expected = sample_grads(model, losses, x)
-            opt._controller.enable_hooks()
+            scope.controller.enable_hooks()
             torch.testing.assert_close(got, expected)
             losses(model, x).mean().backward()
             opt.step()
