@@ -45,7 +45,7 @@ def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
     return [None if i in shared else axis for i in range(len(tensors))]
 
 
-def _contraction(call: Call, outputs: Any, grads: list[Tensor | None]) -> Tensor:
+def contraction(outputs: Any, grads: list[Tensor | None]) -> Tensor:
     """Return ``sum(output * grad)`` over all outputs: its gradient is the vector-Jacobian product.
 
     Behind the last output that got a gradient there may be any number of others: a list with one for each sample.
@@ -81,7 +81,7 @@ def _by_vmap(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
         args, kwargs = join(skeleton, alone)
         queue = iter(grads)
         placed = [None if g is None else _alone(call, next(queue)) for g in call.grads]
-        return _contraction(call, call.run(params, args, kwargs), placed)
+        return contraction(call.run(params, args, kwargs), placed)
 
     in_dims = (None, axes, [axis] * len(grads))
     mapped = torch.func.vmap(torch.func.grad(loss), in_dims=in_dims, randomness="error")
@@ -103,7 +103,7 @@ def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
             placed = [None if g is None else _row(call, g, i) for g in call.grads]
-            total = _contraction(call, call.run(leaves, args, kwargs), placed)
+            total = contraction(call.run(leaves, args, kwargs), placed)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for (name, p), grad in zip(params.items(), found, strict=True):
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)

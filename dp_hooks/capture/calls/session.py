@@ -29,8 +29,7 @@ class ModelCall:
         rows: the number of samples; None: not known.
         batch_number: which batch it was on.
         running: whether it is running, with gradients captured.
-        counts: how often each use of tracked tensors has come so far.
-        seen: for uses that differ from each other, what each was taken for, by the shapes it met.
+        uses: by key, the uses of tracked tensors and calls of modules so far: the shapes met, and the layout taken for it.
         strict: uses that no probe has shown are probed before they are guessed.
         retries: how often probes were run anew in the middle of it.
         record: what a check will need to run it again.
@@ -43,8 +42,7 @@ class ModelCall:
     rows: int | None = None
     batch_number: int = 0
     running: bool = False
-    counts: dict[Any, int] = field(default_factory=dict)
-    seen: dict[Any, list[tuple[Any, Any]]] = field(default_factory=dict)
+    uses: dict[Any, list[tuple[Any, Any]]] = field(default_factory=dict)
     strict: bool = False
     retries: int = 0
     record: RecordedCall | None = None

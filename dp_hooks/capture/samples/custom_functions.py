@@ -14,11 +14,8 @@ from torch.autograd.function import FunctionCtx
 def arguments_of_functions() -> Iterator[list[Any]]:
     """What each custom autograd function that is running was called with: autograd takes gradients straight to it."""
     for frame in custom_forwards():
-        code = frame.f_code
-        named = code.co_argcount + code.co_kwonlyargcount
-        several = bool(code.co_flags & inspect.CO_VARARGS)
-        values = [frame.f_locals.get(name) for name in code.co_varnames[: named + several]]
-        yield [*values[:named], *(values[named] or () if several else ())]
+        names, several, _, values = inspect.getargvalues(frame)
+        yield [*(values.get(name) for name in names), *(values.get(several, ()) if several else ())]
 
 
 def custom_forwards() -> Iterator[FrameType]:

@@ -1,7 +1,6 @@
 """Where the batch is in every tensor that parameters meet: seen by running the model on another number of rows."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from .axis import SampleAxis
 from .custom_functions import custom_forwards
+from .tracked import is_float, plain
 from .uses import BYPASSED, MIXED, ROUTED, UNCLEAR, UseLayout
 
 # How many rows of a large axis are compared to find out in which order it holds the samples.
@@ -22,8 +22,18 @@ _COMPARED = 1 << 16
 
 
 @dataclass(eq=False)
-class _Frame:
-    """One call of a module during a probe."""
+class Frame:
+    """One call of a module during a probe.
+
+    Attributes:
+        module: the module.
+        name: its qualified name.
+        clean: nothing that went in or came out is without a known order of the samples.
+        batched: a tensor with a sample axis went in.
+        routed: rows were picked by their values inside.
+        repeat: the module is to be repeated on each sample, since what came out is in order again.
+        ragged: numbers of samples were read into Python inside: sizes may depend on them.
+    """
 
     module: nn.Module
     name: str
@@ -34,12 +44,34 @@ class _Frame:
     ragged: bool = False
 
 
-class _Watch(TorchFunctionMode):
-    """Marks tensors whose rows were picked or sorted by values, and what is computed from them."""
+@dataclass(eq=False)
+class Probe(TorchFunctionMode):
+    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows.
 
-    def __init__(self, probe: "Probe") -> None:
-        super().__init__()
-        self._trial = probe
+    As a context it watches operations: it marks tensors whose rows were picked or sorted by values, and what is made of them.
+
+    Attributes:
+        rows: their number.
+        two_distinct: whether the second sample is another one than the first.
+        mark_first: what the samples share is marked where it is first laid out for each of them, so that it shows when rows of
+            it end up with other samples. They hold the same values there, but gradients go back to the row they came from.
+        uses: what was seen, by key, in order.
+        frames: the calls of modules.
+        out_of_order: those of them out of which rows came in no order, first the inner ones.
+        flat_bag: the name of an ``EmbeddingBag`` that got flat ids from the inputs of the model.
+    """
+
+    rows: int
+    two_distinct: bool
+    mark_first: bool = False
+    uses: dict[Any, list[UseLayout]] = field(default_factory=dict)
+    frames: list[Frame] = field(default_factory=list)
+    out_of_order: list[Frame] = field(default_factory=list)
+    flat_bag: str | None = None
+    _given: list[Tensor] = field(default_factory=list)
+    _open: list[Frame] = field(default_factory=list)
+    _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,57 +81,28 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return out
-        probe = self._trial
         tensors = tensors_of((args, kwargs))
         if name == "__iter__":
             parts = list(out)
-            probe.note_numbers(tensors, parts)
+            self._note_numbers(tensors, parts)
             return iter(parts)
         if name in TO_PYTHON:
-            probe.note_read(tensors)
+            self._note_read(tensors)
         elif name not in PADDED_TO:
-            probe.note_numbers(tensors, out)
+            self._note_numbers(tensors, out)
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop)]
-            probe.note_read([end for end in ends if isinstance(end, Tensor)])
-        if probe.picks(name.strip("_"), args, kwargs):
-            probe.mark(out)
-        elif any(probe.is_marked(t) for t in tensors):
-            first = tensors[0] if tensors else None
-            target = first is not None and not probe.is_marked(first)
-            kept = target and (out is first or name.startswith(KEEPS_TARGET) or name == "__setitem__")
-            fixed = name in RESHAPES and isinstance(out, Tensor) and probe.rows in out.shape
+            self._note_read([end for end in ends if isinstance(end, Tensor)])
+        if self._picks(name.strip("_"), args, kwargs):
+            self._mark(out)
+        elif any(t in self._marked for t in tensors):
+            target = tensors[0] not in self._marked
+            kept = target and (out is tensors[0] or name.startswith(KEEPS_TARGET) or name == "__setitem__")
+            fixed = name in RESHAPES and isinstance(out, Tensor) and self.rows in out.shape
             if not kept and not fixed:
-                probe.mark(out)
+                self._mark(out)
         return out
-
-
-@dataclass(eq=False)
-class Probe:
-    """One run of the model on ``rows`` rows: the first sample once, the second in all other rows.
-
-    With ``mark_first``, what the samples share is marked where it is first laid out for each of them, so that it shows when rows
-    of it end up with other samples. They hold the same values there, but gradients go back to the row that a value came from.
-    ``check_order``: also compare rows where there is one per sample.
-    """
-
-    rows: int
-    two_distinct: bool
-    mark_first: bool = False
-    check_order: bool = False
-    uses: dict[Any, list[UseLayout]] = field(default_factory=dict)
-    frames: list[_Frame] = field(default_factory=list)
-    out_of_order: list[int] = field(
-        default_factory=list
-    )  # calls out of which rows came in no order, first the inner ones
-    flat_bag: str | None = None
-    _given: list[Tensor] = field(default_factory=list)
-    _open: list[int] = field(default_factory=list)
-    _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-
-    # ---------------------------------------------------------------- what is seen
 
     def counts_rows(self, tensor: Tensor) -> bool:
         """Whether an axis of ``tensor`` grows with the number of rows."""
@@ -107,7 +110,7 @@ class Probe:
 
     def sample_axis(self, tensor: Tensor, marks: bool = True) -> tuple[SampleAxis | None, str | None]:
         """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
-        if marks and self.is_marked(tensor):
+        if marks and tensor in self._marked:
             return None, ROUTED
         found = [axis for axis, size in enumerate(tensor.shape) if size and size % self.rows == 0]
         if not found:
@@ -118,15 +121,11 @@ class Probe:
         ratio = tensor.shape[axis] // self.rows
         if ratio == 1:
             return SampleAxis(axis), None
-        if any(self.frames[i].ragged for i in self._open):
+        if any(frame.ragged for frame in self._open):
             return None, ROUTED  # as many rows as a number says that was read from the batch
-        for outer in sorted((d for d in range(1, ratio + 1) if ratio % d == 0), key=lambda d: (d != 1, d != ratio, d)):
-            if self._in_order(tensor, axis, outer, ratio // outer):
-                if outer == 1:
-                    return SampleAxis(axis, 1, None, ratio), None
-                if outer == ratio:
-                    return SampleAxis(axis, None, 1, ratio), None
-                return SampleAxis(axis, outer, ratio // outer, ratio), None
+        for outer in (1, ratio, *range(2, ratio)):
+            if ratio % outer == 0 and self._in_order(tensor, axis, outer, ratio // outer):
+                return SampleAxis(axis, None if outer == ratio else outer, None if outer == 1 else ratio // outer), None
         return None, UNCLEAR
 
     def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
@@ -144,59 +143,51 @@ class Probe:
             rough = tensor.dtype in (torch.float16, torch.bfloat16)
             return float((rows - rows[:, :1]).abs().max()) <= (3e-2 if rough else 1e-4) * size
 
-    def arguments(self, tensors: Sequence[Tensor]) -> UseLayout:
-        """The entry for a use of these tensors, as far as it is known before it."""
+    def _layout(
+        self, tensors: Sequence[Tensor], known: str | None = None
+    ) -> tuple[tuple[SampleAxis | None, ...], str | None, tuple[float, ...]]:
+        """The sample axis of each tensor, a reason why samples cannot be told apart if none is known, and the ratios."""
         found = [self.sample_axis(t) for t in tensors]
-        reason = next((why for _, why in found if why is not None), None)
-        sample_axes = tuple(at for at, _ in found)
-        shared = reason is None and not any(sample_axes)
-        return UseLayout(sample_axes, (), shared, reason, tuple(self._open), self._sizes(reason, tensors))
+        reason = known or next((why for _, why in found if why is not None), None)
+        every = known is None and reason in (MIXED, UNCLEAR)  # a size that stays the same is no batch
+        sizes = [size for t, (at, _) in zip(tensors, found, strict=True) if every or at is not None for size in t.shape]
+        return tuple(at for at, _ in found), reason, tuple(s / self.rows for s in sizes if every or s % self.rows == 0)
 
-    def _sizes(self, reason: str | None, tensors: Sequence[Tensor]) -> tuple[float, ...]:
-        return tuple(size / self.rows for t in tensors for size in t.shape) if reason in (MIXED, UNCLEAR) else ()
+    def arguments(self, tensors: Sequence[Tensor], name: str) -> UseLayout:
+        """How a use of these tensors is laid out, as far as is known before it; ``name`` is for messages."""
+        inputs, reason, ratios = self._layout(tensors)
+        return UseLayout(inputs, (), reason is None and not any(inputs), reason, name, ratios, tuple(self._open))
 
     def bypassed(self, params: Sequence[nn.Parameter]) -> UseLayout:
-        """The entry for a custom autograd function that got tensors made from ``params``."""
+        """How tensors made from ``params`` go into a custom autograd function."""
         return UseLayout(reason=BYPASSED, frames=tuple(self._open), params=tuple(params))
 
     def results(self, use: UseLayout, tensors: Sequence[Tensor]) -> UseLayout:
-        """The entry, completed by the results of the use."""
-        found = [self.sample_axis(t) for t in tensors]
-        reason = use.reason or next((why for _, why in found if why is not None), None)
-        sizes = use.sizes or self._sizes(reason, tensors)
-        return replace(use, outputs=tuple(at for at, _ in found), reason=reason, shared=False, sizes=sizes)
+        """The same, completed by the results of the use."""
+        outputs, reason, ratios = self._layout(tensors, use.reason)
+        return replace(use, outputs=outputs, reason=reason, ratios=use.ratios + ratios, shared=False)
 
-    def with_first_marked(self, tensor: Tensor) -> Tensor:
-        """``tensor``, in which all samples have the same rows, with other ones for the first sample."""
+    def with_first_marked(self, leaf: Any) -> Any:
+        """A tensor in which all samples have the same rows, with other ones for the first sample; else ``leaf`` as it is."""
+        tensor = plain(leaf)
+        if not self.mark_first or not is_float(tensor) or tensor.is_complex() or not tensor.numel():
+            return tensor
         sample_axis, _ = self.sample_axis(tensor)
         with torch._C.DisableTorchFunction():
-            if (
-                not tensor.numel()
-                or not self.mark_first
-                or sample_axis is None
-                or not tensor.is_floating_point()
-                or not bool(tensor.isfinite().all())
-            ):
+            if sample_axis is None or not bool(tensor.isfinite().all()):
                 return tensor
             wave = torch.linspace(1, 2, tensor.shape[-1], device=tensor.device, dtype=tensor.dtype).sin()
             first = torch.zeros(self.rows, device=tensor.device, dtype=tensor.dtype)
             first[0] = 0.1 * float(tensor.abs().max()) or 0.1
-            outer, inner = sample_axis.factors(tensor.shape[sample_axis.axis], self.rows) or (1, 1)
-            shape = [1] * tensor.dim()
-            shape[sample_axis.axis] = -1
-            return tensor + first.repeat_interleave(inner).repeat(outer).reshape(shape) * (
-                wave if tensor.dim() > 1 else 1
-            )
+            return tensor + sample_axis.spread(first, tensor) * (wave if tensor.dim() > 1 else 1)
 
     def note(self, key: Any, use: UseLayout) -> None:
         """Keep ``use``."""
         self.uses.setdefault(key, []).append(use)
         if use.reason == ROUTED and self._open:
-            self.frames[self._open[-1]].routed = True
+            self._open[-1].routed = True
 
-    # ---------------------------------------------------------------- rows picked by value
-
-    def mark(self, tree: Any) -> None:
+    def _mark(self, tree: Any) -> None:
         """Mark all tensors in ``tree`` as picked by value."""
         for tensor in tensors_of(tree):
             self._marked[tensor] = True
@@ -209,7 +200,7 @@ class Probe:
     def _tells_of_samples(self, tensor: Tensor) -> bool:
         return tensor in self._numbers or self.counts_rows(tensor)
 
-    def note_numbers(self, sources: Sequence[Tensor], out: Any) -> None:
+    def _note_numbers(self, sources: Sequence[Tensor], out: Any) -> None:
         """Take note of numbers that were worked out from the batch: sizes that depend on them are no fixed layout."""
         for tensor in tensors_of(out):
             many = tensor.is_floating_point() and tensor.numel() > 1
@@ -218,16 +209,12 @@ class Probe:
             if any(self._tells_of_samples(t) for t in sources):
                 self._numbers[tensor] = True
 
-    def note_read(self, tensors: Sequence[Tensor]) -> None:
+    def _note_read(self, tensors: Sequence[Tensor]) -> None:
         """``tensors`` are read into Python: sizes may depend on their values from here on."""
         if self._open and any(self._tells_of_samples(t) for t in tensors):
-            self.frames[self._open[-1]].ragged = True
+            self._open[-1].ragged = True
 
-    def is_marked(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` was picked by value, or computed from such."""
-        return tensor in self._marked
-
-    def picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _picks(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operation ``name`` picks or sorts rows by their values."""
         if name in DATA_SHAPED:
             return True
@@ -245,8 +232,6 @@ class Probe:
             return bool(size) and size % self.rows == 0
         return False
 
-    # ---------------------------------------------------------------- calls of modules
-
     def enter(self, name: str, module: nn.Module, tree: Any) -> None:
         """A module is called."""
         if not self.frames:
@@ -254,10 +239,9 @@ class Probe:
         if isinstance(module, nn.EmbeddingBag) and self._is_flat(module, *tree):
             self.flat_bag = name
         found = [self.sample_axis(t) for t in tensors_of(tree)]
-        self.frames.append(
-            _Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
-        )
-        self._open.append(len(self.frames) - 1)
+        frame = Frame(module, name, all(why is None for _, why in found), any(at is not None for at, _ in found))
+        self.frames.append(frame)
+        self._open.append(frame)
 
     def _is_flat(self, bag: nn.EmbeddingBag, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether ``bag`` got ids and offsets of different number that are the model's own inputs."""
@@ -285,16 +269,12 @@ class Probe:
         """The call of a module ends."""
         if not self._open:
             return
-        index = self._open.pop()
-        frame = self.frames[index]
+        frame = self._open.pop()
         tensors = [t for t in tensors_of(tree) if t.is_floating_point()]
         outputs = [self.sample_axis(t, marks=False) for t in tensors]
-        if (
-            (self.mark_first or self.check_order)
-            and frame.clean
-            and not all(self._keeps_order(t, at) for t, (at, _) in zip(tensors, outputs, strict=True))
-        ):
-            self.out_of_order.append(index)
+        kept = all(self._keeps_order(t, at) for t, (at, _) in zip(tensors, outputs, strict=True))
+        if frame.clean and not kept:
+            self.out_of_order.append(frame)
         frame.clean = frame.clean and all(why is None for _, why in outputs) and any(at for at, _ in outputs)
         if frame.ragged:
             self._leave_ragged(tree, tensors)
@@ -304,69 +284,41 @@ class Probe:
             frame.repeat = True
             self.unmark(tensors)
         elif self._open:
-            self.frames[self._open[-1]].routed = True
+            self._open[-1].routed = True
 
     def _leave_ragged(self, tree: Any, tensors: Sequence[Tensor]) -> None:
         """What comes out of a call that read numbers of samples may have as many rows as they said."""
-        numbers = False
+        numbers: list[Any] = []
 
         def visit(leaf: Any) -> Any:
-            nonlocal numbers
-            numbers = numbers or (isinstance(leaf, (int, float)) and not isinstance(leaf, bool))
+            numbers.extend([leaf] if isinstance(leaf, (int, float)) and not isinstance(leaf, bool) else [])
             return leaf
 
         tree_map(visit, tree)
         if numbers and self._open:
-            self.frames[self._open[-1]].ragged = True
-        self.mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
+            self._open[-1].ragged = True
+        self._mark([t for t in tensors if self.counts_rows(t) and self.rows not in t.shape])
 
     def _keeps_order(self, tensor: Tensor, sample_axis: SampleAxis | None) -> bool:
         if sample_axis is None:
             return not self.counts_rows(tensor)
-        return not sample_axis.is_plain or self._in_order(tensor, sample_axis.axis, 1, 1)
+        return sample_axis != SampleAxis(sample_axis.axis) or self._in_order(tensor, sample_axis.axis, 1, 1)
 
-    def misplaced_by(self, untinted: "Probe") -> list[tuple[str, nn.Module]]:
+    def misplaced_by(self, unmarked: "Probe") -> list[Frame]:
         """Calls, inner ones first, that put what is shared into rows of other samples: it shows in this probe only."""
-        seen = {untinted.frames[index].name for index in untinted.out_of_order}
-        frames = [self.frames[index] for index in self.out_of_order]
-        return [(frame.name, frame.module) for frame in frames if frame.name not in seen and frame.batched]
+        seen = {frame.name for frame in unmarked.out_of_order}
+        return [frame for frame in self.out_of_order if frame.name not in seen and frame.batched]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch operations inside the block."""
-        with _Watch(self):
-            yield
+    def around(self, key: Any) -> list[Frame]:
+        """The innermost calls around the uses of ``key`` that samples go into and come out of in a known order.
 
-    def repeated_module(self, use: UseLayout) -> tuple[str, nn.Module] | None:
-        """The innermost call around ``use`` that samples go into and come out of in a known order.
-
-        The parameters are to be found in its module: others would stay out of what is repeated.
+        Parameters that a custom function got are to be found in the module: others would stay out of what is repeated.
         """
-        for index in reversed(use.frames):
-            frame = self.frames[index]
-            if frame.clean and frame.batched and {*use.params} <= {*frame.module.parameters()}:
-                return frame.name, frame.module
-        return None
-
-
-# Numbers of rows to try. Primes that sizes in a model are rarely multiples of; two of them must agree.
-_PRIMES = (5, 7, 11, 13, 17, 19, 23)
-
-
-def numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
-    """Choose numbers of rows that no size in the model or its inputs is a multiple of, where there are such."""
-    sizes = {size for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) for size in t.shape if size}
-    good = [p for p in _PRIMES if all(size % p for size in sizes)]
-    return [*good, 29, 31, 37][:5]
-
-
-def rows_for_probe(tree_tensors: Tensor, rows: int, count: int, axis: int) -> Tensor:
-    """Return the first row once and the second ``count - 1`` times, of a tensor that has ``rows`` rows along ``axis``."""
-    if tree_tensors.dim() <= axis or tree_tensors.shape[axis] != rows:
-        return tree_tensors
-    index = torch.full((count,), min(1, rows - 1), device=tree_tensors.device)
-    index[0] = 0
-    return tree_tensors.detach().index_select(axis, index)
+        found: list[Frame] = []
+        for use in self.uses.get(key, []):
+            ordered = (frame for frame in reversed(use.frames) if frame.clean and frame.batched)
+            found += [frame for frame in ordered if {*use.params} <= {*frame.module.parameters()}][:1]
+        return found
 
 
 def gradients_wanted(probe: Probe | None) -> bool:

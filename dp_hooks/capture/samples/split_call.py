@@ -37,20 +37,19 @@ def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:
     for sample_axis, grad in zip(outs, call.grads, strict=True):
         if sample_axis is None and grad is not None:
             raise _refusal(call, "an output that the loss depends on has no axis that counts samples")
-    if rule.whole_subtree:
-        return rule, _cut(call, skeleton, inputs, ins, outs)
     here = SampleAxis(call.batch_dim)
-    used = [at for at, g in zip(outs, call.grads, strict=True) if g is not None]
-    if all(at == here for at in used) and all(at in (here, None) for at in ins):
+    used = {at for at, g in zip(outs, call.grads, strict=True) if g is not None}
+    if not rule.whole_subtree and used <= {here} and {*ins} <= {here, None}:
         return rule, call
-    if rule.any_rank:
+    if rule.whole_subtree or rule.any_rank:
         return rule, _cut(call, skeleton, inputs, ins, outs)
-    moving = {at for at in (*ins, *used) if at is not None}
-    if len(moving) == 1 and all(at is not None for at in ins):
-        (sample_axis,) = moving
-        if sample_axis.axis == 0 and not sample_axis.is_plain:
+    moving = used | {*ins}
+    sample_axis = next(iter(moving)) if len(moving) == 1 else None
+    if sample_axis is not None:
+        one_row = sample_axis == SampleAxis(sample_axis.axis)
+        if sample_axis.axis == 0 and not one_row:
             return _row_by_row(rule), _cut(call, skeleton, inputs, ins, outs)
-        if sample_axis.is_plain and rule.batch_dim is None:
+        if one_row and rule.batch_dim is None:
             return rule, dataclasses.replace(call, batch_dim=sample_axis.axis)
     raise _refusal(call, "its samples are laid out in a way that its rule cannot read")
 

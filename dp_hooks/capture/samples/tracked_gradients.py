@@ -1,5 +1,6 @@
 """Per-sample gradients of what a model computed from parameters alone before it met the batch."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._rerun import autocast_as
-from ..._tree import join, tensors_of
+from ..._tree import join
 from ...gradients.terms import Sums, Term
 from ...rules import sum_of_squares
+from ...rules.generic import contraction
 from .axis import SampleAxis
 from .tracked_value import TrackedValue
 
@@ -22,13 +24,11 @@ _FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum ``[n, *expanded]`` to ``[n, *shape]``: the adjoint of broadcasting or repeating ``shape`` to ``expanded``."""
     n, expanded = grads.shape[0], grads.shape[1:]
-    padded = (1,) * (len(expanded) - len(shape)) + tuple(shape)
-    split, summed = [n], []
-    for size, own in zip(expanded, padded, strict=True):
-        summed.append(len(split))
+    split = [n]
+    for size, own in zip(expanded, (1,) * (len(expanded) - len(shape)) + tuple(shape), strict=True):
         split += [size // own if own else 1, own]
     wide = grads.reshape(split)
-    over = [d for d in summed if split[d] != 1]
+    over = [d for d in range(1, len(split), 2) if split[d] != 1]
     return (wide.sum(over) if over else wide).reshape((n, *shape))
 
 
@@ -72,24 +72,17 @@ class BatchedOp:
     function: Callable[..., Any]
     skeleton: Any
     tracked: dict[int, TrackedValue]
-    sample_axes: dict[int, SampleAxis | None]
+    sample_axes: dict[int, SampleAxis]
     outputs: list[SampleAxis]
     name: str
     autocast: torch.dtype | None
 
-    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+    def run(self, values: dict[int, Tensor], batched: dict[int, Tensor]) -> Any:
         """Repeat the operation on other tensors."""
+        tensors = [values[i] if i in values else batched[i] for i in range(len(values) + len(batched))]
         args, kwargs = join(self.skeleton, tensors)
         with autocast_as(tensors[0].device.type, self.autocast):
-            out = self.function(*args, **kwargs)
-        return [t for t in tensors_of(out) if t.is_floating_point() or t.is_complex()]
-
-
-def _contraction(outputs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
-    if any(grad is not None and grad.shape != out.shape for out, grad in zip(outputs, grads, strict=True)):
-        raise RuntimeError("the repeated operation gave tensors of other shapes than the first one")
-    terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-    return torch.stack(terms).sum()
+            return self.function(*args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -108,16 +101,10 @@ class BatchedOpGradients(Term):
         self.name = self.op.name
         self.params = list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
 
-    def _all(self, values: dict[int, Tensor], plain: dict[int, Tensor]) -> list[Tensor]:
-        return [values[i] if i in values else plain[i] for i in range(len(values) + len(plain))]
-
     def _rows(self, rows: slice | Tensor) -> dict[int, Tensor]:
         """Per-sample gradients of the shared tensors."""
-        m = self.op
-        values = {i: s.value.detach() for i, s in m.tracked.items()}
-        if self.samples == 0:
-            return {i: v.new_zeros((0, *v.shape)) for i, v in values.items()}
-        if self.how.get("way") != "masked":
+        values = {i: s.value.detach() for i, s in self.op.tracked.items()}
+        if self.samples and self.how.get("way") != "masked":
             try:
                 found = self._by_vmap(values, rows)
                 if "way" not in self.how and not self._adds_up(values, found, rows):
@@ -126,92 +113,69 @@ class BatchedOpGradients(Term):
                 return found
             except _FAILS:
                 self.how["way"] = "masked"
-        return self._by_masks(values, rows)
+        # The whole operation once per sample, without the output gradients of the others.
+        numbers = torch.arange(self.samples, device=next(iter(values.values())).device)
+        parts = [self._weighted(values, numbers == i) for i in numbers[rows]]
+        return {
+            i: torch.stack([p[i] for p in parts]) if parts else v.new_zeros((0, *v.shape)) for i, v in values.items()
+        }
 
     def _by_vmap(self, values: dict[int, Tensor], rows: slice | Tensor) -> dict[int, Tensor]:
-        m, n = self.op, self.samples
-        fixed = {i: t for i, t in self.plain.items() if m.sample_axes.get(i) is None}
-        moving = {i: m.sample_axes[i].samples(t, n)[rows] for i, t in self.plain.items() if i not in fixed}  # type: ignore[union-attr]
-        grads = [
-            None if g is None else sample_axis.samples(g, n)[rows]
-            for g, sample_axis in zip(self.output_grads, m.outputs, strict=True)
-        ]
-        present = [g for g in grads if g is not None]
+        op, n = self.op, self.samples
+        fixed = {i: t for i, t in self.plain.items() if i not in op.sample_axes}
+        moving = {i: at.samples(self.plain[i], n)[rows] for i, at in op.sample_axes.items()}
+        present = [at.samples(g, n)[rows] for g, at in zip(self.output_grads, op.outputs, strict=True) if g is not None]
 
         def loss(values: dict[int, Tensor], moving: dict[int, Tensor], present: list[Tensor]) -> Tensor:
             queue = iter(present)
-            out = m.run(self._all(values, {**fixed, **moving}))
-            return _contraction(out, [None if g is None else next(queue) for g in grads])
+            grads = [None if g is None else next(queue) for g in self.output_grads]
+            return contraction(op.run(values, {**fixed, **moving}), grads)
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="error")
             return dict(mapped(values, moving, present))
 
-    def _vjp(self, values: dict[int, Tensor], grads: list[Tensor | None]) -> dict[int, Tensor]:
+    def _weighted(self, values: dict[int, Tensor], factors: Tensor) -> dict[int, Tensor]:
+        """Gradients of the shared tensors, those of sample ``i`` times ``factors[i]``: one pass through the whole operation."""
+        grads: list[Tensor | None] = []
+        for g, at in zip(self.output_grads, self.op.outputs, strict=True):
+            weights = None if g is None else at.spread(factors.to(g.dtype), g)
+            grads.append(None if g is None or weights is None else (g * weights).masked_fill(weights == 0, 0))
         with torch.enable_grad():
             leaves = {i: v.detach().requires_grad_() for i, v in values.items()}
-            total = _contraction(self.op.run(self._all(leaves, self.plain)), grads)
+            total = contraction(self.op.run(leaves, self.plain), grads)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {
             i: torch.zeros_like(v) if g is None else g.to_dense() if g.is_sparse else g
-            for (i, v), g in zip(leaves.items(), found, strict=True)
+            for (i, v), g in zip(values.items(), found, strict=True)
         }
-
-    def _scaled(self, factors: Tensor) -> list[Tensor | None]:
-        """The output gradients with the rows of sample ``i`` times ``factors[i]``."""
-        out: list[Tensor | None] = []
-        for g, sample_axis in zip(self.output_grads, self.op.outputs, strict=True):
-            if g is None:
-                out.append(None)
-                continue
-            sizes = sample_axis.factors(g.shape[sample_axis.axis], self.samples)
-            assert sizes is not None
-            weights = factors.to(g.dtype).repeat_interleave(sizes[1]).repeat(sizes[0])
-            shape = [1] * g.dim()
-            shape[sample_axis.axis] = -1
-            rows = weights.reshape(shape)
-            out.append((g * rows).masked_fill(rows == 0, 0))
-        return out
 
     def _adds_up(self, values: dict[int, Tensor], found: dict[int, Tensor], rows: slice | Tensor) -> bool:
         """Whether the gradients of the samples add up to that of the whole operation."""
         present = next(g for g in self.output_grads if g is not None)
         factors = torch.zeros(self.samples, device=present.device, dtype=present.dtype)
         factors[rows] = 1
-        whole = self._vjp(values, self._scaled(factors))
-        for i, v in whole.items():
-            total = found[i].sum(0)
-            if not bool(torch.isfinite(v).all()):
-                continue
-            tolerance = 1e-6 if v.dtype == torch.float64 else 1e-2
-            if float((total - v).norm()) > tolerance * (float(found[i].norm()) + 1e-30):
+        for i, whole in self._weighted(values, factors).items():
+            tolerance = 1e-6 if whole.dtype == torch.float64 else 1e-2
+            error = float((found[i].sum(0) - whole).norm())
+            if bool(torch.isfinite(whole).all()) and error > tolerance * (float(found[i].norm()) + 1e-30):
                 return False
         return True
 
-    def _by_masks(self, values: dict[int, Tensor], rows: slice | Tensor) -> dict[int, Tensor]:
-        """Differentiate the whole operation once per sample, with the output gradients of the others set to zero."""
-        device = next(iter(values.values())).device
-        chosen = torch.arange(self.samples, device=device)[rows]
-        parts = []
-        for i in chosen.tolist():
-            factors = torch.zeros(self.samples, device=device)
-            factors[i] = 1
-            parts.append(self._vjp(values, self._scaled(factors)))
-        if not parts:
-            return {i: v.new_zeros((0, *v.shape)) for i, v in values.items()}
-        return {i: torch.stack([part[i] for part in parts]) for i in values}
+    def _added(
+        self,
+        param: nn.Parameter,
+        found: dict[int, Tensor],
+        back: Callable[[TrackedValue, nn.Parameter, Tensor], Tensor],
+    ) -> Tensor:
+        """Take what was ``found`` for the shared tensors back to ``param``, and add up over those that it is behind."""
+        behind = [(i, s) for i, s in self.op.tracked.items() if any(root.param is param for root in s.roots)]
+        return functools.reduce(torch.add, (back(shared, param, found[i]) for i, shared in behind))
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
-        """Per-sample gradients of ``param`` for the chosen samples, all the shared tensors behind which it is added up."""
-        found = self._rows(rows)
-        total = None
-        for i, shared in self.op.tracked.items():
-            if any(root.param is param for root in shared.roots):
-                part = shared.scaled_rows_to_parameter(param, found[i], self.scale)
-                total = part if total is None else total + part
-        assert total is not None
-        return total
+        """Per-sample gradients of ``param`` for the chosen samples."""
+        return self._added(param, self._rows(rows), lambda s, p, g: s.scaled_rows_to_parameter(p, g, self.scale))
 
     def weighted_sums(self, params: Sequence[nn.Parameter], factors: Tensor, rows: Tensor | None) -> Sums | None:
         """Weight the output gradients: one ordinary backward pass through the operation."""
@@ -225,13 +189,5 @@ class BatchedOpGradients(Term):
             weights = torch.zeros_like(factors)
             weights[rows] = factors[rows]
         values = {i: s.value.detach() for i, s in self.op.tracked.items()}
-        found = self._vjp(values, self._scaled(weights * self.scale))
-        out: dict[nn.Parameter, Tensor] = {}
-        for param in params:
-            parts = [
-                shared.to_parameter(param, found[i])
-                for i, shared in self.op.tracked.items()
-                if any(root.param is param for root in shared.roots)
-            ]
-            out[param] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        return out
+        found = self._weighted(values, weights * self.scale)
+        return {param: self._added(param, found, TrackedValue.to_parameter) for param in params}

@@ -42,15 +42,7 @@ class TrackedValue:
 
     def to_parameter(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         """Take one gradient ``[*value.shape]`` back to ``param``."""
-        (root,) = (root for root in self.roots if root.param is param)
-        if self.is_parameter:
-            return grad
-        if not self.value.requires_grad:  # a custom function gave it back as not differentiable
-            return torch.zeros_like(root.leaf)
-        (found,) = torch.autograd.grad(
-            self.value, [root.leaf], grad.to(self.value.dtype), retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(root.leaf) if found is None else found
+        return grad if self.is_parameter else self._back(param, grad)
 
     def rows_to_parameter(self, param: nn.Parameter, grads: Tensor) -> Tensor:
         """Take gradients ``[n, *value.shape]`` back to ``param``: ``[n, *param.shape]``."""
@@ -58,23 +50,26 @@ class TrackedValue:
             return grads
         if grads.shape[0] == 0:
             return grads.new_zeros((0, *param.shape))
-        (root,) = (root for root in self.roots if root.param is param)
-        if not self.value.requires_grad:
-            return grads.new_zeros((grads.shape[0], *param.shape))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                (found,) = torch.autograd.grad(
-                    self.value,
-                    [root.leaf],
-                    grads.to(self.value.dtype),
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
+                return self._back(param, grads, grads.shape[:1])
         except _FAILS:  # an operation without a batching rule
-            return torch.stack([self.to_parameter(param, grad) for grad in grads])
-        return grads.new_zeros((grads.shape[0], *param.shape)) if found is None else found
+            return torch.stack([self._back(param, grad) for grad in grads])
+
+    def _back(self, param: nn.Parameter, grads: Tensor, rows: Sequence[int] = ()) -> Tensor:
+        (root,) = (root for root in self.roots if root.param is param)
+        found = None
+        if self.value.requires_grad:  # else a custom function gave it back as not differentiable
+            (found,) = torch.autograd.grad(
+                self.value,
+                [root.leaf],
+                grads.to(self.value.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=bool(rows),
+            )
+        return root.leaf.new_zeros((*rows, *param.shape)) if found is None else found
 
     def scaled_rows_to_parameter(self, param: nn.Parameter, grads: Tensor, scale: float) -> Tensor:
         """``scale`` times that, in at least float32; before it where the way back need not be linear."""
@@ -89,9 +84,8 @@ def names_of(roots: Sequence[TrackedParameter]) -> str:
 
 def refused(roots: Sequence[TrackedParameter], reason: str) -> UnsupportedModelError:
     """The error for parameters whose per-sample gradients cannot be told apart."""
-    params = ", ".join(sorted({root.name for root in roots}))
     return UnsupportedModelError(
-        f"{params}: {reason}, so the per-sample gradients cannot be told apart. Remedy: give the "
+        f"{names_of(roots)}: {reason}, so the per-sample gradients cannot be told apart. Remedy: give the "
         "operation one row per sample, write a rule for the module with dp_hooks.register_rule, or freeze the "
         "parameters named with requires_grad_(False)."
     )

@@ -3,7 +3,7 @@
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from ..._operations import (
 from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from ..calls.session import Session
-from .batched_op import BatchedOps
+from .batched_op import BatchedUse
 from .custom_functions import arguments_of_functions
 from .probe import Probe, gradients_wanted
-from .tracked import TrackedTensor, attribute_of, is_float, name_of, on_values, plain
+from .tracked import TrackedTensor, attribute_of, is_float, name_of, on_values
 from .tracked_value import TrackedParameter, TrackedValue, names_of
 from .uses import UNSTEADY, UNTRIED, SampleAxes, UseLayout, guessed
 
@@ -44,40 +44,27 @@ class Tracker:
     # Runs probes anew, in the middle of a forward pass that met what none has shown.
     discover: Callable[[], None] = lambda: None
     _touched: set[int] = field(default_factory=set)
-    _names: dict[Any, str] = field(default_factory=dict)
-    _batched_ops: BatchedOps = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Both know the same session."""
-        self._batched_ops = BatchedOps(self.session)
-
-    # ---------------------------------------------------------------- tracking
+    # Per use that meets the batch, whether samples can be cut out of the operation.
+    _ways: dict[Any, dict[str, str]] = field(default_factory=dict)
 
     def track(self, param: nn.Parameter, name: str, outside: bool = False) -> TrackedTensor:
         """Return ``param`` as a tracked tensor; ``outside``: for use elsewhere than in its own module."""
-        label = (name, outside)
-        if self.probe is not None:
-            return self._wrap(param.detach(), (TrackedParameter(param, param.detach(), name),), hash(label))
+        leaf = param.detach()
+        if self.probe is None:
+            leaf.requires_grad_().register_post_accumulate_grad_hook(lambda leaf: self._leaked(name, param, leaf))
+        content = TrackedValue(leaf, (TrackedParameter(param, leaf, name),))
         with torch.enable_grad():
-            leaf = param.detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(lambda leaf: self._leaked(name, param, leaf))
-            return self._wrap(leaf, (TrackedParameter(param, leaf, name),), hash(label))
+            return self._follow(leaf.as_subclass(TrackedTensor), content, hash((name, outside)))
 
     def _leaked(self, name: str, param: nn.Parameter, leaf: Tensor) -> None:
         leaf.grad = None
         self.session.leaked(name, param)
 
-    def _wrap(self, value: Tensor, roots: tuple[TrackedParameter, ...], label: int) -> TrackedTensor:
-        tracked = value.as_subclass(TrackedTensor)
-        tracked.session, tracked.operate, tracked.label = self.session, self.apply, label
-        tracked.content = TrackedValue(value, roots)
-        return tracked
-
-    def _adopt(self, tensor: Tensor, roots: tuple[TrackedParameter, ...], label: int) -> None:
-        """Follow an ordinary tensor from now on: a shared one has been written into it."""
-        shared = TrackedValue(tensor.as_subclass(torch.Tensor), roots)
+    def _follow(self, tensor: Any, content: TrackedValue, label: int) -> TrackedTensor:
+        """Follow ``tensor`` from now on, also an ordinary one that a shared one was written into."""
         tensor.__class__ = TrackedTensor
-        vars(tensor).update(session=self.session, operate=self.apply, _content=shared, label=label)
+        vars(tensor).update(session=self.session, operate=self.apply, label=label, _content=content)
+        return cast(TrackedTensor, tensor)
 
     def untrack(self, tree: Any) -> Any:
         """Return ``tree`` with ordinary tensors in the place of tracked ones; their gradients count as leaked."""
@@ -89,13 +76,13 @@ class Tracker:
 
     def _check_counts(self) -> None:
         """Refuse a forward pass that skipped some of several uses that differ: the others were taken for one another."""
-        call = self.session.call
-        for key in call.seen:
-            if call.counts.get(key) != len(self.axes.known.get(key, ())):
-                call.seen = {}
+        call, axes = self.session.call, self.axes
+        for key, uses in call.uses.items():
+            if axes.differ(key) and len(uses) != len(axes.known[key]):
+                call.uses = {}
                 raise UnsupportedModelError(
-                    f"{self._names[key]}: used a different number of times than in the runs that showed where the samples are, "
-                    "and not every time in the same way (layers or branches that are skipped at random), so the per-sample "
+                    f"{axes.known[key][0].name}: used a different number of times than in the runs that showed where the samples "
+                    "are, and not every time in the same way (layers or branches that are skipped at random), so the per-sample "
                     "gradients cannot be told apart. Remedy: always run the same layers, or freeze the parameters with "
                     "requires_grad_(False)."
                 )
@@ -104,27 +91,22 @@ class Tracker:
         """Whether probes saw the parameter ``name`` used outside its own module."""
         return hash((name, True)) in self._touched
 
-    # ---------------------------------------------------------------- one operation
-
     def apply(self, func: Any, args: Any, kwargs: Any, skeleton: Any, tensors: list[Tensor]) -> Any:
         """Run ``func`` on arguments some of which are tracked."""
         tracked = [t for t in tensors if isinstance(t, TrackedTensor)]
         name = name_of(func)
         inside = [] if torch.is_grad_enabled() else self._function_arguments()
-        if inside and (name in LEAVES_AUTOGRAD or attribute_of(func) == "data"):
+        attribute = attribute_of(func) if name == "__get__" else ""
+        if inside and (name in LEAVES_AUTOGRAD or attribute == "data"):
             self._note_bypassed(inside)
-        if name == "__get__":
-            attribute = attribute_of(func)
-            if attribute in VIEWS_BY_NAME:
-                if self.probe is not None:
-                    self._touched.update(t.label for t in tracked)
-                return self._shared_result(func, args, kwargs, tracked, attribute)
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        if attribute in VIEWS_BY_NAME:
+            if self.probe is not None:
+                self._touched.update(t.label for t in tracked)
+            return self._shared_result(func, args, kwargs, tracked, attribute)
         raw = getattr(func, "__name__", "")
         if raw == "__iter__":
             return iter(args[0].unbind(0))
-        if raw in METADATA:
+        if raw in METADATA or name == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
@@ -138,23 +120,19 @@ class Tracker:
         others = [t for t in tensors if not isinstance(t, TrackedTensor)]
         if name in ASKS_FOR_TYPE and len(others) == 1:  # it only asks for the type
             return tensors[0].to(others[0].device, others[0].dtype)
-        labels = tuple(t.label for t in tracked)
+        labels = tuple([t.label for t in tracked])
         key = (name, tuple(sorted(set(labels))) if name in JOINS else labels, len(others))
-        count = self.session.call.counts.get(key, 0)
         if self.probe is not None:
-            use = self.probe.arguments(others)
+            use = self.probe.arguments(others, names_of([root for t in tracked for root in t.content.roots]))
             result = None
-            if use.reason is None and not any(use.inputs):
+            if use.shared:
                 result = self._shared_result(func, args, kwargs, tracked, name)
                 if inside and not isinstance(result, (TrackedTensor, tuple, list)):
                     self._note_bypassed(inside)
                 if not any(self.probe.counts_rows(t) for t in tensors_of(result)):
                     self._note(key, use)
                     return result
-                probe = self.probe
-                result = tree_map(
-                    lambda leaf: probe.with_first_marked(plain(leaf)) if isinstance(leaf, Tensor) else leaf, result
-                )
+                result = tree_map(self.probe.with_first_marked, result)
             if inside:
                 self._note_bypassed(inside)
             if result is None:
@@ -162,23 +140,17 @@ class Tracker:
             made = [t for t in tensors_of(result) if is_float(t)]
             self._note(key, self.probe.results(use, others[:1] if name == "setitem" else made))
             return result
-        use = self._find(
-            key, count, others, lambda: names_of([root for t in tracked for root in t.content.roots])
-        ) or self._guess(others)
+        use = self._find(key, others) or self._guess(others)
         if use.shared:
-            if any(t.requires_grad for t in (*others, *(t for t in inside if not isinstance(t, TrackedTensor)))):
-                use = UseLayout(reason="it met rows that depend on the batch in a way that was not foreseen")
-            else:
-                self.session.call.counts[key] = count + 1
+            if not any(t.requires_grad for t in (*others, *(t for t in inside if not isinstance(t, TrackedTensor)))):
                 return self._shared_result(func, args, kwargs, tracked, name)
-        self.session.call.counts[key] = count + 1
+            use = UseLayout(reason="it met rows that depend on the batch in a way that was not foreseen")
         if inside:  # to be found out, since the gradient goes to the arguments
             return on_values(func, skeleton, tensors)
-        return self._batched_ops.run(func, name, key, use, skeleton, tensors)
+        return BatchedUse(self.session, func, name, use, skeleton, tensors, self._ways.setdefault(key, {})).run()
 
     def _note(self, key: Any, use: UseLayout) -> None:
         assert self.probe is not None
-        self.session.call.counts[key] = self.session.call.counts.get(key, 0) + 1
         self.probe.note(key, use)
         self._touched.update(key[1])
 
@@ -200,44 +172,34 @@ class Tracker:
             params = {root.param: True for t in tracked for root in t.content.roots}
             self._note(("autograd function", tuple(t.label for t in tracked)), self.probe.bypassed(list(params)))
 
-    # ---------------------------------------------------------------- calls of modules with a rule
-
     def call_of(self, name: str, inputs: list[Tensor]) -> UseLayout | None:
-        """What is known about the next call of the module ``name``; None if it was never tried."""
-        key = ("call", name)
+        """What is known about the next call of the module ``name``; None if no probe has shown it."""
         if self.probe is not None:
-            return self.probe.arguments([t for t in inputs if not isinstance(t, TrackedTensor)])
-        count = self.session.call.counts.get(key, 0)
-        self.session.call.counts[key] = count + 1
-        use = self._find(
-            key, count, [t for t in inputs if not isinstance(t, TrackedTensor)], lambda: name or "the model"
-        )
-        if use is not None or self.session.call.rows is None:
-            return use
-        tracked = [guessed(t, self.session.axis, self.session.call.rows) for t in inputs]
-        return None if any(tracked) else UseLayout(shared=True)
+            return self.probe.arguments(inputs, name or "the model")
+        use, rows = self._find(("call", name), inputs), self.session.call.rows
+        if use is None and rows is not None and not any(guessed(t, self.session.axis, rows) for t in inputs):
+            return UseLayout(shared=True)
+        return use
 
-    def _find(self, key: Any, count: int, tensors: list[Tensor], names: Callable[[], str]) -> UseLayout | None:
-        """What probes have shown; where they have shown nothing yet, try again. None: the model cannot be tried."""
-        several = self.axes.differ(key)
-        shapes = tuple(t.shape for t in tensors) if several else ()
-        if several and self.session.in_backward():  # checkpointing runs a part of the forward pass again
-            found = [use for met, use in self.session.call.seen.get(key, ()) if met == shapes]
+    def _find(self, key: Any, tensors: list[Tensor]) -> UseLayout | None:
+        """What probes have shown of the next use of ``key``; where nothing yet, run some. None: the model cannot be probed."""
+        call, axes = self.session.call, self.axes
+        uses = call.uses.setdefault(key, [])
+        shapes = tuple([t.shape for t in tensors])
+        if axes.differ(key) and self.session.in_backward():  # checkpointing runs a part of the forward pass again
+            found = {use for met, use in uses if met == shapes}
             if found:
-                return found[0] if all(use == found[0] for use in found) else UseLayout(reason=UNSTEADY)
-        use = self.axes.find(key, count)
-        if use is not None and several:
-            self.session.call.seen.setdefault(key, []).append((shapes, use))
-            self._names[key] = names()
-        if use is not None or not self.session.call.strict:
-            return use
-        if self.session.call.retries < _RETRIES:
-            self.session.call.retries += 1
-            self.discover()
-            use = self.axes.find(key, count)
-        if use is None:
-            use = UseLayout(reason=UNTRIED)
-            self.axes.known[key] = [*self.axes.known.get(key, []), use]
+                return found.pop() if len(found) == 1 else UseLayout(reason=UNSTEADY)
+        use = axes.find(key, len(uses))
+        if use is None and call.strict:
+            if call.retries < _RETRIES:
+                call.retries += 1
+                self.discover()
+                use = axes.find(key, len(uses))
+            if use is None:
+                use = UseLayout(reason=UNTRIED)
+                axes.known[key] = [*axes.known.get(key, []), use]
+        uses.append((shapes, use))
         return use
 
     def note_call(self, name: str, use: UseLayout | None, outputs: list[Tensor], *, repeated: bool) -> None:
@@ -262,7 +224,7 @@ class Tracker:
             self.probe.note(("call", name), use)
 
     def _guess(self, others: list[Tensor]) -> UseLayout:
-        """For operations never tried: by shape; the self-check is the judge."""
+        """For what no probe has shown: by shape; the self-check is the judge."""
         if self.session.call.rows is None:
             return UseLayout(reason="the number of samples is not known")
         sample_axes = tuple(guessed(t, self.session.axis, self.session.call.rows) for t in others)
@@ -277,7 +239,7 @@ class Tracker:
         target: Any = args[0] if args else None
         plain = isinstance(target, Tensor) and not isinstance(target, TrackedTensor) and is_float(target)
         if plain and (out is target or name == "setitem") and (self.probe is not None or target.requires_grad):
-            self._adopt(target, roots, hash(label))
+            self._follow(target, TrackedValue(target.as_subclass(torch.Tensor), roots), hash(label))
             return out
         position = iter(range(1 << 30))
         inside = not torch.is_grad_enabled()  # only what a custom function does is followed then
@@ -288,15 +250,11 @@ class Tracker:
                 return leaf
             if self.probe is None and not leaf.requires_grad and not inside:
                 return leaf
-            same = is_dropout(name)  # probes run without it
-            wrapped = self._wrap(leaf, roots, tracked[0].label if same else hash((label, next(position))))
-            wrapped.content.custom = custom
-            wrapped.content.keeps_norm = self.probe is None and not custom and _rearranges(name, args, kwargs, tracked)
-            return wrapped
+            keeps_norm = self.probe is None and not custom and _rearranges(name, args, kwargs, tracked)
+            own = tracked[0].label if is_dropout(name) else hash((label, next(position)))  # probes run without dropout
+            return self._follow(leaf.as_subclass(TrackedTensor), TrackedValue(leaf, roots, keeps_norm, custom), own)
 
         return tree_map(wrap, out)
-
-    # ---------------------------------------------------------------- meeting the batch
 
 
 def _rearranges(name: str, args: Any, kwargs: Any, tracked: list[TrackedTensor]) -> bool:
