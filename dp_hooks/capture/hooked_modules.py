@@ -144,6 +144,8 @@ class HookedModules:
         """Track all parameters that are used outside their own module."""
         for hooked in self:
             hooked.track_outside(self._tracker)
+            if hooked.outside and self._tracker.probe is None:
+                self._session.sink.used([hooked.swap.params[name] for name in hooked.outside])
 
     def any_tracked(self) -> bool:
         """Whether any parameter is tracked in some call."""

@@ -13,7 +13,7 @@ class Sink:
     """Takes terms as they come, and hands over the gradients of a batch."""
 
     def used(self, params: Sequence[nn.Parameter]) -> None:
-        """A module with these parameters is called in a forward pass."""
+        """A module with these parameters is called in a forward pass, or they are used outside their module in one."""
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Work out at once what is wanted at once; return what has to be kept until the end of the backward pass."""

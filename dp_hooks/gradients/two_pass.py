@@ -41,7 +41,7 @@ class TwoPass(Sink):
     _kept: list[Term] = field(default_factory=list)
 
     def used(self, params: Sequence[nn.Parameter]) -> None:
-        """A module with these parameters is called in the forward pass."""
+        """A use of these parameters is to be expected in the backward pass."""
         self.uses.update(params)
 
     def receive(self, source: Term) -> Sequence[Term]:
@@ -72,6 +72,7 @@ class TwoPass(Sink):
         if any(p in self.norms for p in params):
             raise _differs("a parameter of it was used again after its norm had been taken")
         if not isinstance(source, Deferred) or any(self.uses[p] > 1 for p in params):
+            self.uses.update(dict.fromkeys(params, 2))  # whatever else comes of them has to be kept, too
             return source.instantiate_small() if isinstance(source, Deferred) else [source]
         self.norms.update(SampleGradients(source.samples, [source]).sq_norms(params))
         return []
