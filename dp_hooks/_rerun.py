@@ -126,10 +126,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     params = list(model.parameters())
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
     own = [(p, p.grad, dict(vars(p))) for p in params]
-    for p in params:
-        p.grad = None  # else gradients would be added to it in place
     devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
     try:
+        for p in params:
+            p.grad = None  # else gradients would be added to it in place
         with (
             attributes_kept(model),
             torch.random.fork_rng(devices=devices),
@@ -138,14 +138,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):  # a graph may have saved it, and would notice
-                    tensor.copy_(value)
         for p, grad, attributes in own:
             p.grad = grad
             vars(p).clear()
             vars(p).update(attributes)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not same_values(tensor, value):  # a graph may have saved it, and would notice
+                    tensor.copy_(value)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN and all; those without values do."""
+    if one.is_meta:
+        return True
+    if one.layout != torch.strided:
+        one, other = one.to_dense(), other.to_dense()
+    if one.shape != other.shape or torch.equal(one, other):
+        return one.shape == other.shape
+    return one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -179,7 +179,7 @@ def _run(
 ) -> SampleGradients | None:
     """Run forwards and backwards as training does; what was captured, or None."""
     model, session = controller.model, controller.session
-    device = next((t.device.type for t in (*model.parameters(), *tensors_of((args, kwargs)))), "cpu")
+    device = next((t.device.type for t in (*controller.params, *tensors_of((args, kwargs)))), "cpu")
     call = RecordedCall(model, "", args, kwargs, AmbientContext.current(device))
     loss = RepeatedCall(call, controller, samples).loss(None)
     what = f"the model itself ({type(model).__name__})"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import weakref
 from contextlib import suppress
 
 import numpy
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dp_hooks import HookController, errors
+from dp_hooks import HookController, errors, explain
 from dp_hooks._rerun import undisturbed
 from dp_hooks.rules import linear, registry
 
@@ -103,3 +104,35 @@ def test_the_self_check_refuses_a_model_that_writes_to_frozen_parameters():
             nn.functional.cross_entropy(model(x), y).backward()
             with pytest.raises(errors.SelfCheckError, match="frozen"):
                 opt.step()
+
+
+@pytest.mark.parametrize("make", [torch.eye(3).to_sparse, lambda: torch.ones(3, device="meta")], ids=["sparse", "meta"])
+def test_frozen_parameters_of_any_layout_are_no_obstacle(make):
+    """A frozen parameter that cannot be compared number by number leaves gradients and marks of the others alone."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_parameter("odd", nn.Parameter(make(), requires_grad=False))
+    weight = model[0].weight
+    weight.grad = torch.ones_like(weight)
+    controller = HookController(model)
+    model(torch.randn(5, 4)).sum().backward()
+    assert weight.grad_sample.shape == (5, 3, 4)
+    controller.cleanup()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert not explain(model, torch.randn(4, 4)).refusals
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_batches_are_let_go_after_their_step(mode):
+    """After a step nothing holds the inputs of its batch, in the first step, which is checked, or later."""
+    model = models.build("mlp")
+    with models.scope_over(model, grad_sample_mode=mode) as (opt, loader):
+        for _ in range(3):
+            for x, y in loader:
+                x = x.clone()  # the loader holds its own until the next one
+                held = weakref.ref(x)
+                nn.functional.cross_entropy(model(x), y).backward()
+                opt.step()
+                opt.zero_grad()
+                del x
+                assert held() is None

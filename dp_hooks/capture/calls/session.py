@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,6 +161,8 @@ class Session:
         if self.call.running and self.trace is not None:  # the pass was interrupted
             self.trace.stop()
         self.call.end()
+        if not self.depth:  # what was recorded of it lives as long as its graph, not as long as this
+            self.call = replace(self.call, record=None)
         self.retracked_task = None
         self.restore_parameters()  # an interrupted forward could not
         self.passes = BackwardPasses()
