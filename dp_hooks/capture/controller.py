@@ -86,8 +86,8 @@ class HookController:
         self._hooked_modules = HookedModules(m, rules, session, tracker)
         self._module_hooks = ModuleHooks(self._hooked_modules.swaps)
         self._module_calls = ModuleCalls(session, self._hooked_modules, tracker)
-        discovery = Discovery(m, session, self._hooked_modules, tracker)
-        self._model_calls = ModelCalls(m, session, self._hooked_modules, tracker, discovery, self._module_calls)
+        self._discovery = Discovery(m, session, self._hooked_modules, tracker)
+        self._model_calls = ModelCalls(m, session, self._hooked_modules, tracker, self._discovery, self._module_calls)
         self.add_hooks()
 
     def add_hooks(self) -> None:
@@ -151,6 +151,7 @@ class HookController:
         self.discard()
         self._hooked_modules.forget()
         self._module_hooks.forget()
+        self._discovery.forget()
         self.params.clear()
 
     @property

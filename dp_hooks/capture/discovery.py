@@ -75,7 +75,17 @@ class Discovery:
                 hooked.swap.restore()
             if hooked.swap.foreign():
                 return  # a probe would put them back
-        self._tried.add((*key, rows > 1))
+        mark = (*key, rows > 1)
+        self._tried.add(mark)
+        try:
+            call.strict = self._probe(call, rows, draws) or call.strict
+        except BaseException:  # interrupted: nothing was found out
+            self._tried.discard(mark)
+            raise
+
+    def _probe(self, call: ModelCall, rows: int, draws: Draws | None) -> bool:
+        """Run probes until two agree, and tell what they have shown; False: the model cannot be run on other rows."""
+        assert call.module is not None
         probes: list[Probe] = []
         counts = _numbers_of_rows(self._model, (call.args, call.kwargs))
         done = False
@@ -88,16 +98,20 @@ class Discovery:
                     probes = []  # the first one is repeated as a whole now: all is tried anew
                     continue
             if probe is None:
-                return
+                return False
             probes.append(probe)
             agreed = merged([p.uses for p in probes])
             done = len(probes) == len(counts) or (len(probes) > 1 and None not in agreed.values())
             if self._repeat_where_needed(probes, agreed if done else {}):
                 probes, done = [], False
         self._tracker.axes.learn([p.uses for p in probes], two_distinct=rows > 1)
-        self._shown.add(key)
-        call.strict = True
+        self._shown.add((call.name, call.module.training))
         self._hooked_modules.set_outside()
+        return True
+
+    def forget(self) -> None:
+        """The hooks are gone, and with them what was told to hooked modules."""
+        self._tried, self._shown = set(), set()
 
     def _repeat_where_needed(self, probes: list[Probe], agreed: Mapping[Any, list[UseLayout] | None]) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""

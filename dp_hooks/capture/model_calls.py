@@ -36,6 +36,7 @@ class ModelCalls:
         self._tracker = tracker
         self._discovery = discovery
         self._module_calls = module_calls
+        self._running = session.call
         self._written: Written | None = None
 
     def guard(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -54,7 +55,11 @@ class ModelCalls:
         elif not session.in_backward():
             session.depth += 1
             if session.depth == 1:
-                self._begin(name, module, args, kwargs)
+                try:
+                    self._begin(name, module, args, kwargs)
+                except BaseException:
+                    session.depth = 0  # the hook after the call will not run
+                    raise
             elif session.trace is not None:
                 session.trace.enter(name)
         hooked = self._hooked_modules.repeated(module)
@@ -68,7 +73,7 @@ class ModelCalls:
         session = self._session
         sized = [t.shape[session.axis] for t in tensors_of((args, kwargs)) if t.dim() > session.axis]
         rows = sized[0] if sized else None
-        session.call = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
+        session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
         session.repeating = 0
         if not torch.is_grad_enabled():
             return
@@ -106,7 +111,9 @@ class ModelCalls:
     def _end(self, output: Any, replaced: Any) -> Any:
         """The outermost call ends."""
         session = self._session
-        call, recorder = session.call, session.recorder
+        # A backward pass in the middle of the call may have gone back to an earlier one.
+        session.call = call = self._running
+        self._running, recorder = ModelCall(), session.recorder
         if session.trace is not None:
             session.trace.stop()
         session.retracked_task = None

@@ -136,3 +136,72 @@ def test_batches_are_let_go_after_their_step(mode):
                 opt.zero_grad()
                 del x
                 assert held() is None
+
+
+class Keeping(nn.Module):
+    """Keeps its last hidden state, with its history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.hidden = nn.Linear(4, 5), nn.Linear(5, 3), None
+
+    def forward(self, x):
+        self.hidden = self.layer(x)
+        return self.head(self.hidden)
+
+
+def test_what_a_model_keeps_of_a_batch_is_no_chain_to_earlier_ones():
+    """A model that stores a tensor with history in an attribute holds one batch at a time, not all of them."""
+    model, held = Keeping().double(), []
+    with models.scope_over(model) as (opt, loader):
+        for _ in range(4):
+            for x, y in loader:
+                x = x.clone()
+                held.append(weakref.ref(x))
+                nn.functional.cross_entropy(model(x), y).backward()
+                opt.step()
+                del x
+    assert sum(reference() is not None for reference in held) <= 1
+
+
+class Stopping(nn.Module):
+    """Uses the weight of one module in another way, too; may stop in the middle, once."""
+
+    stops = False  # of the class: attributes of a module that is run aside are put back
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if Stopping.stops:
+            Stopping.stops = False
+            raise KeyboardInterrupt
+        return nn.functional.linear(self.layer(x), self.layer.weight)
+
+
+def test_probes_that_were_interrupted_are_made_again():
+    """After an interruption in the middle of the first step the next one finds out what the first could not."""
+    model = Stopping().double()
+    scope = models.scope_over(model)
+    with scope as (opt, loader):
+        Stopping.stops = True
+        for x, y in [*loader, *loader]:
+            with suppress(KeyboardInterrupt):
+                nn.functional.cross_entropy(model(x), y).backward()
+                opt.step()
+    assert scope.steps == 1
+
+
+def test_hooks_that_are_added_again_find_out_again():
+    """A controller whose hooks were removed and added knows of weights used outside their module as before."""
+    model, x = Stopping().double(), models.randn(5, 4)
+    controller = HookController(model)
+    found = []
+    for _ in range(2):
+        model(x).sum().backward()
+        found.append(model.layer.weight.grad_sample.clone())
+        controller.cleanup()
+        controller.add_hooks()
+    controller.cleanup()
+    assert torch.equal(*found)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class CallRecorder:
         self._params = params
         self._device = next((p.device.type for p in self._params), "cpu")
         self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
+        # Whose state is let go at the next step, kept or not: it holds what the call before left in attributes.
+        self._recorded: WeakSet[RecordedCall] = WeakSet()
         self.trace = trace
         self.checked: set[tuple[Any, ...]] = set()
         self.covered: dict[tuple[Any, Any], set[int]] = {}
@@ -45,6 +48,9 @@ class CallRecorder:
 
     def new_step(self) -> None:
         """Forget calls recorded before a boundary."""
+        for call in self._recorded:
+            call.state = None
+        self._recorded.clear()
         self.calls: list[RecordedCall] = []
         self._views = []
         self.overflowed = self.came_back = False
@@ -74,6 +80,7 @@ class CallRecorder:
         call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, new)
         if self.state is None:
             call.state = ModuleState(self._model)
+            self._recorded.add(call)
         return call
 
     def end(self, call: RecordedCall) -> list[Tensor]:
