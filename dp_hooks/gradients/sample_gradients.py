@@ -87,7 +87,8 @@ class SampleGradients:
             consume: let go of what a parameter's sum was made of as soon as it is there.
         """
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
-
+        if chosen is not None and not len(chosen):
+            return {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in factors}
         out: Sums = {}
         for param, factor in factors.items():
             rows = None if chosen is None else chosen.to(factor.device)
