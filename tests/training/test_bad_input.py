@@ -194,7 +194,7 @@ PLAIN: list[Row] = [
     *each("ledger", ("spent.jsonl",), "not available"),
     *each("self_check", (1,), "True or False"),
     *each("noise_generator", (7,), "torch.Generator"),
-    *each("noise_generator", (torch.manual_seed,), "torch.Generator", shown="noise_generator="),
+    *each("noise_generator", (torch.Generator,), "torch.Generator", shown="noise_generator="),
     # the model, the optimizer and the data
     ("model None", {"model": lambda m: None}, ["model=None", "torch.nn.Module"]),
     ("model class", {"model": lambda m: nn.Linear}, ["model=", "torch.nn.Module"]),
