@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,12 +54,18 @@ def make_inputs():
     return torch.randn(3, 4)
 
 
-def test_three_types_end_to_end(compatibility, tmp_path, capsys):
+def run_apart(*lines):
+    """Run Python in a process of its own: the example forks, and autograd allows no forks once it has threads."""
+    start = ["import sys", f"sys.path.insert(0, {str(PATH.parent)!r})", "import compatibility"]
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join([*start, *lines])]
+    return subprocess.run(command, cwd=PATH.parents[1], check=True, capture_output=True, text=True).stdout
+
+
+def test_three_types_end_to_end(tmp_path):
     """A text and a vision model come out right, one with BatchNorm refused with the reason; table and JSON say the same."""
     table, results = tmp_path / "table.md", tmp_path / "results.json"
-    compatibility.main(
-        ["--transformers", "--types", "gpt2,vit,resnet", "--jobs", "2", "--output", str(table), "--json", str(results)]
-    )
+    arguments = "--transformers --types gpt2,vit,resnet --jobs 2 --output".split()
+    out = run_apart(f"compatibility.main({[*arguments, str(table), '--json', str(results)]!r})")
     records = {record["type"]: record for record in json.loads(results.read_text())}
     assert {name: record["verdict"] for name, record in records.items()} == {
         "gpt2": "right", "vit": "right", "resnet": "refused"
@@ -69,21 +76,30 @@ def test_three_types_end_to_end(compatibility, tmp_path, capsys):
     text = table.read_text()
     assert "| all | 3 | 2 | 1 | 0 | 0 | 0 | 0 |" in text
     assert "- `resnet` ResNetForImageClassification (samples mix): UnsupportedModelError" in text
-    assert "[3/3: 2 right, 1 refused]" in capsys.readouterr().out
+    assert "[3/3: 2 right, 1 refused]" in out
 
 
-def _swapped(call):
-    return {name: grads.roll(1, 0) for name, grads in LINEAR.grad_samples(call).items()}
+def break_the_engine(checks):
+    """Swap the samples of linear layers, and blind the self-check unless it ``checks``."""
+
+    def swapped(call):
+        return {name: grads.roll(1, 0) for name, grads in LINEAR.grad_samples(call).items()}
+
+    registry._RULES[nn.Linear] = dataclasses.replace(LINEAR, grad_samples=swapped, outer_products=None)
+    if not checks:
+        SelfCheck.check_calls = lambda self, samples: None
 
 
 @pytest.mark.parametrize("checks", [True, False])
-def test_a_wrong_engine_is_reported(compatibility, monkeypatch, checks):
+def test_a_wrong_engine_is_reported(checks):
     """With the samples of linear layers swapped, the step is refused by the self-check, or wrong if that is blind."""
-    rule = dataclasses.replace(LINEAR, grad_samples=_swapped, outer_products=None)
-    monkeypatch.setitem(registry._RULES, nn.Linear, rule)
-    if not checks:
-        monkeypatch.setattr(SelfCheck, "check_calls", lambda self, samples: None)
-    (record,) = compatibility.run_all(["vit"], jobs=1)
+    out = run_apart(
+        "import json",
+        "from tests.whole.test_compatibility import break_the_engine",
+        f"break_the_engine({checks})",
+        "print(json.dumps(compatibility.run_all(['vit'], jobs=1)))",
+    )
+    (record,) = json.loads(out.splitlines()[-1])
     assert record["verdict"] == ("refused" if checks else "wrong")
     assert "weight" in record["reason"]
 
