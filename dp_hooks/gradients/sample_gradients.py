@@ -13,35 +13,35 @@ class SampleGradients:
     """The gradients of ``samples`` samples, from all backward passes between two boundaries.
 
     A parameter that was used more than once (tied weights, a layer called again, a second backward pass over the same
-    samples) has several sources: their gradients are added per sample before any norm is taken, so that a sample counts once,
+    samples) has several terms: their gradients are added per sample before any norm is taken, so that a sample counts once,
     however often it was used.
     """
 
-    def __init__(self, samples: int, sources: Sequence[Term]) -> None:
+    def __init__(self, samples: int, terms: Sequence[Term]) -> None:
         self.samples = samples
-        self._sources: dict[nn.Parameter, list[Term]] = {}
-        for source in sources:
-            for param in source.params:
-                self._sources.setdefault(param, []).append(source)
+        self._terms: dict[nn.Parameter, list[Term]] = {}
+        for term in terms:
+            for param in term.params:
+                self._terms.setdefault(param, []).append(term)
 
     @property
     def params(self) -> list[nn.Parameter]:
         """The parameters that got a gradient."""
-        return list(self._sources)
+        return list(self._terms)
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor = slice(None)) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]``, all uses added up."""
-        first, *more = self._sources[param]
+        first, *more = self._terms[param]
         total = first.grads(param, rows)
-        for source in more:
-            total = total + source.grads(param, rows)
+        for term in more:
+            total = total + term.grads(param, rows)
         return total
 
     def _groups(self, wanted: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Put together the parameters that have one source only, and the same one."""
+        """Put together the parameters that have one term only, and the same one."""
         groups: dict[int, list[nn.Parameter]] = {}
         for param in wanted:
-            first, *more = self._sources[param]
+            first, *more = self._terms[param]
             groups.setdefault(id(param) if more else id(first), []).append(param)
         return list(groups.values())
 
@@ -60,13 +60,13 @@ class SampleGradients:
         return out
 
     def _norms_of(self, group: list[nn.Parameter]) -> Sums:
-        first, *more = self._sources[group[0]]
+        first, *more = self._terms[group[0]]
         out = {} if more else first.sq_norms(group) or {}
         return {p: out[p] if p in out else self._shared_norms(p) for p in group}
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
-        uses = [source.outer_products(param) for source in self._sources[param]]
+        uses = [term.outer_products(param) for term in self._terms[param]]
         outer_products = [use for use in uses if use is not None]
         if len(outer_products) == len(uses):
             return ghost_norms.sq_norms(outer_products)
@@ -94,20 +94,20 @@ class SampleGradients:
             rows = None if chosen is None else chosen.to(factor.device)
             out[param] = self._weighted_sum(param, factor, rows)
             if consume:
-                del self._sources[param]
+                del self._terms[param]
         return out
 
     def _weighted_sum(self, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> Tensor:
         dtype = torch.promote_types(param.dtype, torch.float32)
         total: Tensor | None = None
-        for source in self._sources[param]:
-            for value in self._summands(source, param, factor, rows):
+        for term in self._terms[param]:
+            for value in self._summands(term, param, factor, rows):
                 total = value.to(dtype) if total is None else total.add_(value)
         return torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
 
-    def _summands(self, source: Term, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
-        fast = source.weighted_sums([param], factor, rows)
+    def _summands(self, term: Term, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:
+        fast = term.weighted_sums([param], factor, rows)
         if fast is not None and param in fast:
             return [fast[param]]
         parts = self._chunks(param, rows)
-        return [weighted_sum(source.grads(param, part), factor[part]) for part in parts]
+        return [weighted_sum(term.grads(param, part), factor[part]) for part in parts]

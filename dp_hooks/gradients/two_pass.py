@@ -44,14 +44,14 @@ class TwoPass(Sink):
         """A use of these parameters is to be expected in the backward pass."""
         self.uses.update(params)
 
-    def receive(self, source: Term) -> Sequence[Term]:
-        """Take what is needed of ``source`` and return what has to be kept."""
-        name = source.name
+    def receive(self, term: Term) -> Sequence[Term]:
+        """Take what is needed of ``term`` and return what has to be kept."""
+        name = term.name
         if self.factors is None:
-            self._seen.setdefault(name, []).append(_fingerprint(source))
-            return self._first(source)
-        self._check_same(source, name)
-        self._second(source)
+            self._seen.setdefault(name, []).append(_fingerprint(term))
+            return self._first(term)
+        self._check_same(term, name)
+        self._second(term)
         return []
 
     def finish(self, samples: int, found: Sequence[Term]) -> None:
@@ -67,28 +67,28 @@ class TwoPass(Sink):
         """Drop what is kept."""
         self._kept = []
 
-    def _first(self, source: Term) -> Sequence[Term]:
-        params = source.params
+    def _first(self, term: Term) -> Sequence[Term]:
+        params = term.params
         if any(p in self.norms for p in params):
             raise _differs("a parameter of it was used again after its norm had been taken")
-        if not isinstance(source, Deferred) or any(self.uses[p] > 1 for p in params):
+        if not isinstance(term, Deferred) or any(self.uses[p] > 1 for p in params):
             self.uses.update(dict.fromkeys(params, 2))  # whatever else comes of them has to be kept, too
-            return source.instantiate_small() if isinstance(source, Deferred) else [source]
-        self.norms.update(SampleGradients(source.samples, [source]).sq_norms(params))
+            return term.instantiate_small() if isinstance(term, Deferred) else [term]
+        self.norms.update(SampleGradients(term.samples, [term]).sq_norms(params))
         return []
 
-    def _second(self, source: Term) -> None:
+    def _second(self, term: Term) -> None:
         assert self.factors is not None
         assert self.finite is not None
-        wanted = {p: self.factors[p] for p in source.params if p in self.factors}
-        found = SampleGradients(len(self.finite), [source]).weighted_sums(wanted, self.finite, consume=True)
+        wanted = {p: self.factors[p] for p in term.params if p in self.factors}
+        found = SampleGradients(len(self.finite), [term]).weighted_sums(wanted, self.finite, consume=True)
         for p, total in found.items():
             self.sums[p] = self.sums[p].add_(total) if p in self.sums else total
 
-    def _check_same(self, source: Term, name: str) -> None:
+    def _check_same(self, term: Term, name: str) -> None:
         at, before = self._again[name], self._seen.get(name, [])
         self._again[name] += 1
-        now = _fingerprint(source)
+        now = _fingerprint(term)
         if at >= len(before) or before[at].shape != now.shape or not _same(before[at], now):
             raise _differs(f"{name or 'the model'} got other inputs or output gradients in the second one")
 
@@ -99,11 +99,11 @@ class TwoPass(Sink):
             raise _differs(f"{missing[0] or 'the model'} was not reached in the second one")
 
 
-def _fingerprint(source: Term) -> Tensor:
-    """``[k, n]``: squared norms, per sample, of what the source was made of."""
-    if not isinstance(source, Deferred):
-        return torch.stack([sum_of_squares(source.grads(p, slice(None))) for p in source.params[:1]])
-    call = source.call
+def _fingerprint(term: Term) -> Tensor:
+    """``[k, n]``: squared norms, per sample, of what the term was made of."""
+    if not isinstance(term, Deferred):
+        return torch.stack([sum_of_squares(term.grads(p, slice(None))) for p in term.params[:1]])
+    call = term.call
     axis = call.batch_dim
     tensors = [t for t in (*call.inputs, *call.grads) if t is not None and t.is_floating_point()]
     rows = [t.movedim(axis, 0) for t in tensors if t.dim() > axis and t.shape[axis] == call.samples]
@@ -146,7 +146,7 @@ class TwoPassGradients(SampleGradients):
 
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Run the second pass, and return the sums it gave."""
-        self._sources = {}
+        self._terms = {}
         self._passes.factors, self._passes.finite = factors, finite
         with torch.enable_grad():
             self._again()
