@@ -103,9 +103,7 @@ class NoRandomness(TorchFunctionMode):
         for generator, state in self._generators.items():
             generator.set_state(state)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
         return self._draw(func, name, args, kwargs or {}) if name in DRAWS else self._without(func, args, kwargs)
 

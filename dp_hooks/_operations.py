@@ -7,16 +7,12 @@ Names are those of ``torch.overrides``, without underscores around them where th
 
 DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
 # Replaced by a constant, or by a row of the batch's own draw.
-NOISE = frozenset(
-    "rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split(),
-)
+NOISE = frozenset("rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split())
 # Kept for all samples: their argument decides.
 BERNOULLI = frozenset("bernoulli bernoulli_".split())
 # All that draw numbers, dropout aside.
 DRAWS = (
-    NOISE
-    | BERNOULLI
-    | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
+    NOISE | BERNOULLI | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
 )
 # Functions with dropout among their arguments: recurrent ones, and the keywords it goes by.
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())

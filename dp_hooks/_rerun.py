@@ -49,9 +49,7 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
-        self._contents = [
-            (value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)
-        ]
+        self._contents = [(value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)]
 
     def put_back(self) -> None:
         """Make every one of them the very object again that it was."""
@@ -88,9 +86,7 @@ _LONGEST = 64
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:
     return [
-        value
-        for key, value in attributes.items()
-        if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
+        value for key, value in attributes.items() if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
     ]
 
 
@@ -130,12 +126,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for p in params:
             p.grad = None  # else gradients would be added to it in place
-        with (
-            attributes_kept(model),
-            torch.random.fork_rng(devices=devices),
-            other_generators_kept(),
-            torch.enable_grad(),
-        ):
+        with attributes_kept(model), torch.random.fork_rng(devices=devices), other_generators_kept(), torch.enable_grad():
             yield
     finally:
         for p, grad, attributes in own:

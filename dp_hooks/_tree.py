@@ -24,9 +24,7 @@ def _is_node(value: object) -> bool:
         return False
     if isinstance(value, PackedSequence):  # checks what is put into it, and has no sample axis
         return False
-    return isinstance(value, (tuple, list, Mapping)) or (
-        dataclasses.is_dataclass(value) and not isinstance(value, (type, _Slot))
-    )
+    return isinstance(value, (tuple, list, Mapping)) or (dataclasses.is_dataclass(value) and not isinstance(value, (type, _Slot)))
 
 
 def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:

@@ -578,9 +578,7 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     versions = f"torch {torch.__version__}, Opacus {opacus.__version__}, Python {platform.python_version()}"
     return f"{model}, {torch.get_num_threads()} threads, {versions}"
@@ -605,10 +603,7 @@ def cells_of(result: Result, baseline: "Result") -> list[str]:
         return ["fails", "fails"]
     low, middle, high = quartiles(result.ratios(baseline))
     memory = result.memory(baseline)
-    return [
-        f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        "not measured" if memory is None else f"{memory:.2f}",
-    ]
+    return [f"{middle:.2f} ({low:.2f} to {high:.2f})", "not measured" if memory is None else f"{memory:.2f}"]
 
 
 def summary_cells(results: Results, engine: str, pick: Callable[[list[float]], float]) -> list[str]:
@@ -665,13 +660,7 @@ def bars(axes: Any, results: Results, engines: list[str], value: Callable[[Resul
             axes.bar(x, height or 0, width, color=f"C{index}", label=engine if place == 0 else None)
             if height is None:
                 axes.text(
-                    x,
-                    0.05,
-                    "fails" if mine.failure is not None else "n/a",
-                    rotation=90,
-                    ha="center",
-                    va="bottom",
-                    fontsize=8,
+                    x, 0.05, "fails" if mine.failure is not None else "n/a", rotation=90, ha="center", va="bottom", fontsize=8
                 )
             else:
                 axes.text(x, height, f"{height:.2f}", ha="center", va="bottom", fontsize=7)

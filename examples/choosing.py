@@ -75,9 +75,7 @@ def noise_for(epsilon: float, examples: int, batch_size: int, epochs: int) -> fl
     model = make_model(0)
     loader = DataLoader(TensorDataset(torch.zeros(examples, FEATURES)), batch_size=batch_size)
     budget = {"target_epsilon": epsilon, "target_delta": DELTA, "epochs": epochs}
-    return private_training(
-        model, torch.optim.Adam(model.parameters()), loader, max_grad_norm=1.0, **budget
-    ).noise_multiplier
+    return private_training(model, torch.optim.Adam(model.parameters()), loader, max_grad_norm=1.0, **budget).noise_multiplier
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, epochs: int) -> None:
@@ -95,9 +93,7 @@ def accuracy_of(choice: Choice, noise_multiplier: float | None, examples: int, s
     data, (inputs, labels) = make_data(examples, seed)
     model = make_model(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=choice.learning_rate)
-    order = torch.Generator().manual_seed(
-        seed + 1000
-    )  # repeatable; leave both generators out for a model others will see
+    order = torch.Generator().manual_seed(seed + 1000)  # repeatable; leave both generators out for a model others will see
     loader = DataLoader(data, batch_size=choice.batch_size, shuffle=True, generator=order)
     if noise_multiplier is None:
         train(model, optimizer, loader, choice.epochs)
@@ -163,12 +159,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10, help="of both tables, where nothing else is said")
     parser.add_argument("--batch-size", type=int, default=1024, help="of the second table")
     parser.add_argument("--learning-rate", type=float, default=1.6e-2, help="of the second table")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="processes, one thread each; more do not change the figures"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, few examples, one epoch: only shows that it runs"
-    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each; more do not change the figures")
+    parser.add_argument("--quick", action="store_true", help="one seed, few examples, one epoch: only shows that it runs")
     return parser.parse_args()
 
 
@@ -188,20 +180,14 @@ def main() -> None:
         for size in sizes
     }
     base = replace(base, batch_size=args.batch_size, learning_rate=args.learning_rate)
-    changed = {
-        name: runs.start(replace(choice, epochs=1) if args.quick else choice) for name, choice in rows_of(base).items()
-    }
+    changed = {name: runs.start(replace(choice, epochs=1) if args.quick else choice) for name, choice in rows_of(base).items()}
 
-    print(
-        f"{examples * 5 // 6} examples, {epochs} epochs, delta {DELTA:g}, C = 1; {seeds} seed(s); batch sizes in the rows\n"
-    )
+    print(f"{examples * 5 // 6} examples, {epochs} epochs, delta {DELTA:g}, C = 1; {seeds} seed(s); batch sizes in the rows\n")
     heads = [f"epsilon {epsilon:g}, lr {rate:g}" for epsilon in epsilons for rate in LEARNING_RATES]
     print("| batch | " + " | ".join(heads) + " |\n" + "| --- " * (1 + len(heads)) + "|", flush=True)
     for size, line in grid.items():
         print(f"| {size} | " + " | ".join(text() for text in line) + " |", flush=True)
-    print(
-        f"\nepsilon {base.epsilon:g}, batch {base.batch_size}, learning rate {base.learning_rate:g}, and one thing changed:\n"
-    )
+    print(f"\nepsilon {base.epsilon:g}, batch {base.batch_size}, learning rate {base.learning_rate:g}, and one thing changed:\n")
     print("| | accuracy |\n| --- | --- |", flush=True)
     for name, text in changed.items():
         print(f"| {name} | {text()} |", flush=True)

@@ -123,10 +123,7 @@ SIZES: list[tuple[str, Any]] = [
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|moe_num_routed_experts|(.*_)?num_experts", 4),
     (r"(moe_)?n(um)?_shared_experts|n_group|topk_group|(mamba_)?n_?groups", 1),
     (r"router_.*coef|.*aux_loss.*|router_jitter_noise|input_jitter_noise|.*_noise_(std|scale)", 0.0),
-    (
-        r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|seq_len(gth)?|max_seq_len.*|context_length",
-        64,
-    ),
+    (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|seq_len(gth)?|max_seq_len.*|context_length", 64),
     (r"max_(en|de)coder_position_embeddings|max_context_len|max_relative_positions|block_size_max", 64),
     (r"relative_attention_(num_buckets|max_distance)|num_buckets|max_bucket_distance|position_buckets", 16),
     (r"(mamba_)?chunk_size", 8),
@@ -193,11 +190,7 @@ def _smaller(name: str, value: Any) -> Any:
 def _tiny_config(config: Any, changes: Mapping[str, Any]) -> Any:
     """Return a configuration of the same class with small sizes; fields that it does not accept are left as they are."""
     fields = config.to_dict()
-    nested = {
-        name: value
-        for name, value in vars(config).items()
-        if hasattr(value, "to_dict") and hasattr(value, "model_type")
-    }
+    nested = {name: value for name, value in vars(config).items() if hasattr(value, "to_dict") and hasattr(value, "model_type")}
     wanted: dict[str, Any] = {name: _tiny_config(value, changes) for name, value in nested.items()}
     # A backbone in stages, whose lists have one entry per stage and whose images get smaller from stage to stage.
     staged = any(isinstance(fields.get(name), (list, tuple)) for name in ("depths", "layer_depths", "hidden_sizes"))
@@ -300,11 +293,7 @@ def _choices(config: Any) -> dict[str, list[Tensor]]:
 def _names(model: nn.Module, config: Any) -> Iterator[tuple[str, ...]]:
     """Sets of inputs to try, the likeliest first."""
     signature = inspect.signature(type(model).forward)
-    known = [
-        n
-        for n, p in signature.parameters.items()
-        if n != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    known = [n for n, p in signature.parameters.items() if n != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needed = {n for n in known if signature.parameters[n].default is inspect.Parameter.empty}
     main = getattr(model, "main_input_name", "input_ids")
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
@@ -354,13 +343,7 @@ def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _outputs(found: Any) -> list[Tensor]:
-    values = (
-        list(found.values())
-        if isinstance(found, Mapping)
-        else list(found)
-        if isinstance(found, (tuple, list))
-        else [found]
-    )
+    values = list(found.values()) if isinstance(found, Mapping) else list(found) if isinstance(found, (tuple, list)) else [found]
     tensors = [v for v in values if isinstance(v, Tensor)]
     nested = [t for v in values if isinstance(v, (tuple, list, Mapping)) for t in _outputs(v)]
     return tensors + nested
@@ -371,10 +354,7 @@ def _has_rows(output: Tensor, samples: int) -> bool:
 
 
 def losses(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    samples: int,
-    among: Callable[[list[Tensor]], Iterable[Tensor]] = list,
+    model: nn.Module, inputs: Mapping[str, Tensor], samples: int, among: Callable[[list[Tensor]], Iterable[Tensor]] = list
 ) -> Tensor:
     """Return one loss per sample: all outputs with a row per sample, weighted by numbers without pattern.
 
@@ -387,9 +367,7 @@ def losses(
     for out in outputs:
         rows = out.clamp(-1e4, 1e4).flatten(1)
         weights = torch.sin(torch.arange(rows.shape[1]) * 12.9898 + 1).to(rows)
-        total = total.to(torch.promote_types(total.dtype, rows.dtype)) + (rows * weights).sum(1) / math.sqrt(
-            rows.shape[1]
-        )
+        total = total.to(torch.promote_types(total.dtype, rows.dtype)) + (rows * weights).sum(1) / math.sqrt(rows.shape[1])
     return total
 
 
@@ -415,9 +393,7 @@ def _grads(loss: Tensor, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor
 def _no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            random = re.search("drop(?!_path_rate_list)|jitter", name) or (
-                name == "p" and "Drop" in type(module).__name__
-            )
+            random = re.search("drop(?!_path_rate_list)|jitter", name) or (name == "p" and "Drop" in type(module).__name__)
             if random and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -489,10 +465,7 @@ def build(kind: str, deadline: float) -> tuple[Record, nn.Module, dict[str, Tens
                         model.to(dtype)
                         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
                         _works(model, cast)
-                        known = {
-                            "class": type(model).__name__,
-                            "dtype": str(dtype).removeprefix("torch."),
-                        }
+                        known = {"class": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
                         return {**known, "inputs": ", ".join(cast)}, model, cast
                     except Exception as error:  # noqa: BLE001 - other inputs may do
                         problems.append(error)
@@ -546,10 +519,7 @@ def judge(model: nn.Module, inputs: dict[str, Tensor]) -> Record:
                 value.copy_(buffers[name])
     bound = float(norms.median())
     factors = (bound / norms).clamp(max=1)
-    want = {
-        name: torch.stack([f * one[name].double() for f, one in zip(factors, alone, strict=True)]).sum(0)
-        for name in params
-    }
+    want = {name: torch.stack([f * one[name].double() for f, one in zip(factors, alone, strict=True)]).sum(0) for name in params}
     before = {name: p.detach().clone() for name, p in params.items()}
     record: Record = {"mixes": mixed, "parameters": sum(p.numel() for p in params.values())}
     record["draws"] = steady is NoRandomness
@@ -659,9 +629,7 @@ def _end(child: _Child, seconds: float, late: bool) -> Record:
     return record | {"seconds": round(time.monotonic() - child.start, 1)}
 
 
-def run_all(
-    kinds: list[str], *, jobs: int = 2, seconds: float = 60, say: Callable[[str], None] = print
-) -> list[Record]:
+def run_all(kinds: list[str], *, jobs: int = 2, seconds: float = 60, say: Callable[[str], None] = print) -> list[Record]:
     """Try all ``kinds``, each in a process of its own, ``jobs`` at a time."""
     waiting, done = list(kinds), []
     running: list[_Child] = []
@@ -681,9 +649,7 @@ def run_all(
                 counts[record["verdict"]] += 1
                 reason = f"  {record.get('reason', '')}"[:110]
                 tally = " ".join(f"{counts[v]} {v}," for v in VERDICTS if counts[v]).rstrip(",")
-                say(
-                    f"[{len(done)}/{len(kinds)}: {tally}] {record['type']} {record['verdict']} {record['seconds']} s{reason}"
-                )
+                say(f"[{len(done)}/{len(kinds)}: {tally}] {record['type']} {record['verdict']} {record['seconds']} s{reason}")
     return sorted(done, key=lambda record: record["type"])
 
 
@@ -748,9 +714,7 @@ def _explain(model: str, inputs: str | None) -> None:
         print(dp_hooks.explain(built, _load(inputs)()))
         return
     if not hasattr(built, "config"):
-        raise SystemExit(
-            "give --inputs package.module:make_inputs: what this model takes cannot be told from its configuration"
-        )
+        raise SystemExit("give --inputs package.module:make_inputs: what this model takes cannot be told from its configuration")
     error: Exception | None = None
     for found in _inputs(built, built.config):
         try:

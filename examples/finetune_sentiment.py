@@ -61,9 +61,7 @@ GOOD = (
     "great wonderful excellent brilliant superb delightful moving funny engaging masterful enjoyable charming good "
     "fascinating beautiful"
 ).split()
-BAD = (
-    "terrible awful horrible boring dull bad stupid tedious disappointing lifeless mess poor lame pointless unfunny"
-).split()
+BAD = ("terrible awful horrible boring dull bad stupid tedious disappointing lifeless mess poor lame pointless unfunny").split()
 SENTENCES = (
     "a {} movie",
     "This film is {}.",
@@ -160,9 +158,7 @@ def model_directory() -> Path:
 
 def build_model(directory: Path) -> BertForSequenceClassification:
     """Load the first layers of the encoder and put a layer on top that starts as mean pooling."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        directory, num_hidden_layers=FROZEN_LAYERS + 1, num_labels=2
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_hidden_layers=FROZEN_LAYERS + 1, num_labels=2)
     model.requires_grad_(False)
     model.eval()  # no dropout; layer norm does not care
     top = model.bert.encoder.layer[-1]
@@ -292,19 +288,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2048, help="expected size of a Poisson batch")
     parser.add_argument("--max-physical-batch-size", type=int, default=256, help="largest part computed at once")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="clipping bound C")
-    parser.add_argument(
-        "--learning-rate", type=float, default=1e-2, help="of the key vectors; the classifier's is 2.5x"
-    )
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the key vectors; the classifier's is 2.5x")
     parser.add_argument("--max-length", type=int, default=48, help="tokens per review")
     parser.add_argument("--seed", type=int, default=0, help="of split, sampling and noise, to repeat a figure")
     parser.add_argument(
-        "--release",
-        action="store_true",
-        help="draw sampling and noise from fresh entropy: for a model that others will see",
+        "--release", action="store_true", help="draw sampling and noise from fresh entropy: for a model that others will see"
     )
-    parser.add_argument(
-        "--data", type=Path, help="CSV file with columns text and label (0 or 1) instead of the reviews"
-    )
+    parser.add_argument("--data", type=Path, help="CSV file with columns text and label (0 or 1) instead of the reviews")
     parser.add_argument("--model", type=Path, help="directory of a BERT encoder instead of MiniLM")
     parser.add_argument("--output", type=Path, default=Path("private-sentiment"), help="where the checkpoint goes")
     return parser.parse_args()
@@ -319,9 +309,7 @@ def main() -> None:
     model = build_model(directory)
     start_from_public_sentences(model, tokenizer)
 
-    encoded = tokenizer(
-        [text for text, _ in rows], truncation=True, max_length=args.max_length, padding=True, return_tensors="pt"
-    )
+    encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
     ids, mask, labels = encoded["input_ids"], encoded["attention_mask"], torch.tensor([label for _, label in rows])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     train, test = order[: round(0.8 * len(rows))], order[round(0.8 * len(rows)) :]

@@ -75,9 +75,7 @@ def main() -> None:
         assert model is original
 
         for point, value in before.items():
-            print(
-                f"{point}\n    before  {value}\n    Opacus  {facts(wrapped)[point]}\n    hooks   {facts(model)[point]}"
-            )
+            print(f"{point}\n    before  {value}\n    Opacus  {facts(wrapped)[point]}\n    hooks   {facts(model)[point]}")
         assert facts(model) == before
 
         for epoch in range(3):

@@ -106,9 +106,7 @@ def assert_close(found: Grads, expected: Grads, tolerance: float) -> None:
     """Compare gradients, or what comes of them, name by name."""
     assert found.keys() == expected.keys()
     for name, want in expected.items():
-        torch.testing.assert_close(
-            found[name], want, rtol=tolerance, atol=tolerance / 10, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], want, rtol=tolerance, atol=tolerance / 10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def agrees(
@@ -263,9 +261,7 @@ def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before, start, moves, step = Snapshot(model, optimizer), values(model), [], step_in(mode, losses)
     with mode.on() as way:
-        scope = scope_over(
-            model, optimizer=optimizer, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=way
-        )
+        scope = scope_over(model, optimizer=optimizer, loader=loader_of(data, n), max_grad_norm=bound, grad_sample_mode=way)
         with scope as (opt, loader):
             for part, kept in zip(loader, (order, order[1:]), strict=True):
                 step(model, opt, part)

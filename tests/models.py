@@ -149,11 +149,7 @@ def in_order(n: int = 6, batch_size: int | None = None) -> DataLoader[Any]:
 
 
 def scope_over(
-    model: nn.Module,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    loader: DataLoader[Any] | None = None,
-    **options: Any,
+    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, loader: DataLoader[Any] | None = None, **options: Any
 ) -> PrivateTraining:
     """Return a scope without noise in which one step of size 1 moves the parameters by the clipped sum."""
     options = {"noise_multiplier": 0.0, "max_grad_norm": BOUND, "poisson_sampling": False, **options}

@@ -128,9 +128,7 @@ class Discovery:
             self._hooked_modules.repeat(frame.name, frame.module)
         return new
 
-    def _run_probe(
-        self, call: ModelCall, rows: int, count: int, draws: Draws | None, mark_first: bool = False
-    ) -> Probe | None:
+    def _run_probe(self, call: ModelCall, rows: int, count: int, draws: Draws | None, mark_first: bool = False) -> Probe | None:
         """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace."""
         module, session, hooked_modules, tracker = call.module, self._session, self._hooked_modules, self._tracker
         assert module is not None

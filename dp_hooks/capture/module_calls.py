@@ -64,9 +64,7 @@ class ModuleCalls:
             hooked.track(self._tracker)
 
     @untraced
-    def after(
-        self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def after(self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put the parameters back, and return the outputs, watched; None: as they are."""
         session, probe = self._session, self._tracker.probe
         if session.rerunning or session.repeating:

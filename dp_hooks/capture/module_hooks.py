@@ -89,9 +89,7 @@ class ModuleHooks:
         for key in _HOOK_DICTS:
             state[key] = OrderedDict((k, v) for k, v in state[key].items() if k not in ours)
         originals = {(id(owner), key): swap.params[name] for swap in self._swaps() for owner, key, name in swap.places}
-        state["_parameters"] = {
-            key: originals.get((id(module), key), param) for key, param in state["_parameters"].items()
-        }
+        state["_parameters"] = {key: originals.get((id(module), key), param) for key, param in state["_parameters"].items()}
         return state
 
     def _copy_of(self, module: nn.Module, memo: dict[int, Any]) -> Any:

@@ -29,9 +29,7 @@ def check_is_module(model: object) -> nn.Module:
     compiled = getattr(torch._dynamo, "OptimizedModule", None) if hasattr(torch, "_dynamo") else None
     wrappers = (AbstractGradSampleModule, DataParallel, DistributedDataParallel, *((compiled,) if compiled else ()))
     if isinstance(model, wrappers):
-        raise bad(
-            "model", type(model).__name__, "the model is wrapped; pass the module inside. dp_hooks needs no wrapper."
-        )
+        raise bad("model", type(model).__name__, "the model is wrapped; pass the module inside. dp_hooks needs no wrapper.")
     return model
 
 
@@ -97,6 +95,4 @@ def check_model(model: nn.Module) -> None:
     found = problems(model)
     if found:
         listing = "\n".join(f"  - {line}" for line in found)
-        raise UnsupportedModelError(
-            f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{listing}"
-        )
+        raise UnsupportedModelError(f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{listing}")

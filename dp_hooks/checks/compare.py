@@ -51,9 +51,7 @@ def compare(
     device = reached[0].device
     rows = torch.tensor(picked, device=device)
     own = {
-        p: torch.stack(
-            [_square(e[p]) if p in e else torch.zeros((), device=p.device, dtype=torch.float64) for e in expected]
-        )
+        p: torch.stack([_square(e[p]) if p in e else torch.zeros((), device=p.device, dtype=torch.float64) for e in expected])
         for p in reached
     }
     total = torch.stack([norm.to(device) for norm in own.values()]).sum(0)
@@ -87,9 +85,7 @@ def compare(
             want_sum += float(factors[rows[k]]) * want
             squares.append(_square(want if have is None else have[k] - want.to(have.dtype)))
         off = torch.stack(squares).to(scale).sqrt() / scale
-        off_sum = (
-            _square(sums[p] - want_sum.to(sums[p].dtype) if p in sums else want_sum).to(scale).sqrt() / scale.sum()
-        )
+        off_sum = _square(sums[p] - want_sum.to(sums[p].dtype) if p in sums else want_sum).to(scale).sqrt() / scale.sum()
         have_norm = norms[p][rows.to(p.device)].to(own[p]) if p in norms else torch.zeros_like(own[p])
         off_norm = (own[p].sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
         missing[p] = (own[p] - have_norm).to(device)

@@ -97,9 +97,7 @@ def _inputs(example: Any, axis: int) -> tuple[tuple[Any, ...], dict[str, Any], i
     return args, kwargs, counts[0]
 
 
-def explain(
-    model: nn.Module, example_inputs: Any, *, batch_first: bool = True, grad_sample_mode: str = "ghost"
-) -> Explanation:
+def explain(model: nn.Module, example_inputs: Any, *, batch_first: bool = True, grad_sample_mode: str = "ghost") -> Explanation:
     """Say what private training would do with ``model``, before any training and without leaving anything behind.
 
     ::
@@ -131,9 +129,7 @@ def explain(
     mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
     args, kwargs, samples = _inputs(example_inputs, 0 if boolean("batch_first", batch_first) else 1)
     if any(is_hooked(module) for module in model.modules()):
-        raise ScopeError(
-            "the model is in an open private scope, engine or controller: explain it before or after that."
-        )
+        raise ScopeError("the model is in an open private scope, engine or controller: explain it before or after that.")
     if any(is_lazy(p) for p in model.parameters()):
         check_model(model)  # raises: nothing can be said before the model has run once
     known = located_problems(model)
@@ -144,9 +140,7 @@ def explain(
         stack.enter_context(undisturbed(model))
         for p in model.parameters():
             vars(p).pop("grad_sample", None)  # another library's, which the controller would add to
-        controller = HookController(
-            model, batch_first=batch_first, loss_reduction="sum", strict=False, grad_sample_mode=mode
-        )
+        controller = HookController(model, batch_first=batch_first, loss_reduction="sum", strict=False, grad_sample_mode=mode)
         stack.callback(controller.cleanup)
         session = controller.session
         session.collected = notes = Refusals()
@@ -169,14 +163,10 @@ def explain(
             except UnsupportedModelError as error:
                 refusals.append(str(error))
     frozen = sum(not p.requires_grad for p in model.parameters())
-    return Explanation(
-        type(model).__name__, tuple(rows), tuple(refusals), checked, samples, model.training, frozen, mode
-    )
+    return Explanation(type(model).__name__, tuple(rows), tuple(refusals), checked, samples, model.training, frozen, mode)
 
 
-def _run(
-    controller: HookController, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
-) -> SampleGradients | None:
+def _run(controller: HookController, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> SampleGradients | None:
     """Run forwards and backwards as training does; what was captured, or None."""
     model, session = controller.model, controller.session
     device = next((t.device.type for t in (*controller.params, *tensors_of((args, kwargs)))), "cpu")
@@ -201,12 +191,7 @@ def _run(
 
 
 def _rows(
-    controller: HookController,
-    sink: _NotingSink,
-    reached: SampleGradients | None,
-    notes: Refusals,
-    offending: list[str],
-    ran: bool,
+    controller: HookController, sink: _NotingSink, reached: SampleGradients | None, notes: Refusals, offending: list[str], ran: bool
 ) -> list[ParameterRow]:
     model = controller.model
     uses: dict[nn.Parameter, list[tuple[Term, _Origin]]] = {}

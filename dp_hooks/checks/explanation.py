@@ -88,9 +88,7 @@ class Explanation:
         used = {name for row in self.rows for name in row.strategy.split("+")}
         lines += [f"  {name}: {text}" for name, text in STRATEGIES.items() if name in used]
         if self.unused:
-            lines.append(
-                f"unused: {', '.join(self.unused)}. Freeze them with requires_grad_(False) to spare the noise."
-            )
+            lines.append(f"unused: {', '.join(self.unused)}. Freeze them with requires_grad_(False) to spare the noise.")
         lines.append(f"checked against single-sample autograd: {'yes' if self.checked else 'no'}")
         if self.refusals:
             lines.append(f"would be refused, for {len(self.refusals)} reason(s):")
@@ -120,8 +118,6 @@ def _table(rows: tuple[ParameterRow, ...]) -> list[str]:
     ]
     width = [max(len(line[i]) for line in cells) for i in range(len(head))]
     return [
-        "  ".join(
-            cell.rjust(w) if i > 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True))
-        )
+        "  ".join(cell.rjust(w) if i > 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True)))
         for line in cells
     ]

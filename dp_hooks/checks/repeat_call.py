@@ -65,9 +65,7 @@ class RepeatedCall:
                 continue
             term = out.sum()  # a loss that the model computes itself
             if role != "scalar":
-                weights = _cotangents(whole.shape).to(out.device, out.dtype) / max(
-                    1.0, (whole.numel() / samples) ** 0.5
-                )
+                weights = _cotangents(whole.shape).to(out.device, out.dtype) / max(1.0, (whole.numel() / samples) ** 0.5)
                 if alone is not None:
                     weights = self._matching(whole, out.detach(), weights, role, alone)
                 term = (out * weights).sum()
@@ -82,9 +80,7 @@ class RepeatedCall:
         if isinstance(role, int):
             self._same_output(whole.narrow(role, i, 1), out, i)
             return weights.narrow(role, i, 1)
-        fitting = [
-            d for d, size in enumerate(out.shape) if whole.dim() == out.dim() and whole.shape[d] == size * samples
-        ]
+        fitting = [d for d, size in enumerate(out.shape) if whole.dim() == out.dim() and whole.shape[d] == size * samples]
         fitting = [d for d in fitting if math.prod(whole.shape) == samples * out.numel()]
         if not fitting:
             raise self._mixed(i, f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for that sample alone")

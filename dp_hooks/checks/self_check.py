@@ -31,11 +31,7 @@ class SelfCheck:
     """
 
     def __init__(
-        self,
-        controller: HookController,
-        model: nn.Module,
-        params: list[nn.Parameter],
-        criterion: nn.Module | None = None,
+        self, controller: HookController, model: nn.Module, params: list[nn.Parameter], criterion: nn.Module | None = None
     ) -> None:
         self._controller = controller
         self._model = model
@@ -145,9 +141,7 @@ class SelfCheck:
             again = RepeatedCall(call, controller, samples)
             state = call.state or recorder.state
             what = call.name or "the model"
-            compared |= self._compare(
-                samples, partial(again.loss, None), again.loss, what, call.transitions, call.draws, state
-            )
+            compared |= self._compare(samples, partial(again.loss, None), again.loss, what, call.transitions, call.draws, state)
             outputs.append(len(again))
         if not compared:
             raise SelfCheckError(

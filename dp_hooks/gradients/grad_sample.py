@@ -29,9 +29,7 @@ class GradSamples(Sink):
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out the gradients of all samples."""
-        written = (
-            term.all_grads() if isinstance(term, Deferred) else {p: term.grads(p, slice(None)) for p in term.params}
-        )
+        written = term.all_grads() if isinstance(term, Deferred) else {p: term.grads(p, slice(None)) for p in term.params}
         return [Instantiated(written, term.samples, term.name)]
 
     def finish(self, samples: int, found: Sequence[Term]) -> None:
@@ -55,11 +53,7 @@ class GradSamples(Sink):
     def take(self, samples: int) -> SampleGradients:
         """Hand over what is written; it stays on the parameters until the next backward pass."""
         unreached, self._unreached = self._unreached, {}
-        stored = {
-            p: g
-            for p in self._params
-            if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)
-        }
+        stored = {p: g for p in self._params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)}
         self._consumed = True
         return SampleGradients(samples, [Instantiated(stored, samples, "")])
 

@@ -169,9 +169,7 @@ class Deferred(Term):
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return [self]
         tensors = self._run(dataclasses.replace(call, names=small))
-        stored = Instantiated(
-            {call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale
-        )
+        stored = Instantiated({call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale)
         rest = tuple(name for name in call.names if name not in small)
         return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
 

@@ -139,10 +139,7 @@ class TwoPassGradients(SampleGradients):
     def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, as taken during the first pass."""
         known = self._passes.norms
-        return {
-            **super().sq_norms([p for p in wanted if p not in known]),
-            **{p: known[p] for p in wanted if p in known},
-        }
+        return {**super().sq_norms([p for p in wanted if p not in known]), **{p: known[p] for p in wanted if p in known}}
 
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Run the second pass, and return the sums it gave."""

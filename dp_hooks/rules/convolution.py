@@ -236,12 +236,7 @@ def _is_even(pad: list[int]) -> bool:
 
 
 CONVOLUTION = Rule(
-    "Convolution",
-    grad_samples,
-    weighted_sums=weighted_sums,
-    outer_products=outer_products,
-    subclasses=True,
-    batch_dim=0,
+    "Convolution", grad_samples, weighted_sums=weighted_sums, outer_products=outer_products, subclasses=True, batch_dim=0
 )
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (

@@ -43,12 +43,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 EMBEDDING = Rule(
-    "Embedding",
-    grad_samples,
-    outer_products=outer_products,
-    parameters=frozenset({"weight"}),
-    subclasses=True,
-    any_rank=True,
+    "Embedding", grad_samples, outer_products=outer_products, parameters=frozenset({"weight"}), subclasses=True, any_rank=True
 )
 
 
@@ -104,11 +99,7 @@ def bag_grad_samples(call: Call) -> dict[str, Tensor]:
 
 
 EMBEDDING_BAG = Rule(
-    "EmbeddingBag",
-    bag_grad_samples,
-    outer_products=bag_outer_products,
-    parameters=frozenset({"weight"}),
-    batch_dim=0,
+    "EmbeddingBag", bag_grad_samples, outer_products=bag_outer_products, parameters=frozenset({"weight"}), batch_dim=0
 )
 
 

@@ -109,10 +109,7 @@ def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
             rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
     if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
         raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others")
-    return {
-        name: torch.stack(grads) if grads else params[name].new_zeros((0, *params[name].shape))
-        for name, grads in rows.items()
-    }
+    return {name: torch.stack(grads) if grads else params[name].new_zeros((0, *params[name].shape)) for name, grads in rows.items()}
 
 
 def _refusal(call: Call, reason: str) -> UnsupportedModelError:
@@ -141,9 +138,7 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
                 return _by_vmap(call, params)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if _is_random(error):
-                raise _refusal(
-                    call, "it draws random numbers (dropout?), and the repeated call draws others"
-                ) from error
+                raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others") from error
             call.memo["loop"] = error
     try:
         return _by_loop(call, params)

@@ -122,9 +122,7 @@ def _unsure(total: Tensor, slack: Tensor) -> Tensor:
     return (~(slack <= _SLACK * total) | total.isinf()).nonzero().flatten()
 
 
-def _in_parts(
-    norms: Callable[[Sequence[OuterProducts]], Tensor], uses: Sequence[OuterProducts], samples: Tensor
-) -> Tensor:
+def _in_parts(norms: Callable[[Sequence[OuterProducts]], Tensor], uses: Sequence[OuterProducts], samples: Tensor) -> Tensor:
     """Return ``norms`` of the chosen samples, whose factors are copied for a few at a time."""
     step = max(1, CHUNK // max(1, sum(use.tokens * (use.rows + use.columns) for use in uses)))
     return torch.cat([norms([use.pick(part) for use in uses]) for part in samples.split(step)])
@@ -148,9 +146,7 @@ def _size_of_terms(uses: Sequence[OuterProducts]) -> Tensor:
     return torch.stack(sums).sum(0)
 
 
-def _block_sum(
-    a: OuterProducts, b: OuterProducts, weight: float, rounding: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
+def _block_sum(a: OuterProducts, b: OuterProducts, weight: float, rounding: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Return ``[n]``: the weighted sum over the pairs of tokens of ``a`` and ``b``, and how far off it may be."""
     left, right = a.left_products(b), a.right_products(b)
     if a is b:

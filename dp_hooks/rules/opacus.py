@@ -17,9 +17,7 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _applies(module: nn.Module) -> bool:
     # The layers themselves have rules of their own and never come here; subclasses for which a user registered Opacus's
     # sampler do. The one of convolutions ignores padding_mode, the one of EmbeddingBag is wrong for repeated ids.
-    return not (isinstance(module, _CONV) and module.padding_mode != "zeros") and not isinstance(
-        module, nn.EmbeddingBag
-    )
+    return not (isinstance(module, _CONV) and module.padding_mode != "zeros") and not isinstance(module, nn.EmbeddingBag)
 
 
 def _plain_strides(value: Tensor) -> Tensor:
@@ -45,11 +43,7 @@ def from_sampler(cls: type[nn.Module], sampler: OpacusSampler) -> Rule:
 
     known = frozenset({"weight", "bias"}) if cls.__module__.startswith("torch.nn") else None
     return Rule(
-        f"Opacus {cls.__name__}",
-        grad_samples,
-        parameters=known,
-        applies=_applies,
-        batch_dim=0 if cls is RNNLinear else None,
+        f"Opacus {cls.__name__}", grad_samples, parameters=known, applies=_applies, batch_dim=0 if cls is RNNLinear else None
     )
 
 

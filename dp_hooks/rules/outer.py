@@ -111,8 +111,7 @@ class OuterProducts:
         if half < _HALF:
             return [(self, self, weight)]
         one, two = (
-            OuterProducts(self.left[:, part], self.right[:, part], self.shape)
-            for part in (slice(half), slice(half, self.tokens))
+            OuterProducts(self.left[:, part], self.right[:, part], self.shape) for part in (slice(half), slice(half, self.tokens))
         )
         return [(one, one, weight), (two, two, weight), (one, two, 2 * weight)]
 
@@ -124,9 +123,7 @@ class OuterProducts:
 
     def absolute(self) -> "OuterProducts":
         """Return the factors without their signs: nothing cancels in what they give."""
-        return OuterProducts(
-            self.left if self.is_lookup else self.left.abs(), self.right.abs(), self.shape, abs(self.scale)
-        )
+        return OuterProducts(self.left if self.is_lookup else self.left.abs(), self.right.abs(), self.shape, abs(self.scale))
 
     def grads(self) -> Tensor:
         """Per-sample gradients ``[n, *shape]``."""

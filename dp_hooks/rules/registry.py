@@ -38,10 +38,7 @@ _READS_CHILDREN = (nn.MultiheadAttention, nn.RNNBase)
 
 
 def register_rule(
-    module_class: type[nn.Module],
-    *,
-    sq_norms: GradSamples | None = None,
-    weighted_sums: WeightedSums | None = None,
+    module_class: type[nn.Module], *, sq_norms: GradSamples | None = None, weighted_sums: WeightedSums | None = None
 ) -> Callable[[GradSamples], GradSamples]:
     """Register the decorated function as the rule for ``module_class``.
 
@@ -61,8 +58,7 @@ def register_rule(
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
         raise InvalidArgumentError(
-            f"module_class={module_class!r} cannot be used: pass a subclass of torch.nn.Module, as in "
-            "@register_rule(MyLayer)."
+            f"module_class={module_class!r} cannot be used: pass a subclass of torch.nn.Module, as in @register_rule(MyLayer)."
         )
     if module_class in _RULES:
         raise InvalidArgumentError(

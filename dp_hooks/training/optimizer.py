@@ -117,9 +117,7 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Refused: physical batches belong to the scope, which knows them (Opacus's ``BatchMemoryManager`` calls this)."""
-        raise ScopeError(
-            "BatchMemoryManager is not needed here: pass max_physical_batch_size to private_training or make_private."
-        )
+        raise ScopeError("BatchMemoryManager is not needed here: pass max_physical_batch_size to private_training or make_private.")
 
     # ---------------------------------------------------------------- torch.optim.Optimizer
 

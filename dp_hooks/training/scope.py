@@ -175,9 +175,7 @@ class PrivateTraining:
                 "torch.distributed runs with several processes, which this version does not support: noise and "
                 "sampling would have to be coordinated. Train in one process."
             )
-        self.plan = plan_sampling(
-            loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate
-        )
+        self.plan = plan_sampling(loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate)
         make = partial(
             make_clipping,
             clipping,
@@ -234,10 +232,7 @@ class PrivateTraining:
         with ExitStack() as stack:
             open_scopes.claim(self.model, self, stack)
             controller = HookController(
-                self.model,
-                batch_first=self.batch_first,
-                loss_reduction=self.loss_reduction,
-                grad_sample_mode=self.grad_sample_mode,
+                self.model, batch_first=self.batch_first, loss_reduction=self.loss_reduction, grad_sample_mode=self.grad_sample_mode
             )
             stack.callback(controller.cleanup)
             if self._wants_check:
@@ -262,9 +257,7 @@ class PrivateTraining:
             self._stack = stack.pop_all()
         return optimizer, loader
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         """Remove everything, whatever happened inside; exceptions pass through unchanged."""
         batch = None if self.optimizer is None else self.optimizer.physical_batch
         if exc is not None and batch is not None and batch.size == 0 and hasattr(exc, "add_note"):

@@ -163,10 +163,7 @@ def _check_function(fn: Any) -> None:
             inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn),
             "it is a generator; one call must be one step. Return the loss instead of yielding",
         ),
-        (
-            inspect.iscoroutinefunction(fn),
-            "it is a coroutine; a step cannot be suspended half-way. Use a plain function",
-        ),
+        (inspect.iscoroutinefunction(fn), "it is a coroutine; a step cannot be suspended half-way. Use a plain function"),
     )
     for wrong, reason in reasons:
         if wrong:
@@ -184,9 +181,7 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
     return loss.mean() if how == "mean" else loss.sum()
 
 
-def _self_check(
-    check: SelfCheck, controller: HookController, run: Callable[[Any], Tensor], batch: Any, how: str
-) -> None:
+def _self_check(check: SelfCheck, controller: HookController, run: Callable[[Any], Tensor], batch: Any, how: str) -> None:
     samples, axis = controller.samples, controller.axis
     with controller.reduced_by(how):
         check.check_loss(

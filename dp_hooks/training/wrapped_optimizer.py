@@ -10,17 +10,14 @@ from .._validate import bad
 from ..errors import ScopeError
 
 _HOOKS = tuple(
-    f"_optimizer_{method}_{when}_hooks"
-    for method in ("step", "state_dict", "load_state_dict")
-    for when in ("pre", "post")
+    f"_optimizer_{method}_{when}_hooks" for method in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
 )
 
 
 def _wrapped(name: str) -> Any:
     """Return a property that is the wrapped optimizer's own attribute ``name``."""
     return property(
-        lambda self: getattr(self.original_optimizer, name),
-        lambda self, value: setattr(self.original_optimizer, name, value),
+        lambda self: getattr(self.original_optimizer, name), lambda self, value: setattr(self.original_optimizer, name, value)
     )
 
 
@@ -81,8 +78,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
         raise bad(
             "optimizer",
             "LBFGS",
-            "it evaluates the loss several times per step, and every evaluation would need a charge of its own. Use SGD "
-            "or Adam.",
+            "it evaluates the loss several times per step, and every evaluation would need a charge of its own. Use SGD or Adam.",
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise bad("optimizer", "SparseAdam", "noise makes every gradient dense. Use Adam.")

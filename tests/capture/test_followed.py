@@ -101,9 +101,7 @@ def test_flat_ids_as_inputs_of_the_model_are_refused_with_what_to_do(flat, last,
     bag = nn.EmbeddingBag(7, 4, include_last_offset=last)
     model = Net(lambda s, i, o: s.head(s.bag(i, o)), bag=bag, head=head())
     attached(model)
-    with pytest.raises(
-        errors.UnsupportedModelError, match=r"bag \(EmbeddingBag\).*offsets.*\[samples, longest\].*padding_idx"
-    ):
+    with pytest.raises(errors.UnsupportedModelError, match=r"bag \(EmbeddingBag\).*offsets.*\[samples, longest\].*padding_idx"):
         model(torch.arange(flat) % 7, torch.tensor([0, 1, 3] + [flat] * last))
 
 
@@ -118,10 +116,7 @@ def test_a_custom_function_next_to_random_numbers_is_refused(attached):
 
 @pytest.mark.parametrize(
     ("mix", "shape"),
-    [
-        (lambda s, x: (x @ x.t() * s.scale).softmax(-1) @ x, ()),
-        (lambda s, x: x * s.scale - (x * s.scale).mean(0), (4,)),
-    ],
+    [(lambda s, x: (x @ x.t() * s.scale).softmax(-1) @ x, ()), (lambda s, x: x * s.scale - (x * s.scale).mean(0), (4,))],
     ids=["attention", "batch mean"],
 )
 def test_samples_that_mix_are_refused(mix, shape):

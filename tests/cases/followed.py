@@ -325,32 +325,13 @@ FOLLOWED = [
     positions("positions-t-equals-n", lambda: torch.arange(N), N),
     positions("positions-1xt-equals-n", lambda: torch.arange(N)[None], N),
     net(
-        "everything-equals-n",
-        lambda s, x: s.l(x + s.pos) * s.scale,
-        rows(N, N),
-        pos=(N, N),
-        l=lambda: nn.Linear(N, N),
-        scale=(N,),
+        "everything-equals-n", lambda s, x: s.l(x + s.pos) * s.scale, rows(N, N), pos=(N, N), l=lambda: nn.Linear(N, N), scale=(N,)
     ),
     *(
-        net(
-            name,
-            attention_bias,
-            rows(t, 4),
-            table=partial(nn.Embedding, 2 * t - 1, 2),
-            qkv=partial(nn.Linear, 4, 12),
-            out=linear,
-        )
+        net(name, attention_bias, rows(t, 4), table=partial(nn.Embedding, 2 * t - 1, 2), qkv=partial(nn.Linear, 4, 12), out=linear)
         for name, t in (("relative-positions", 5), ("relative-positions-t-equals-n", N))
     ),
-    net(
-        "attention-mask-bias",
-        attention_mask_bias,
-        rows(3, 4),
-        table=(9, 2),
-        index=lambda: torch.arange(9).view(3, 3),
-        q=linear,
-    ),
+    net("attention-mask-bias", attention_mask_bias, rows(3, 4), table=(9, 2), index=lambda: torch.arange(9).view(3, 3), q=linear),
     net("weight-of-another-module", lambda s, i: F.linear(s.mid(s.emb(i)), s.emb.weight), ids(5), emb=word, mid=linear),
     net("cls-token", cls_token(0.0), rows(5, 4), **CLS_TOKEN),
     net(
@@ -400,22 +381,9 @@ FOLLOWED = [
     ),
     case("tied-bias", tied_bias, ids(5)),
     net(
-        "projected-table",
-        projected_table,
-        rows(6, 4),
-        table=lambda: nn.Embedding(5, 4),
-        norm=lambda: nn.LayerNorm(4),
-        proj=linear,
+        "projected-table", projected_table, rows(6, 4), table=lambda: nn.Embedding(5, 4), norm=lambda: nn.LayerNorm(4), proj=linear
     ),
-    net(
-        "windows",
-        windows,
-        rows(4, 4, 4),
-        proj=linear,
-        norm=lambda: nn.LayerNorm(4),
-        bias=(4, 4),
-        conv=lambda: nn.Conv1d(4, 4, 1),
-    ),
+    net("windows", windows, rows(4, 4, 4), proj=linear, norm=lambda: nn.LayerNorm(4), bias=(4, 4), conv=lambda: nn.Conv1d(4, 4, 1)),
     net(
         "experts",
         routed,
@@ -426,21 +394,10 @@ FOLLOWED = [
     ),
     net("sorted-experts", routed_by_sign, rows(5, 4), **SORTED_EXPERTS),
     net("expert-modules", expert_modules, rows(4), proj=linear, experts=lambda: nn.ModuleList([linear(), linear()])),
-    net(
-        "scan",
-        scan,
-        rows(4, 4),
-        log_decay=(4, 2),
-        dt=lambda: nn.Linear(4, 4, bias=False),
-        dt_bias=(4,),
-        mix=(2,),
-        skip=(4,),
-    ),
+    net("scan", scan, rows(4, 4), log_decay=(4, 2), dt=lambda: nn.Linear(4, 4, bias=False), dt_bias=(4,), mix=(2,), skip=(4,)),
     net("masked-token", masked_token, rows(5, 4), proj=linear, token=(4,)),
     net("written-in-place", written_in_place, rows(4, 4), token=(4,), table=(4, 4)),
-    net(
-        "tables-of-the-batch-size", tables_of_the_batch_size, rows(5, 4), table=(5, 4), rows=lambda: nn.Embedding(5, 4)
-    ),
+    net("tables-of-the-batch-size", tables_of_the_batch_size, rows(5, 4), table=(5, 4), rows=lambda: nn.Embedding(5, 4)),
     net(
         "learned-state",
         lambda s, x: s.r(x, s.h.expand(1, len(x), 3).contiguous())[0],
@@ -455,48 +412,18 @@ FOLLOWED = [
         m=lambda: nn.MultiheadAttention(4, 2, batch_first=True),
         q=(2, 4),
     ),
-    net(
-        "codebook", lambda s, x: s.b[torch.cdist(x.flatten(0, 1), s.b).argmin(-1)].view_as(x) * x, rows(5, 4), b=(6, 4)
-    ),
+    net("codebook", lambda s, x: s.b[torch.cdist(x.flatten(0, 1), s.b).argmin(-1)].view_as(x) * x, rows(5, 4), b=(6, 4)),
     net("straight-through", lambda s, x: F.linear(x, s.w + (s.w.round() - s.w).detach()), rows(5, 4), w=(4, 4)),
-    net(
-        "parametrised-and-shared", lambda s, x: s.l(x) + s.l(s.t), rows(5, 4), l=lambda: weight_norm(linear()), t=(5, 4)
-    ),
+    net("parametrised-and-shared", lambda s, x: s.l(x) + s.l(s.t), rows(5, 4), l=lambda: weight_norm(linear()), t=(5, 4)),
     net("types-of-the-batch", lambda s, x: F.linear(x, s.w.to(x) * s.v.type_as(x)), rows(5, 4), w=(4, 4), v=(4, 4)),
-    net(
-        "slopes",
-        lambda s, x: torch.where(x > 0, x, s.slope * x) / s.temperature.exp(),
-        rows(5, 4),
-        slope=(4,),
-        temperature=(),
-    ),
-    net(
-        "time-first",
-        lambda s, x: s.n(s.l(x.transpose(0, 1))).transpose(0, 1),
-        rows(5, 4),
-        l=linear,
-        n=lambda: nn.LayerNorm(4),
-    ),
+    net("slopes", lambda s, x: torch.where(x > 0, x, s.slope * x) / s.temperature.exp(), rows(5, 4), slope=(4,), temperature=()),
+    net("time-first", lambda s, x: s.n(s.l(x.transpose(0, 1))).transpose(0, 1), rows(5, 4), l=linear, n=lambda: nn.LayerNorm(4)),
     net("time-first-flat", time_first_flat, rows(5, 4), l=linear),
     net("time-first-lstm", lambda s, x: s.r(x.transpose(0, 1))[0].transpose(0, 1), rows(5, 4), r=lambda: nn.LSTM(4, 3)),
-    net(
-        "time-first-attention",
-        time_first_attention,
-        rows(5, 4),
-        m=lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
-    ),
+    net("time-first-attention", time_first_attention, rows(5, 4), m=lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True)),
     net("constant-buffer", lambda s, x: s.w * s.norms * x + s.norms, rows(4), w=(4,), norms=lambda: torch.rand(4)),
-    net(
-        "convolution", lambda s, x: s.c(x), rows(2, 5), c=lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular")
-    ),
-    net(
-        "own-normalisation",
-        lambda s, x: F.layer_norm(x, (4,), s.w, s.b) + F.linear(x, s.m),
-        rows(5, 4),
-        w=(4,),
-        b=(4,),
-        m=(4, 4),
-    ),
+    net("convolution", lambda s, x: s.c(x), rows(2, 5), c=lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular")),
+    net("own-normalisation", lambda s, x: F.layer_norm(x, (4,), s.w, s.b) + F.linear(x, s.m), rows(5, 4), w=(4,), b=(4,), m=(4, 4)),
     *(
         net(
             f"{function.__name__.lower()}-function",
@@ -597,14 +524,8 @@ PICKERS = {
 
 # name: (model, batches): what the first batch shows is misleading for the next ones.
 MISLEADING = {
-    **{
-        f"lengths-{name}": (ragged(read), lambda: [lengths(4, 4), lengths(2, 4), lengths(6, 2)])
-        for name, read in READERS.items()
-    },
-    **{
-        f"mask-{name}": (unpadded(pick), lambda: [masks(4, 4), masks(1, 3), masks(4, 2)])
-        for name, pick in PICKERS.items()
-    },
+    **{f"lengths-{name}": (ragged(read), lambda: [lengths(4, 4), lengths(2, 4), lengths(6, 2)]) for name, read in READERS.items()},
+    **{f"mask-{name}": (unpadded(pick), lambda: [masks(4, 4), masks(1, 3), masks(4, 2)]) for name, pick in PICKERS.items()},
     "branch": (
         lambda: Net(branching, a=linear(), b=linear(), e=param(4)),
         lambda: [signed(-1, 3, 4), signed(1, 3, 4), signed(-1, 2, 4)],

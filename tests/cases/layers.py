@@ -185,19 +185,10 @@ LAYERS = [
     case("layer-norm-plain", lambda: chain(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False)), rows(4)),
     case("rms-norm", lambda: chain(nn.Linear(4, 6), nn.RMSNorm(6)), rows(5, 4)),
     case("group-norm", lambda: chain(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4)), rows(2, 6)),
-    case(
-        "instance-norm",
-        lambda: chain(nn.Conv2d(2, 4, 2), nn.InstanceNorm2d(4, affine=True)),
-        rows(2, 5, 5),
-        empty=False,
-    ),
+    case("instance-norm", lambda: chain(nn.Conv2d(2, 4, 2), nn.InstanceNorm2d(4, affine=True)), rows(2, 5, 5), empty=False),
     case("conv1d", lambda: nn.Conv1d(2, 4, 3, padding=1), rows(2, 6)),
     case("conv2d-groups", lambda: nn.Conv2d(4, 4, 3, groups=2, stride=2, dilation=2), rows(4, 9, 8)),
-    case(
-        "conv2d-depthwise-1x1-map",
-        lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1),
-        lambda: randn(N, 1, 4).mT[..., None],
-    ),
+    case("conv2d-depthwise-1x1-map", lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), lambda: randn(N, 1, 4).mT[..., None]),
     case("conv2d-channels-last", lambda: nn.Conv2d(3, 4, 3), channels_last(3, 6, 5)),
     case("conv2d-reflect", lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), rows(2, 5, 5)),
     case("conv3d", lambda: nn.Conv3d(2, 3, 2), rows(2, 4, 4, 4)),
@@ -227,11 +218,7 @@ LAYERS = [
     case("linear-expanded", lambda: nn.Linear(4, 5), lambda: randn(N, 1, 4).expand(-1, 6, -1)),
     case("linear-sliced", lambda: nn.Linear(4, 5), lambda: randn(N, 12, 9)[:, 1::3, 1::2]),
     case("linear-narrow", lambda: chain(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 3)), rows(2, 1)),
-    case(
-        "gpt2-conv1d",
-        lambda: chain(hf("pytorch_utils.Conv1D", 5, 4), nn.Tanh(), hf("pytorch_utils.Conv1D", 2, 5)),
-        rows(6, 4),
-    ),
+    case("gpt2-conv1d", lambda: chain(hf("pytorch_utils.Conv1D", 5, 4), nn.Tanh(), hf("pytorch_utils.Conv1D", 2, 5)), rows(6, 4)),
     case("gpt2-conv1d-gram", lambda: hf("pytorch_utils.Conv1D", 30, 40), rows(2, 40)),
     case("gpt2-conv1d-2d", lambda: hf("pytorch_utils.Conv1D", 5, 4), rows(4)),
     # ---------------------------------------------------------------- shared parameters
@@ -239,10 +226,7 @@ LAYERS = [
     case("called-12-times-on-tokens", lambda: shared_by_calls(12), rows(2, 4)),
     case("called-twice-gram", lambda: Net(lambda s, x: s.a(s.a(x).tanh()), a=nn.Linear(30, 30)), rows(2, 30)),
     case(
-        "called-twice-embedding",
-        lambda: Net(lambda s, i, j: s.e(i).sum(1) - s.e(j).mean(1), e=nn.Embedding(7, 4)),
-        ids(5),
-        ids(3),
+        "called-twice-embedding", lambda: Net(lambda s, i, j: s.e(i).sum(1) - s.e(j).mean(1), e=nn.Embedding(7, 4)), ids(5), ids(3)
     ),
     case("tied-linears", lambda: tied_linears(nn.Linear), rows(4, 4)),
     case("tied-to-a-subclass-of-one-forward", lambda: tied_linears(SubLinear), rows(4, 4)),
@@ -250,26 +234,14 @@ LAYERS = [
     case("tied-to-transposed", tied_to_conv1d, rows(5, 4)),
     case("tied-linear-conv1d", lambda: tied_pair(nn.Linear(4, 4), LinearAsConv(4, 4)), rows(5, 4)),
     case("tied-conv2d", lambda: tied_pair(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, stride=2, padding=1)), rows(3, 6, 5)),
-    case(
-        "tied-conv-to-transposed",
-        lambda: tied_pair(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3, stride=2)),
-        rows(4, 6),
-    ),
+    case("tied-conv-to-transposed", lambda: tied_pair(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3, stride=2)), rows(4, 6)),
     case("tied-layer-norms", lambda: tied_pair(nn.LayerNorm(4), nn.RMSNorm(4)), rows(5, 4)),
     case("tied-bag-to-embedding", lambda: tied_pair(nn.Embedding(7, 4), nn.EmbeddingBag(7, 4, mode="mean")), ids(5)),
     # ---------------------------------------------------------------- embeddings
     case("embedding-3d", lambda: nn.Embedding(7, 4), ids(2, 3)),
     case("embedding-int32", lambda: nn.Embedding(7, 4), lambda: ids(5)().int()),
-    case(
-        "embedding-repeated-ids",
-        lambda: nn.Embedding(7, 4),
-        lambda: torch.tensor([[1, 1, 1, 1], [2, 0, 2, 0], [6, 6, 5, 6]]),
-    ),
-    case(
-        "embedding-padding-negative",
-        lambda: nn.Embedding(7, 4, padding_idx=-1),
-        lambda: torch.tensor([[6, 6], [1, 6], [2, 3]]),
-    ),
+    case("embedding-repeated-ids", lambda: nn.Embedding(7, 4), lambda: torch.tensor([[1, 1, 1, 1], [2, 0, 2, 0], [6, 6, 5, 6]])),
+    case("embedding-padding-negative", lambda: nn.Embedding(7, 4, padding_idx=-1), lambda: torch.tensor([[6, 6], [1, 6], [2, 3]])),
     case("embedding-t-equals-n", lambda: nn.Embedding(7, 4), ids(N)),
     case("embedding-large-table", lambda: nn.Embedding(300, 4), ids(5, top=300)),
     case("bag-mean", lambda: nn.EmbeddingBag(7, 4), ids(5)),
@@ -286,11 +258,7 @@ LAYERS = [
     case("bag-weights-padding", lambda: weighted_bag(padding_idx=1), ids(5, top=3), rows(5)),
     case(
         "bag-weights-that-need-gradients",
-        lambda: Net(
-            lambda s, i, x: s.bag(i, per_sample_weights=s.a(x)),
-            bag=nn.EmbeddingBag(7, 4, mode="sum"),
-            a=nn.Linear(4, 5),
-        ),
+        lambda: Net(lambda s, i, x: s.bag(i, per_sample_weights=s.a(x)), bag=nn.EmbeddingBag(7, 4, mode="sum"), a=nn.Linear(4, 5)),
         ids(5),
         rows(4),
     ),
@@ -312,12 +280,7 @@ LAYERS = [
         ids(5),
         lambda: torch.tensor([5, 5, 5]),
     ),
-    case(
-        "bag-offsets-one-id-each",
-        lambda: bag_with_offsets(nn.EmbeddingBag(7, 4)),
-        ids(5),
-        lambda: torch.tensor([1, 1, 1]),
-    ),
+    case("bag-offsets-one-id-each", lambda: bag_with_offsets(nn.EmbeddingBag(7, 4)), ids(5), lambda: torch.tensor([1, 1, 1])),
     # ---------------------------------------------------------------- norms
     case("layer-norm-3-dims", lambda: nn.LayerNorm((2, 3, 4)), rows(2, 3, 4)),
     case("layer-norm-2-of-3-dims", lambda: nn.LayerNorm((3, 4), bias=False), rows(2, 3, 4)),
@@ -337,10 +300,7 @@ LAYERS = [
         **IN_FLOAT32,
     ),
     case(
-        "qwen-norm-gated",
-        lambda: Net(lambda s, x: s.n(x, gate=s.a(x)), n=hf(QWEN, 4), a=nn.Linear(4, 4)),
-        rows(5, 4),
-        **IN_FLOAT32,
+        "qwen-norm-gated", lambda: Net(lambda s, x: s.n(x, gate=s.a(x)), n=hf(QWEN, 4), a=nn.Linear(4, 4)), rows(5, 4), **IN_FLOAT32
     ),
     case("norm-not-affine", lambda: chain(nn.Linear(4, 6), OddNorm(6)), rows(5, 4)),
     case(
@@ -350,11 +310,7 @@ LAYERS = [
     ),
     case("norm-permuting", lambda: chain(nn.Linear(4, 6), PermutingNorm(6)), rows(5, 4)),
     case("norm-absolute", lambda: chain(nn.Linear(4, 6), AbsoluteNorm(6)), rows(5, 4)),
-    case(
-        "norm-two-outputs",
-        lambda: Net(lambda s, x: sum(s.n(x, s.a(x))), n=ResidualNorm(4), a=nn.Linear(4, 4)),
-        rows(5, 4),
-    ),
+    case("norm-two-outputs", lambda: Net(lambda s, x: sum(s.n(x, s.a(x))), n=ResidualNorm(4), a=nn.Linear(4, 4)), rows(5, 4)),
     case("group-norm-2d", lambda: nn.GroupNorm(2, 4, eps=0.1), rows(4, 3, 2)),
     case("group-norm-no-positions", lambda: nn.GroupNorm(2, 6), rows(6)),
     case("group-norm-plain", lambda: chain(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)), rows(2, 6)),
@@ -384,36 +340,20 @@ LAYERS = [
     case("conv1d-1x1", lambda: nn.Conv1d(4, 3, 1), rows(4, 5)),
     case("conv1d-one-position", lambda: nn.Conv1d(4, 3, 5), rows(4, 5)),
     case("conv2d-stride-leaves-a-rest", lambda: nn.Conv2d(2, 3, 3, stride=3, padding=1), rows(2, 9, 10)),
-    case(
-        "conv2d-anisotropic",
-        lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 3)),
-        rows(2, 6, 9),
-    ),
+    case("conv2d-anisotropic", lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 3)), rows(2, 6, 9)),
     case("conv2d-few-pixels", lambda: nn.Conv2d(32, 24, 3, padding=1), rows(32, 3, 3)),
     case("conv2d-few-pixels-strided", lambda: nn.Conv2d(32, 24, 3, padding=2, stride=2, dilation=2), rows(32, 4, 3)),
     case("conv2d-few-pixels-channels-last", lambda: nn.Conv2d(32, 24, 2), channels_last(32, 3, 4)),
     case("conv2d-same-few-pixels", lambda: nn.Conv2d(32, 24, 2, padding="same"), rows(32, 3, 3)),
-    case(
-        "conv2d-weight-channels-last", lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), rows(3, 6, 5)
-    ),
+    case("conv2d-weight-channels-last", lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), rows(3, 6, 5)),
     case("conv2d-transposed-input", lambda: nn.Conv2d(3, 4, 3), lambda: randn(N, 3, 5, 6).mT),
     case("conv2d-expanded-input", lambda: nn.Conv2d(3, 4, 3), lambda: randn(N, 1, 6, 5).expand(-1, 3, -1, -1)),
     case("conv2d-sliced-input", lambda: nn.Conv2d(3, 4, 3), lambda: randn(N, 6, 10, 6)[:, ::2, ::2, 1:]),
-    case(
-        "conv3d-groups-same",
-        lambda: nn.Conv3d(2, 4, (2, 1, 3), padding="same", groups=2, dilation=(1, 1, 2)),
-        rows(2, 3, 2, 4),
-    ),
+    case("conv3d-groups-same", lambda: nn.Conv3d(2, 4, (2, 1, 3), padding="same", groups=2, dilation=(1, 1, 2)), rows(2, 3, 2, 4)),
     case("conv3d-circular", lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="circular"), rows(2, 3, 2, 2)),
     case("conv3d-channels-last", lambda: nn.Conv3d(2, 3, 2, stride=2, padding=1), channels_last(2, 4, 3, 2)),
-    case(
-        "conv-transpose-1d",
-        lambda: nn.ConvTranspose1d(2, 3, 3, stride=3, padding=2, output_padding=2, dilation=2),
-        rows(2, 4),
-    ),
-    case(
-        "conv-transpose-1d-output-padding", lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1), rows(2, 4)
-    ),
+    case("conv-transpose-1d", lambda: nn.ConvTranspose1d(2, 3, 3, stride=3, padding=2, output_padding=2, dilation=2), rows(2, 4)),
+    case("conv-transpose-1d-output-padding", lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1), rows(2, 4)),
     case(
         "conv-transpose-2d-groups",
         lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=(2, 1), padding=1, groups=2, bias=False),
@@ -423,9 +363,7 @@ LAYERS = [
     case("conv-transpose-2d-few-pixels", lambda: nn.ConvTranspose2d(32, 24, 3, stride=2, padding=1), rows(32, 2, 2)),
     case("conv-transpose-2d-channels-last", lambda: nn.ConvTranspose2d(3, 4, 3), channels_last(3, 4, 3)),
     case(
-        "conv-transpose-3d",
-        lambda: nn.ConvTranspose3d(2, 4, 2, stride=2, padding=1, output_padding=1, groups=2),
-        rows(2, 2, 3, 2),
+        "conv-transpose-3d", lambda: nn.ConvTranspose3d(2, 4, 2, stride=2, padding=1, output_padding=1, groups=2), rows(2, 2, 3, 2)
     ),
     case(
         "conv-transpose-output-size",
@@ -439,9 +377,7 @@ LAYERS = [
     ),
     case(
         "convolutions",
-        lambda: chain(
-            nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=2), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)
-        ),
+        lambda: chain(nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=2), nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1)),
         rows(4, 4),
     ),
     # ---------------------------------------------------------------- small layers

@@ -121,20 +121,12 @@ MIXING = [
     case("running mean in an attribute", lambda: nn.Sequential(linear(), Averaging(), linear()), tokens),
     case(
         "conv over the batch",
-        parts(
-            lambda s, x: s.b(s.c(x.permute(1, 2, 0)).permute(2, 0, 1)),
-            c=lambda: nn.Conv1d(D, D, 3, padding=1),
-            b=linear,
-        ),
+        parts(lambda s, x: s.b(s.c(x.permute(1, 2, 0)).permute(2, 0, 1)), c=lambda: nn.Conv1d(D, D, 3, padding=1), b=linear),
         tokens,
     ),
     case("recurrence over the batch", parts(lambda s, x: s.b(s.r(x)[0]), r=partial(nn.LSTM, D, D), b=linear), tokens),
     case("owner that centres", parts(lambda s, x: s.b((x - x.mean(0)) * s.w), w=(D,), b=linear), tokens),
-    case(
-        "shared weight scaled by the batch",
-        parts(lambda s, x: s.b(x * (s.w * x.detach().mean())), w=(D,), b=linear),
-        tokens,
-    ),
+    case("shared weight scaled by the batch", parts(lambda s, x: s.b(x * (s.w * x.detach().mean())), w=(D,), b=linear), tokens),
 ]
 
 # ---------------------------------------------------------------- by random numbers

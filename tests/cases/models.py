@@ -174,13 +174,7 @@ def checkpointed(use_reentrant):
         row("in the middle", lambda s, x: s.b(run(s.a, s.first(x))), rows(T, D), a=body, b=linear),
         row("of the last layers", lambda s, x: run(s.a, s.first(x)), rows(T, D), a=body),
         row("around owners of parameters", owners, rows(T, D), one=Block, two=Block),
-        row(
-            "called twice",
-            twice,
-            rows(D),
-            block=lambda: nn.Sequential(linear(), nn.Tanh(), nn.LayerNorm(D)),
-            last=linear,
-        ),
+        row("called twice", twice, rows(D), block=lambda: nn.Sequential(linear(), nn.Tanh(), nn.LayerNorm(D)), last=linear),
         row("around closures", closures, rows(T, D), a=linear, b=linear, gain=(D,), positions=(T, D)),
     ]
 
@@ -197,9 +191,7 @@ MODELS = [
         head=linear,
     ),
     net("added-in-place", lambda s, x: s.b(s.a(x).add_(x)).tanh_(), rows(T, D), a=linear, b=linear),
-    net(
-        "flattened-tokens", lambda s, x: s.b(s.a(x.flatten(0, 1)).tanh()).view(x.shape), rows(T, D), a=linear, b=linear
-    ),
+    net("flattened-tokens", lambda s, x: s.b(s.a(x.flatten(0, 1)).tanh()).view(x.shape), rows(T, D), a=linear, b=linear),
     case("vision", lambda: vision(0.0), rows(T, D)),
     case("routed", routed, rows(T, D)),
     case("low-rank-additions", lambda: nn.Sequential(LoRA(), nn.Tanh(), LoRA()), rows(T, D)),

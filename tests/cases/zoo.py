@@ -102,13 +102,7 @@ AUDIO = (
     WIDE
     | STILL
     | every(0.0, "activation_dropout attention_dropout hidden_dropout feat_proj_dropout final_dropout layerdrop")
-    | {
-        "vocab_size": 12,
-        "conv_dim": (8, 8),
-        "conv_stride": (5, 4),
-        "conv_kernel": (10, 4),
-        "num_feat_extract_layers": 2,
-    }
+    | {"vocab_size": 12, "conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
     | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     | {"apply_spec_augment": False, "mask_time_prob": 0.0}
 )
@@ -167,9 +161,7 @@ def checkpointed(builder: Builder) -> Builder:
 def encoder_decoder() -> Specimen:
     encoder = transformers.BertConfig(**TEXT)
     decoder = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
-    model = transformers.EncoderDecoderModel(
-        encoder=transformers.BertModel(encoder), decoder=transformers.BertLMHeadModel(decoder)
-    )
+    model = transformers.EncoderDecoderModel(encoder=transformers.BertModel(encoder), decoder=transformers.BertLMHeadModel(decoder))
     return Specimen(model, text_pair(), first)
 
 
@@ -228,9 +220,7 @@ ENCODERS: dict[str, Builder] = {
         max_position_embeddings=32,
     ),
     "electra": hf("ElectraForMaskedLM", TEXT, embedding_size=8),
-    "deberta-v2": hf(
-        "DebertaV2ForMaskedLM", DEBERTA, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True
-    ),
+    "deberta-v2": hf("DebertaV2ForMaskedLM", DEBERTA, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True),
     "deberta": hf("DebertaForMaskedLM", DEBERTA),
     "mpnet": hf("MPNetForMaskedLM", TEXT, relative_attention_num_buckets=32),
     "xlnet": hf("XLNetLMHeadModel", {**IDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0}),
@@ -301,18 +291,14 @@ SEQ2SEQS: dict[str, Builder] = {
     "bart": hf("BartForConditionalGeneration", BART, text_pair),
     "pegasus": hf("PegasusForConditionalGeneration", BART, text_pair),
     "marian": hf("MarianMTModel", BART, text_pair),
-    "m2m100": hf(
-        "M2M100ForConditionalGeneration", {**BART, "encoder_layerdrop": 0.0}, text_pair, decoder_layerdrop=0.0
-    ),
+    "m2m100": hf("M2M100ForConditionalGeneration", {**BART, "encoder_layerdrop": 0.0}, text_pair, decoder_layerdrop=0.0),
     "bert-to-bert": encoder_decoder,
 }
 
 VISION: dict[str, Builder] = {
     "vit": hf("ViTForImageClassification", IMAGE, image),
     "deit": hf("DeiTForImageClassification", IMAGE, image),
-    "beit": hf(
-        "BeitForImageClassification", IMAGE, image, use_relative_position_bias=True, drop_path_rate=0.0, vocab_size=8
-    ),
+    "beit": hf("BeitForImageClassification", IMAGE, image, use_relative_position_bias=True, drop_path_rate=0.0, vocab_size=8),
     "swin": hf("SwinForImageClassification", SWIN, image),
     "swinv2": hf("Swinv2ForImageClassification", SWIN, image),
     "convnext": hf("ConvNextForImageClassification", CONVNEXT, image),
@@ -335,9 +321,7 @@ VISION: dict[str, Builder] = {
 
 SOUND: dict[str, Builder] = {
     "wav2vec2": hf("Wav2Vec2ForCTC", AUDIO, waveform),
-    "wav2vec2-stable": hf(
-        "Wav2Vec2ForCTC", AUDIO, waveform, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True
-    ),
+    "wav2vec2-stable": hf("Wav2Vec2ForCTC", AUDIO, waveform, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True),
     "hubert": hf("HubertForCTC", AUDIO, waveform),
     "whisper": hf(
         "WhisperForConditionalGeneration",
@@ -422,10 +406,7 @@ TORCHVISION: dict[str, Builder] = {
     ),
     "torchvision-convnext": pictures(
         lambda: torchvision.models.convnext.ConvNeXt(
-            [
-                torchvision.models.convnext.CNBlockConfig(8, 12, 1),
-                torchvision.models.convnext.CNBlockConfig(12, None, 1),
-            ],
+            [torchvision.models.convnext.CNBlockConfig(8, 12, 1), torchvision.models.convnext.CNBlockConfig(12, None, 1)],
             stochastic_depth_prob=0.0,
             num_classes=3,
         )
@@ -458,17 +439,13 @@ PEFT: dict[str, Builder] = {
     "lora-llama": adapted(LLAMA, lora("q_proj", "v_proj", "down_proj")),
     "lora-embedding": adapted(LLAMA, lora("embed_tokens", "q_proj")),
     "lora-conv": adapted(VISION["segformer"], lora("proj", "query")),
-    "lora-grouped-conv": adapted(
-        VISION["convnext"], lambda: LoraConfig(r=24, target_modules=["dwconv"], init_lora_weights=False)
-    ),
+    "lora-grouped-conv": adapted(VISION["convnext"], lambda: LoraConfig(r=24, target_modules=["dwconv"], init_lora_weights=False)),
     "lora-saved-head": adapted(VISION["vit"], lora("q_proj", "query", modules_to_save=["classifier"])),
     "lora-mixtral": adapted(CAUSAL["mixtral"], lora("q_proj", "v_proj")),
     "dora-llama": adapted(LLAMA, lora("q_proj", "v_proj", use_dora=True)),
     "ia3-llama": adapted(
         LLAMA,
-        lambda: peft.IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
-        ),
+        lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
     ),
     "prompt-llama": adapted(LLAMA, lambda: peft.PromptTuningConfig(**VIRTUAL)),
     "prefix-llama": adapted(LLAMA, lambda: peft.PrefixTuningConfig(**VIRTUAL)),
@@ -593,13 +570,9 @@ COUPLED: dict[str, Builder] = {
         read=lambda output: output.logits_per_text,
     ),
     "resnet-batchnorm": pictures(lambda: residual(nn.BatchNorm2d)),
-    "wav2vec2-conformer": hf(
-        "Wav2Vec2ConformerForCTC", AUDIO, waveform, conv_depthwise_kernel_size=3, max_source_positions=32
-    ),
+    "wav2vec2-conformer": hf("Wav2Vec2ConformerForCTC", AUDIO, waveform, conv_depthwise_kernel_size=3, max_source_positions=32),
     "timm-convmixer": pictures(lambda: importlib.import_module("timm.models.convmixer").ConvMixer(8, 2, num_classes=3)),
-    "spectral-norm": headed(
-        lambda body, x: torch.tanh(body(x)), lambda: parametrizations.spectral_norm(nn.Linear(8, 8))
-    ),
+    "spectral-norm": headed(lambda body, x: torch.tanh(body(x)), lambda: parametrizations.spectral_norm(nn.Linear(8, 8))),
     "attention-over-samples": headed(lambda body, x: body(x, x, x)[0].mean(1), lambda: nn.MultiheadAttention(8, 2)),
     "batch-mean": headed(lambda body, x: torch.tanh(body(x) - x.mean(0)), lambda: nn.Linear(8, 8)),
 }

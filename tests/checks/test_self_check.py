@@ -322,11 +322,7 @@ def a_table_and_the_tokens(s, x):
 @each_mode
 def test_uses_that_are_skipped_later_are_not_taken_for_one_another(mode):
     """Once one of two different uses of a parameter is left out, the step is refused by name, whatever the shapes."""
-    parts = {
-        "proj": nn.Linear(D, D),
-        "scale": nn.Parameter(torch.rand(D)),
-        "table": randn(N, D),
-    }  # a row for each sample
+    parts = {"proj": nn.Linear(D, D), "scale": nn.Parameter(torch.rand(D)), "table": randn(N, D)}  # a row for each sample
     model, data = Net(a_table_and_the_tokens, **parts).double(), randn(N, N, D)
     with enter(model, data, grad_sample_mode=mode) as (opt, _):
         for skips in (False, True, False):

@@ -41,9 +41,7 @@ def switching(name):
 
 def enter(model, mode="ghost", **options):
     """Open a scope with six batches."""
-    return scope_over(
-        model, loader=loader_of([randn(6 * N, T, D)], N), max_grad_norm=1.0, grad_sample_mode=mode, **options
-    )
+    return scope_over(model, loader=loader_of([randn(6 * N, T, D)], N), max_grad_norm=1.0, grad_sample_mode=mode, **options)
 
 
 def stepper(style, losses=losses_of):
@@ -215,9 +213,7 @@ def test_checks_draw_nothing_from_the_users_generators(coin):
         random.seed(1)
         numpy.random.seed(1)
         model = Net(
-            lambda s, x: s.b((s.a(x).tanh() if s.coin() else s.a(x).relu()).mean(1)),
-            a=nn.Linear(D, D),
-            b=nn.Linear(D, 3),
+            lambda s, x: s.b((s.a(x).tanh() if s.coin() else s.a(x).relu()).mean(1)), a=nn.Linear(D, D), b=nn.Linear(D, 3)
         ).double()
         model.coin = COINS[coin]
         with enter(model, self_check=self_check) as (opt, loader):

@@ -82,10 +82,7 @@ def test_sums_are_in_float32_inside_autocast_too(mode):
         model = Mixture()
         before = values(model)
         data = loader_of([torch.randint(0, 40, (6, 16))])
-        with (
-            mode.on() as name,
-            scope_over(model, loader=data, max_grad_norm=0.1, grad_sample_mode=name) as (opt, loader),
-        ):
+        with mode.on() as name, scope_over(model, loader=data, max_grad_norm=0.1, grad_sample_mode=name) as (opt, loader):
             for (x,) in loader:
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = model(x).float().square().sum((1, 2)).mean()
@@ -103,10 +100,7 @@ def test_sums_are_in_float32_inside_autocast_too(mode):
 
 def convolutions_and_norms():
     layers = nn.LayerNorm(16), nn.Conv1d(16, 16, 3, padding="same"), nn.ConvTranspose1d(16, 8, 2), nn.PReLU(8)
-    return Net(
-        lambda s, x: s.prelu(s.up(s.conv(s.norm(x).mT))),
-        **dict(zip(("norm", "conv", "up", "prelu"), layers, strict=True)),
-    )
+    return Net(lambda s, x: s.prelu(s.up(s.conv(s.norm(x).mT))), **dict(zip(("norm", "conv", "up", "prelu"), layers, strict=True)))
 
 
 def tables():

@@ -54,6 +54,5 @@ def make(engine: Any, model: nn.Module, **kwargs: Any) -> Any:
 
 def has_no_hooks(model: nn.Module) -> bool:
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "__getstate__" in vars(m)
-        for m in model.modules()
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "__getstate__" in vars(m) for m in model.modules()
     ) and not any(vars(p) or p._post_accumulate_grad_hooks for p in model.parameters())

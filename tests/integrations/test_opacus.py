@@ -16,18 +16,7 @@ from dp_hooks.errors import ScopeError, UnsupportedModelError
 
 from ..models import ConvNet, Net, each_mode, loader_of, values
 from ..training.helpers import backward, train
-from .helpers import (
-    ACCOUNTANTS,
-    DELTA,
-    data_for,
-    has_no_hooks,
-    loader_for,
-    make,
-    objects_for,
-    sgd,
-    text_model,
-    twice_used,
-)
+from .helpers import ACCOUNTANTS, DELTA, data_for, has_no_hooks, loader_for, make, objects_for, sgd, text_model, twice_used
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:GDP accounting is experimental"),

@@ -39,9 +39,7 @@ def dense(tokens, scale=1.0, n=N, shape=(ROWS, COLUMNS)):
 
 def lookup(tokens, scale=1.0, n=N, shape=(ROWS, COLUMNS)):
     shape = torch.Size(shape)
-    return OuterProducts(
-        torch.randint(0, shape[0], (n, tokens)), torch.randn(n, tokens, shape[1:].numel()), shape, scale
-    )
+    return OuterProducts(torch.randint(0, shape[0], (n, tokens)), torch.randn(n, tokens, shape[1:].numel()), shape, scale)
 
 
 def patches(layer, size, scale=1.0, n=N):
@@ -69,10 +67,7 @@ def written_out(use):
     if isinstance(use, Patches):
         x, g, layer = use._seen.double(), use._seeing.double(), use._layer
         weight_of = CONV_WEIGHTS[len(layer.kernel_size)]
-        rows = [
-            weight_of(x[i : i + 1], layer.weight.shape, g[i : i + 1], layer.stride, 0, layer.dilation)
-            for i in range(len(x))
-        ]
+        rows = [weight_of(x[i : i + 1], layer.weight.shape, g[i : i + 1], layer.stride, 0, layer.dilation) for i in range(len(x))]
         grads = torch.stack(rows) if rows else x.new_zeros(0, *layer.weight.shape)
     else:
         left = F.one_hot(use.left, use.shape[0]) if use.left.dim() == 2 else use.left
@@ -461,9 +456,7 @@ def test_norms_that_overflow_on_the_way_only_are_found(take):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("way", ["gram", "written-out"])
-@pytest.mark.parametrize(
-    "name", ["dense", "dense-two-halves", "lookup", "lookup-and-dense", "patches", "dense-one-token"]
-)
+@pytest.mark.parametrize("name", ["dense", "dense-two-halves", "lookup", "lookup-and-dense", "patches", "dense-one-token"])
 def test_a_norm_that_is_not_finite_stays_so_and_touches_no_other_sample(name, way, value, take):
     """NaN, infinity and overflow give a norm that is not finite, for their own sample alone."""
     take(way)

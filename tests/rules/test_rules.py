@@ -131,10 +131,7 @@ def test_flat_ids_of_a_bag_are_not_taken_for_rows_of_samples(bag, mode):
 def test_random_numbers_in_a_module_that_is_run_again_are_refused():
     """Dropout inside a module that has to be run again is refused, naming the module."""
     model = Net(lambda s, x: s.r(x)[0], r=nn.LSTM(4, 3, 2, dropout=0.5, batch_first=True)).double()
-    with (
-        laws.attached(model, laws.MODE["hooks"]),
-        pytest.raises(errors.UnsupportedModelError, match=r"^r \(LSTM\).*random"),
-    ):
+    with laws.attached(model, laws.MODE["hooks"]), pytest.raises(errors.UnsupportedModelError, match=r"^r \(LSTM\).*random"):
         losses_of(model, randn(N, 5, 4)).sum().backward()
 
 
@@ -173,10 +170,7 @@ def test_a_rule_that_returns_the_wrong_thing_is_refused(wrong, registered):
     """A rule without a gradient for a parameter, or with one of the wrong shape, is an error that names rule and parameter."""
     registered(lambda call: {name: call.input.sum(1) for name in wrong})
     model = Scale()
-    with (
-        laws.attached(model, laws.MODE["hooks"]),
-        pytest.raises(errors.UnsupportedModelError, match=r"'Scale'.*factor"),
-    ):
+    with laws.attached(model, laws.MODE["hooks"]), pytest.raises(errors.UnsupportedModelError, match=r"'Scale'.*factor"):
         losses_of(model, randn(N, 4)).mean().backward()
 
 

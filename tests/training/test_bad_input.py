@@ -135,9 +135,7 @@ PLAIN: list[Row] = [
     *[
         row
         for v in (0.0, -1.0, NAN, INF, "1", None, True)
-        for row in each(
-            "max_grad_norm", ({"a.*": 1.0, "*": v},), POSITIVE, shown=f"max_grad_norm['*']={v!r}", clipping="per_group"
-        )
+        for row in each("max_grad_norm", ({"a.*": 1.0, "*": v},), POSITIVE, shown=f"max_grad_norm['*']={v!r}", clipping="per_group")
     ],
     *each("max_grad_norm", (0.0, NAN, None, [1.0, 1.0], {"*": 1.0}), POSITIVE, clipping="automatic"),
     *each("max_grad_norm", (0.0, NAN, None, [1.0, 1.0], {"*": 1.0}), POSITIVE, clipping="adaptive"),
@@ -159,20 +157,14 @@ PLAIN: list[Row] = [
         {"clipping": "automatic", "clipping_options": {"min_clipbound": 1.0}},
         ["no 'min_clipbound'", "clipping='automatic' are 'gamma'"],
     ),
-    adaptive(
-        {"gamma": 0.5}, "no 'gamma'", "'target_unclipped_quantile', 'clipbound_learning_rate', 'unclipped_num_std'"
-    ),
+    adaptive({"gamma": 0.5}, "no 'gamma'", "'target_unclipped_quantile', 'clipbound_learning_rate', 'unclipped_num_std'"),
     *options("automatic", "gamma", (0.0, -0.01, NAN, INF, "1", None, True), POSITIVE),
     *options("adaptive", "target_unclipped_quantile", (0.0, 1.0, 1, -0.5, NAN, "0.5", None), "between 0 and 1"),
     *options("adaptive", "clipbound_learning_rate", (0.0, -0.2, INF, "0.2", None), POSITIVE),
     *options("adaptive", "unclipped_num_std", (0.0, -1.0, NAN, "20"), POSITIVE),
     *options("adaptive", "min_clipbound", (0.0, -1.0, NAN, None), POSITIVE),
     *options("adaptive", "max_clipbound", (0.0, -1.0, INF, None), POSITIVE),
-    adaptive(
-        {"min_clipbound": 2.0, "max_clipbound": 2.0},
-        "clipping_options['min_clipbound']=2.0",
-        "smaller than max_clipbound=2",
-    ),
+    adaptive({"min_clipbound": 2.0, "max_clipbound": 2.0}, "clipping_options['min_clipbound']=2.0", "smaller than max_clipbound=2"),
     adaptive({"min_clipbound": 1.5}, *OUTSIDE),
     adaptive({"max_clipbound": 0.5}, *OUTSIDE),
     # 2 sigma_b = z is refused as well: nothing would be left for the gradients. A batch of 4 gives sigma_b = 0.2.
@@ -306,10 +298,7 @@ def test_engine_refuses_an_unknown_accountant(accountant: Any) -> None:
 @pytest.mark.parametrize(
     ("engine", "more", "error", "match"),
     [
-        *[
-            ({}, {"wrap_model": v}, InvalidArgumentError, rf"wrap_model={v!r}.*leave the argument out")
-            for v in (True, None, 1)
-        ],
+        *[({}, {"wrap_model": v}, InvalidArgumentError, rf"wrap_model={v!r}.*leave the argument out") for v in (True, None, 1)],
         ({"secure_mode": True}, {}, InvalidArgumentError, r"secure_mode=True.*secure_mode=False"),
         ({}, {"max_gradient_norm": 1.0}, TypeError, "max_gradient_norm"),
     ],
@@ -343,15 +332,9 @@ UNSUPPORTED: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (lambda: _after_linear(nn.BatchNorm1d(3)), ["1 (BatchNorm1d)", "GroupNorm"]),
     (lambda: _after_linear(nn.BatchNorm1d(3, track_running_stats=False).eval()), ["1 (BatchNorm1d)"]),
     (lambda: _after_linear(_frozen_norm().train()), ["1 (BatchNorm1d)"]),
-    (
-        lambda: _after_linear(nn.InstanceNorm1d(3, track_running_stats=True)),
-        ["1 (InstanceNorm1d)", "track_running_stats=False"],
-    ),
+    (lambda: _after_linear(nn.InstanceNorm1d(3, track_running_stats=True)), ["1 (InstanceNorm1d)", "track_running_stats=False"]),
     (lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), ["0 (Embedding)", "max_norm=None"]),
-    (
-        lambda: nn.Sequential(nn.EmbeddingBag(5, 3, scale_grad_by_freq=True)),
-        ["0 (EmbeddingBag)", "scale_grad_by_freq=False"],
-    ),
+    (lambda: nn.Sequential(nn.EmbeddingBag(5, 3, scale_grad_by_freq=True)), ["0 (EmbeddingBag)", "scale_grad_by_freq=False"]),
     (lambda: _after_linear(_Complex()), ["1.phase", "complex", "freeze"]),
     (lambda: nn.BatchNorm1d(3), ["the model itself (BatchNorm1d)"]),
     # two faults of one module are both shown, so that one correction is enough

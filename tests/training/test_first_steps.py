@@ -17,9 +17,7 @@ def scope_over(model: nn.Module, **kwargs: Any) -> PrivateTraining:
     """Return a scope over ``model`` and twelve examples, four to a batch."""
     data = TensorDataset(torch.randn(12, 3), torch.randn(12, 1))
     kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "accountant": "rdp", **kwargs}
-    return private_training(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=4), **kwargs
-    )
+    return private_training(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=4), **kwargs)
 
 
 def train(model: nn.Module, scope: PrivateTraining) -> None:

@@ -14,19 +14,7 @@ from torch.optim import lr_scheduler
 
 from dp_hooks.errors import ScopeError
 
-from ..models import (
-    BOUND,
-    assert_same,
-    build,
-    charges,
-    clipped_sum,
-    each_mode,
-    examples,
-    in_order,
-    moved,
-    sample_gradients,
-    values,
-)
+from ..models import BOUND, assert_same, build, charges, clipped_sum, each_mode, examples, in_order, moved, sample_gradients, values
 from .helpers import POISSON, Run, backward, step, train
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]

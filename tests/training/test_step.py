@@ -71,9 +71,7 @@ def test_a_call_is_a_private_step(scalar: bool, form: str, declared: str, mode: 
 @pytest.mark.parametrize("self_check", [True, False])
 @each_declared
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_reduction_of_the_function_may_differ_from_the_scopes(
-    reduction: str, declared: str, self_check: bool
-) -> None:
+def test_the_reduction_of_the_function_may_differ_from_the_scopes(reduction: str, declared: str, self_check: bool) -> None:
     """A function that says how it reduces its loss gives the same update in a scope that declares the other way."""
     run = Run(loss_reduction=declared, self_check=self_check)
     stepped(run, dp_step(reduction=reduction)(loss_of(reduction)))

@@ -134,12 +134,7 @@ def test_what_cannot_be_built_is_not_counted_as_refused(compatibility):
 def test_a_model_of_ones_own_is_explained(compatibility, capsys):
     """``--model`` with ``--inputs`` prints the explanation of that model."""
     compatibility.main(
-        [
-            "--model",
-            "tests.whole.test_compatibility:make_model",
-            "--inputs",
-            "tests.whole.test_compatibility:make_inputs",
-        ]
+        ["--model", "tests.whole.test_compatibility:make_model", "--inputs", "tests.whole.test_compatibility:make_inputs"]
     )
     out = capsys.readouterr().out
     assert "Sequential in training mode" in out

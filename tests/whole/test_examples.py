@@ -117,8 +117,7 @@ def test_choosing_is_repeatable():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("words,label\na,1\n", "columns text and label"), ("text,label\na,2\n", "labels other than 0 and 1")],
+    ("content", "message"), [("words,label\na,1\n", "columns text and label"), ("text,label\na,2\n", "labels other than 0 and 1")]
 )
 def test_a_bad_csv_file_is_explained(content, message, tmp_path):
     """A file without the right columns or labels ends the example with a sentence that says so."""

@@ -175,12 +175,7 @@ def test_the_mean_over_all_tokens_is_refused():
     names = prelude()
     model = names["language_model"]
     scope = private_training(
-        model,
-        names["text_optimizer"],
-        names["text_loader"],
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
+        model, names["text_optimizer"], names["text_loader"], noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=False
     )
     with scope as (opt, loader):
         ids, mask = next(iter(loader))
@@ -231,9 +226,7 @@ def test_the_reference_names_attributes_that_exist():
     """Every attribute and error that the reference lists below the signatures exists, and no error is left out."""
     names, text = prelude(), re.sub(r"^```.*?^```$", "", section("Reference"), flags=re.MULTILINE | re.DOTALL)
     words = {word for word in spans(text) if re.fullmatch(r"\w+", word)}
-    scope = private_training(
-        names["model"], names["optimizer"], names["loader"], noise_multiplier=1.0, max_grad_norm=1.0
-    )
+    scope = private_training(names["model"], names["optimizer"], names["loader"], noise_multiplier=1.0, max_grad_norm=1.0)
     with scope as (opt, loader):
         known = set().union(*map(dir, (scope, opt, loader, scope.controller, errors, dp_hooks)))
     assert words <= known | {"opt", "DataLoader", "PrivacyEngine", "dp_hooks"}
@@ -271,9 +264,7 @@ def test_links_lead_somewhere():
 def test_paths_exist():
     """Files and folders that README names exist, seen from the root or, in the text on architecture, from the package."""
     drawn = "".join(text for _, text in fenced("mermaid"))
-    words = {
-        word for span in [*spans(PROSE), *(t for _, t in fenced("sh")), drawn] for word in re.split(r'[\s,":]+', span)
-    }
+    words = {word for span in [*spans(PROSE), *(t for _, t in fenced("sh")), drawn] for word in re.split(r'[\s,":]+', span)}
     paths = {word for word in words if re.fullmatch(r"[\w.]+/[\w./]*|\w+\.(py|md|toml)", word)}
     assert {"rules/", "examples/choosing.py"} <= paths
     roots = (ROOT, PACKAGE, ROOT / "examples")
@@ -303,9 +294,7 @@ def test_commands_name_files_and_options_that_exist():
             assert set(re.findall(r"--[\w-]+", named[2] or "")) <= options_of(ROOT / "examples" / named[1]), command
     assert seen == {path.name for path in EXAMPLES}
     known = set().union(*map(options_of, EXAMPLES))
-    assert {
-        word for command in commands() if command.startswith("--") for word in re.findall(r"--[\w-]+", command)
-    } <= known
+    assert {word for command in commands() if command.startswith("--") for word in re.findall(r"--[\w-]+", command)} <= known
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE))
     wanted = set(re.findall(r"\.\[(\w+)\]", README))
     assert {"test", "examples"} <= wanted <= extras

@@ -294,22 +294,15 @@ OBEYED = {
 # Traps that are loops, losses or refusals.
 TRAPS: dict[str, Trap] = {
     "G5 weight used in the loop": Trap(
-        mlp,
-        tokens,
-        losses=lambda model, x: losses(lambda x: F.linear(model[0](x), model[0].weight), x),
-        refused=r"0\.weight",
+        mlp, tokens, losses=lambda model, x: losses(lambda x: F.linear(model[0](x), model[0].weight), x), refused=r"0\.weight"
     ),
     "G9 class token with dropout": Trap(lambda: vision(0.5), tokens, losses=seeded, together=True),
     "G13 forward passes without backward": Trap(mlp, tokens, step=forward_only),
     "G14 unfreezing": Trap(
         lambda: nn.Sequential(linear().requires_grad_(False), linear()), tokens, step=unfreezing, refused=r"0\.weight"
     ),
-    "G15 BatchNorm": Trap(
-        lambda: nn.Sequential(linear(), nn.BatchNorm1d(T), linear()), tokens, refused=r"1 \(BatchNorm1d\)"
-    ),
-    "G15 batch statistics by hand": Trap(
-        lambda: mixing(lambda h: h - h.mean(0)), tokens, refused=r"the model|a\.weight"
-    ),
+    "G15 BatchNorm": Trap(lambda: nn.Sequential(linear(), nn.BatchNorm1d(T), linear()), tokens, refused=r"1 \(BatchNorm1d\)"),
+    "G15 batch statistics by hand": Trap(lambda: mixing(lambda h: h - h.mean(0)), tokens, refused=r"the model|a\.weight"),
     "G15 in-batch negatives": Trap(
         lambda: mixing(lambda h: ((h.flatten(1) @ h.flatten(1).T).softmax(-1) @ h.flatten(1)).view(h.shape)),
         tokens,
@@ -337,10 +330,7 @@ TRAPS: dict[str, Trap] = {
         mlp, padded, step=by_function(lambda m, b: token_mean(m, *b)), refused="train function"
     ),
     "G16 token mean in the model": Trap(
-        lambda: Net(lambda s, x, y: {"loss": token_mean(s.net, x, y)}, net=mlp()),
-        padded,
-        step=own_loss,
-        refused="the model",
+        lambda: Net(lambda s, x, y: {"loss": token_mean(s.net, x, y)}, net=mlp()), padded, step=own_loss, refused="the model"
     ),
     "G17 sum for mean in a train function": Trap(
         mlp, tokens, step=by_function(lambda m, b: losses(m, *b).sum()), refused="loss_reduction='mean'"
@@ -355,9 +345,7 @@ TRAPS: dict[str, Trap] = {
     "G17 mean for sum in the model": Trap(
         with_loss, tokens, step=own_loss, options={"loss_reduction": "sum"}, refused="loss_reduction='sum'"
     ),
-    "G20 autocast": Trap(
-        mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-3
-    ),
+    "G20 autocast": Trap(mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-3),
     "G20 gradient scaler": Trap(mlp, tokens, step=scaled, refused="GradScaler"),
     "G20 gradient scaler, unscaled": Trap(mlp, tokens, step=partial(scaled, unscale=True), refused="GradScaler"),
     "G20 gradient scaler, switched off": Trap(mlp, tokens, step=partial(scaled, unscale=True, enabled=False)),
@@ -370,9 +358,7 @@ TRAPS: dict[str, Trap] = {
         lambda: Net(written_later, a=linear(), b=linear()), tokens, error=RuntimeError, refused="modified by an inplace"
     ),
     "G26 compiled and run before": Trap(mlp, tokens, before=compiled_before, step=compiled),
-    "G26 compiled in place and run before": Trap(
-        mlp, tokens, before=partial(compiled_before, in_place=True), step=compiled
-    ),
+    "G26 compiled in place and run before": Trap(mlp, tokens, before=partial(compiled_before, in_place=True), step=compiled),
     "G26 compiled inside": Trap(lambda: Net(times_own, net=mlp(), g=param(D)), tokens, step=compiled),
     "P6 the loss of the output object": Trap(
         with_loss, tokens, step=own_loss, losses=lambda m, x: m(x)["logits"].square().flatten(1).sum(1)
@@ -409,9 +395,7 @@ def gradients(name: str) -> list[list[Tensor]]:
     trap, model, data = made(name)
     if trap.together:
         return rows_by_backward(model, trap.losses(model, *data), retain_graph=True)
-    return rows_by_backward(
-        model, (trap.losses(model, *(t[i : i + 1] for t in data)).sum() for i in range(len(data[0])))
-    )
+    return rows_by_backward(model, (trap.losses(model, *(t[i : i + 1] for t in data)).sum() for i in range(len(data[0]))))
 
 
 def scope_of(trap: Trap, model: nn.Module, data: list[Tensor], bound: float, mode: str) -> PrivateTraining:
@@ -437,9 +421,7 @@ def summed(name: str, bound: float, mode: laws.Mode, without: int | None = None)
 def test_every_trap_has_a_row() -> None:
     """The table names every trap of gradients and those of the loop that belong with them."""
     assert {name.split()[0] for name in TRAPS} | OBEYED.keys() == NUMBERS
-    assert {name for names in OBEYED.values() for name in names} <= {
-        case.name for case in [*LAYERS, *FOLLOWED, *MODELS]
-    }
+    assert {name for names in OBEYED.values() for name in names} <= {case.name for case in [*LAYERS, *FOLLOWED, *MODELS]}
 
 
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")

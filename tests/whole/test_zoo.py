@@ -27,17 +27,7 @@ WITH_DROPOUT = (
 
 
 # In two passes: with weights used by other modules than their own, checkpoints, tables and tokens.
-IN_TWO_PASSES = (
-    "mobilebert",
-    "tied-functional",
-    "bert-mlm",
-    "gpt2-checkpointed",
-    "llama",
-    "t5",
-    "vit",
-    "swin",
-    "mamba",
-)
+IN_TWO_PASSES = ("mobilebert", "tied-functional", "bert-mlm", "gpt2-checkpointed", "llama", "t5", "vit", "swin", "mamba")
 
 
 def norms_of(grads):

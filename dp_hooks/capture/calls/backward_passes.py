@@ -26,9 +26,7 @@ class Refusals:
             raise self.errors[0][0]
         if self.errors:
             listing = "\n".join(f"  - {error}" for error, _ in self.errors)
-            raise UnsupportedModelError(
-                f"the model cannot be trained privately, for {len(self.errors)} reasons:\n{listing}"
-            )
+            raise UnsupportedModelError(f"the model cannot be trained privately, for {len(self.errors)} reasons:\n{listing}")
 
 
 @dataclass(eq=False)

@@ -75,9 +75,7 @@ def tap(
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Tensor]:
     """Return ``outputs``, watched: ``make`` is called with the tensors saved and the gradients that come back."""
-    return list(
-        Tap.apply(session.anchor, TappedCall(session, name, saved, make, session.batch_number, around), *outputs)
-    )
+    return list(Tap.apply(session.anchor, TappedCall(session, name, saved, make, session.batch_number, around), *outputs))
 
 
 class Tap(torch.autograd.Function):

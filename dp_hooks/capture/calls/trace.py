@@ -74,9 +74,7 @@ class _Follow(TorchFunctionMode):
         super().__init__()
         self._trace = trace
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if _paused.depth:
             return func(*args, **kwargs) if kwargs else func(*args)
         name = getattr(func, "__name__", "")

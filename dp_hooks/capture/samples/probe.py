@@ -73,9 +73,7 @@ class Probe(TorchFunctionMode):
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")

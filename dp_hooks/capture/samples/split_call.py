@@ -28,9 +28,7 @@ def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:
     if rule.whole_subtree:  # of outputs at the end that have no sample axis there may be any number
         outs = (*outs, *(None for _ in call.grads[len(outs) :]))
     if len(ins) != len(inputs) or len(outs) != len(call.grads):
-        raise _refusal(
-            call, "it was called with other inputs or gave other outputs than in the runs that showed its layout"
-        )
+        raise _refusal(call, "it was called with other inputs or gave other outputs than in the runs that showed its layout")
     for sample_axis, tensor in [*zip(ins, inputs, strict=True), *zip(outs, call.grads, strict=True)]:
         if sample_axis is not None and tensor is not None and not sample_axis.fits(tensor, n):
             raise _refusal(call, f"{n} samples do not fit into a tensor of shape {tuple(tensor.shape)} as they should")
@@ -55,11 +53,7 @@ def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:
 
 
 def _cut(
-    call: Call,
-    skeleton: object,
-    inputs: list[Tensor],
-    ins: tuple[SampleAxis | None, ...],
-    outs: tuple[SampleAxis | None, ...],
+    call: Call, skeleton: object, inputs: list[Tensor], ins: tuple[SampleAxis | None, ...], outs: tuple[SampleAxis | None, ...]
 ) -> Call:
     n = call.samples
     tensors = [t if at is None else at.samples(t, n) for t, at in zip(inputs, ins, strict=True)]

@@ -56,9 +56,7 @@ class TrackedTensor(torch.Tensor):
         vars(self)["_content"] = content
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         skeleton, tensors = split((args, kwargs or {}))
         first = next((t for t in tensors if isinstance(t, TrackedTensor)), None)
         if first is None or "session" not in vars(first) or not first.session.enabled:

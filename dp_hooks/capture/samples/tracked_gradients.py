@@ -116,9 +116,7 @@ class BatchedOpGradients(Term):
         # The whole operation once per sample, without the output gradients of the others.
         numbers = torch.arange(self.samples, device=next(iter(values.values())).device)
         parts = [self._weighted(values, numbers == i) for i in numbers[rows]]
-        return {
-            i: torch.stack([p[i] for p in parts]) if parts else v.new_zeros((0, *v.shape)) for i, v in values.items()
-        }
+        return {i: torch.stack([p[i] for p in parts]) if parts else v.new_zeros((0, *v.shape)) for i, v in values.items()}
 
     def _by_vmap(self, values: dict[int, Tensor], rows: slice | Tensor) -> dict[int, Tensor]:
         op, n = self.op, self.samples
@@ -164,10 +162,7 @@ class BatchedOpGradients(Term):
         return True
 
     def _added(
-        self,
-        param: nn.Parameter,
-        found: dict[int, Tensor],
-        back: Callable[[TrackedValue, nn.Parameter, Tensor], Tensor],
+        self, param: nn.Parameter, found: dict[int, Tensor], back: Callable[[TrackedValue, nn.Parameter, Tensor], Tensor]
     ) -> Tensor:
         """Take what was ``found`` for the shared tensors back to ``param``, and add up over those that it is behind."""
         behind = [(i, s) for i, s in self.op.tracked.items() if any(root.param is param for root in s.roots)]

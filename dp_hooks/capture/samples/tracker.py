@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._operations import (
-    ASKS_FOR_TYPE,
-    ASKS_ONLY,
-    JOINS,
-    LEAVES_AUTOGRAD,
-    METADATA,
-    REARRANGEMENTS,
-    VIEWS_BY_NAME,
-    is_dropout,
-)
+from ..._operations import ASKS_FOR_TYPE, ASKS_ONLY, JOINS, LEAVES_AUTOGRAD, METADATA, REARRANGEMENTS, VIEWS_BY_NAME, is_dropout
 from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from ..calls.session import Session

@@ -23,9 +23,7 @@ class Budget:
     epochs: float
 
 
-def check_budget(
-    noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object
-) -> float | Budget:
+def check_budget(noise_multiplier: object, target_epsilon: object, target_delta: object, epochs: object) -> float | Budget:
     """Check the four budget arguments together; return the noise multiplier that was given, or the budget that was.
 
     Raises:
@@ -43,9 +41,7 @@ def check_budget(
     if target_epsilon is None:
         sigma = non_negative("noise_multiplier", noise_multiplier, _SIGMA)
         if epochs is not None:
-            raise bad(
-                "epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier."
-            )
+            raise bad("epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier.")
         return sigma
     epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
     if epsilon > _LARGEST_EPSILON:

@@ -64,9 +64,7 @@ def make_clipping(
     if clipping == "automatic":
         return AutomaticClipping(bounds[0], **settings)
     if clipping == "adaptive":
-        function = AdaptiveClipping(
-            bounds[0], expected_batch_size=expected_batch_size, device=params[0].device, **settings
-        )
+        function = AdaptiveClipping(bounds[0], expected_batch_size=expected_batch_size, device=params[0].device, **settings)
         _check_range(function)
         return function
     return FlatClipping(bounds[0])
@@ -107,10 +105,7 @@ def _check_range(function: AdaptiveClipping) -> None:
 
 
 def _by_pattern(
-    clipping: str,
-    max_grad_norm: object,
-    params: Sequence[nn.Parameter],
-    names: Mapping[nn.Parameter, Sequence[str]],
+    clipping: str, max_grad_norm: object, params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, Sequence[str]]
 ) -> GroupClipping:
     """Put every parameter into the group of the first pattern that matches one of its names."""
     if not isinstance(max_grad_norm, Mapping) or not all(isinstance(pattern, str) for pattern in max_grad_norm):
@@ -125,10 +120,7 @@ def _by_pattern(
         positive(f"max_grad_norm[{pattern!r}]", max_grad_norm[pattern], "every bound must be a number greater than 0.")
         for pattern in patterns
     ]
-    matches = {
-        p: [k for k, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names[p])]
-        for p in params
-    }
+    matches = {p: [k for k, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names[p])] for p in params}
     missing = [names[p][0] for p in params if not matches[p]]
     if missing:
         raise bad(

@@ -100,9 +100,7 @@ class GaussianNoise:
             flat = _flat(total) if total.device.type == "cpu" else None
             if flat is None:
                 (generator,) = self._generators(total.device, 1)
-                self._add(
-                    total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale
-                )
+                self._add(total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale)
             else:
                 blocks.extend(flat.split(_BLOCK))
         self._add_blocks(blocks, std, scale)

@@ -51,9 +51,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._closed = False
         super().__init__(
             loader.dataset,
-            batch_sampler=PhysicalSampler(
-                logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left
-            ),
+            batch_sampler=PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left),
             collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset),
             **{name: getattr(loader, name) for name in _KEPT},
         )

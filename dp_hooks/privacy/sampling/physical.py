@@ -62,11 +62,7 @@ class PhysicalSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        logical: PoissonSampler | OncePerPass,
-        expected: float,
-        max_size: int | None,
-        limit: Callable[[], int | None],
+        self, logical: PoissonSampler | OncePerPass, expected: float, max_size: int | None, limit: Callable[[], int | None]
     ) -> None:
         """Split the batches of ``logical`` (``expected`` examples each) into parts of at most ``max_size``.
 

@@ -16,9 +16,7 @@ class PoissonSampler(Sampler[list[int]]):
     granularity of 6e-8, which would be off by percents at rates near 1e-6.
     """
 
-    def __init__(
-        self, examples: int, sample_rate: float, batches: int, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, examples: int, sample_rate: float, batches: int, generator: torch.Generator | None = None) -> None:
         """Draw ``batches`` index lists from ``range(examples)`` a pass; without ``generator`` from fresh entropy."""
         self.examples = examples
         self.sample_rate = sample_rate

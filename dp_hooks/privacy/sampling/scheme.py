@@ -5,14 +5,7 @@ from collections.abc import Sized
 from dataclasses import dataclass
 from typing import cast
 
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from ..._validate import bad, fraction
 from .physical import PhysicalSampler
@@ -74,21 +67,15 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) 
     if examples == 0:
         raise bad("loader", loader, "its dataset is empty; there is nothing to train on.")
     if loader.batch_size > examples:
-        raise bad(
-            "loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples."
-        )
+        raise bad("loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples.")
     _check_sampler(loader.sampler, examples, poisson)
     if not getattr(loader, "in_order", True):
         raise bad("loader", loader, "it was built with in_order=False; batches must arrive in the order of drawing.")
     if sample_rate is None:
         return SamplingPlan(examples, loader.batch_size / examples, float(loader.batch_size), len(loader), poisson)
     if not poisson:
-        raise bad(
-            "sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False."
-        )
-    rate = fraction(
-        "sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True
-    )
+        raise bad("sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False.")
+    rate = fraction("sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True)
     return SamplingPlan(examples, rate, rate * examples, math.ceil(1 / rate - 1e-9), poisson)
 
 
@@ -98,8 +85,7 @@ def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
         raise bad(
             "loader",
             sampler,
-            "weighted sampling picks some examples more often than the accounting assumes. "
-            f"Weight the loss instead. {_REBUILD}",
+            f"weighted sampling picks some examples more often than the accounting assumes. Weight the loss instead. {_REBUILD}",
         )
     if poisson and not plain:
         raise bad(

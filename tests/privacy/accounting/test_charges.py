@@ -140,9 +140,7 @@ def test_first_pass_without_poisson_sampling_is_one_gaussian_mechanism() -> None
     assert "add/remove" in report.sampling
 
 
-@pytest.mark.parametrize(
-    ("stops", "passes"), [([None], 1), ([None, None], 2), ([1], 1), ([1, 1, 1], 3), ([2, None, 1], 3)]
-)
+@pytest.mark.parametrize(("stops", "passes"), [([None], 1), ([None, None], 2), ([1], 1), ([1, 1, 1], 3), ([2, None, 1], 3)])
 def test_every_started_pass_is_charged(stops: list[int | None], passes: int) -> None:
     """Without Poisson sampling each pass that hands out a batch costs one full-rate release, broken off or not."""
     run = Charged(poisson_sampling=False, noise_multiplier=2.0, accountant="rdp")
@@ -178,9 +176,7 @@ def test_interleaved_passes_in_the_loaders_own_order_are_refused() -> None:
 
 
 @pytest.mark.parametrize("poisson", [True, False])
-def test_foreign_batches_are_charged_without_amplification_and_reported(
-    poisson: bool, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_foreign_batches_are_charged_without_amplification_and_reported(poisson: bool, recwarn: pytest.WarningsRecorder) -> None:
     """A step on a batch that the loader did not hand out costs a full-rate release, with a warning and a report line."""
     run = Charged(poisson_sampling=poisson)
     with run as (model, opt, _):

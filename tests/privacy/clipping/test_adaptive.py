@@ -21,13 +21,7 @@ from ..gaussian import NEVER, fits
 from .helpers import made
 
 NORMS = [0.2, 0.4, 0.9, 1.05, 1.5, 2.0, 4.0, 8.0]
-OPTIONS = (
-    "target_unclipped_quantile",
-    "clipbound_learning_rate",
-    "unclipped_num_std",
-    "min_clipbound",
-    "max_clipbound",
-)
+OPTIONS = ("target_unclipped_quantile", "clipbound_learning_rate", "unclipped_num_std", "min_clipbound", "max_clipbound")
 
 
 class Rows(nn.Module):
@@ -75,9 +69,7 @@ class Learning(Run):
         return bounds
 
 
-def trajectory(
-    *batches: list[float], c: float = 1.0, eta: float = 0.2, gamma: float = 0.5, expected: float = 8
-) -> list[float]:
+def trajectory(*batches: list[float], c: float = 1.0, eta: float = 0.2, gamma: float = 0.5, expected: float = 8) -> list[float]:
     """Work out C after every batch without noise, from the norms of the batches."""
     out = []
     for norms in batches:
@@ -145,9 +137,7 @@ def test_the_trajectory_with_noise_is_that_of_the_generator(poisson: bool) -> No
     z_delta = (z**-2 - (2 * sigma_b) ** -2) ** -0.5
     total, expected = torch.zeros(1, 3, dtype=torch.float64), []
     for _ in range(4):
-        total += clipped(rows, c) + torch.empty(1, 3, dtype=torch.float64).normal_(
-            0.0, z_delta * c, generator=generator
-        )
+        total += clipped(rows, c) + torch.empty(1, 3, dtype=torch.float64).normal_(0.0, z_delta * c, generator=generator)
         count = sum(0.5 if norm <= c else -0.5 for norm in NORMS)
         count += float(torch.empty(()).normal_(0.0, sigma_b, generator=generator))
         c *= math.exp(-0.2 * (count / 8 + 0.5 - 0.5))

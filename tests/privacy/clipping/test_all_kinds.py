@@ -138,9 +138,7 @@ def test_the_bound_cannot_change_within_a_logical_batch(kind: str) -> None:
 
 def made_private(engine: PrivacyEngineHookBased, model: nn.Module, **options: Any) -> Any:
     """Make the model private with the six examples in order."""
-    return engine.make_private(
-        module=model, optimizer=sgd(model), data_loader=in_order(), poisson_sampling=False, **options
-    )
+    return engine.make_private(module=model, optimizer=sgd(model), data_loader=in_order(), poisson_sampling=False, **options)
 
 
 @each_mode
@@ -205,10 +203,7 @@ def test_the_engine_takes_the_options_of_adaptive_clipping_as_opacus_names_them(
         ("per_layer", ["per_layer, C = [0.3, 0.4, 1.2, 0.84], sensitivity 1.547"]),
         ("per_group", ["per_group, C = {'0.*': 0.3, '*': 0.4}, sensitivity 0.5"]),
         ("automatic", ["automatic, C = 0.5, sensitivity 0.5", "gamma 0.01"]),
-        (
-            "adaptive",
-            ["adaptive, C = 0.5, sensitivity 0.5", "gradient_noise_multiplier 0.1048", "unclipped_num_std 0.166"],
-        ),
+        ("adaptive", ["adaptive, C = 0.5, sensitivity 0.5", "gradient_noise_multiplier 0.1048", "unclipped_num_std 0.166"]),
     ],
 )
 def test_the_report_tells_clipping_bounds_and_the_split_of_noise(kind: str, parts: list[str]) -> None:

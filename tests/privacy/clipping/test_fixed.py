@@ -109,9 +109,7 @@ def test_automatic_clipping_divides_by_norm_plus_gamma(
 ) -> None:
     """The step is the sum of C g / (|g| + gamma), by hand, with 0.01 or the gamma that ``clipping_options`` sets."""
     more = {"clipping": "automatic", "clipping_options": options, "grad_sample_mode": mode}
-    assert_moved_by_hand(
-        Run(name, max_grad_norm=bound, **more).trained(), lambda row, _: bound / (norm_of(row) + gamma)
-    )
+    assert_moved_by_hand(Run(name, max_grad_norm=bound, **more).trained(), lambda row, _: bound / (norm_of(row) + gamma))
 
 
 def test_automatic_factors_of_extreme_norms() -> None:
