@@ -3,8 +3,6 @@
 Names are those of ``torch.overrides``, without underscores around them where that is said.
 """
 
-# ---------------------------------------------------------------- random numbers
-
 DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
 # Replaced by a constant, or by a row of the batch's own draw.
 NOISE = frozenset("rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split())
@@ -17,8 +15,6 @@ DRAWS = (
 # Functions with dropout among their arguments: recurrent ones, and the keywords it goes by.
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 DROPOUT_ARGUMENTS = ("dropout_p", "dropout")
-
-# ---------------------------------------------------------------- questions about a tensor
 
 # What is known of a tensor without running anything on it.
 METADATA = frozenset(
@@ -38,8 +34,6 @@ TO_PYTHON = frozenset("tolist item numpy __int__ __index__ __array__".split())
 # Of the arguments after the first only the type counts; or the shape.
 ASKS_FOR_TYPE = frozenset("type_as to".split())
 ASKS_ONLY = ASKS_FOR_TYPE | frozenset("expand_as view_as reshape_as".split())
-
-# ---------------------------------------------------------------- shapes
 
 # Broadcast their operands against each other: a shared one may be expanded to one row per sample first (without underscores).
 BROADCASTS = frozenset(
@@ -62,8 +56,6 @@ TAKES_SIZES = frozenset(
     "view reshape expand repeat tile unflatten broadcast_to split chunk arange linspace zeros ones full empty new_zeros "
     "new_ones new_full new_empty interpolate pad".split()
 )
-
-# ---------------------------------------------------------------- rows picked by value
 
 # As many rows as the data says.
 DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())

@@ -80,8 +80,7 @@ class ModuleState:
 
 
 _CONTAINERS = (list, dict, set, deque)
-# Longer ones are data, and nothing that a forward pass is about.
-_LONGEST = 64
+_LONGEST = 64  # longer ones are data, and nothing that a forward pass is about
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 Leaf = Callable[..., Any]
 
-
 # Asked first: what is no container by its class alone, and the containers that nearly all are.
 _LEAVES = (Tensor, int, float, str, type(None))
 _PLAIN = (tuple, list, dict)
@@ -40,11 +39,9 @@ def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
         if any(len(other) != len(tree) for other in others):
             return fn(tree, *others)
         items = [tree_map(fn, item, *(other[i] for other in others)) for i, item in enumerate(tree)]
-        if isinstance(tree, list) and type(tree) is list:
+        if type(tree) is list:
             return items
-        if hasattr(tree, "_fields"):
-            return type(tree)(*items)
-        return type(tree)(items)
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, Mapping):
         changed = {key: tree_map(fn, value, *(other[key] for other in others)) for key, value in tree.items()}
         if type(tree) is dict:
@@ -67,6 +64,11 @@ def tensors_of(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     _collect(tree, found)
     return found
+
+
+def differentiable(tree: Any) -> list[Tensor]:
+    """Return those tensors of ``tree`` that gradients can flow to."""
+    return [t for t in tensors_of(tree) if t.is_floating_point() or t.is_complex()]
 
 
 def outputs_of(tree: Any) -> list[Tensor]:

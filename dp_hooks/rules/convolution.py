@@ -18,8 +18,7 @@ from .linear import wide
 from .outer import OuterProducts
 from .rule import Call, Rule
 
-# Multiplications that take as long as copying a number of a patch from a scattered place.
-_COPY = 32
+_COPY = 32  # multiplications that take as long as copying a number of a patch from a scattered place
 
 
 def _layer(call: Call) -> _ConvNd:
@@ -36,10 +35,8 @@ def _padding(layer: _ConvNd) -> list[int]:
 def _padded(layer: _ConvNd, x: Tensor) -> Tensor:
     """Return the input as the convolution without padding sees it."""
     pad = _padding(layer)
-    if not any(pad):
-        return x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, pad, mode=mode)
+    return F.pad(x, pad, mode=mode) if any(pad) else x
 
 
 def _needed(layer: _ConvNd, x: Tensor) -> list[int]:
@@ -70,9 +67,8 @@ def _seen_and_seeing(call: Call) -> tuple[Tensor, Tensor]:
 class Patches(OuterProducts):
     """A use whose ``right`` factors are patches, which are only written out where they have to be.
 
-    Inner products of patches are sums of inner products of pixels, since all patches are cut in the same way:
-    ``patch_p . patch_q = sum_k pixel_{p+k} . pixel_{q+k}``. With fewer pixels than entries of a patch that is less work, and it
-    copies nothing.
+    Inner products of patches are sums of inner products of pixels: ``patch_p . patch_q = sum_k pixel_{p+k} . pixel_{q+k}``. With
+    fewer pixels than entries of a patch that is less work, and it copies nothing.
     """
 
     def __init__(self, seen: Tensor, seeing: Tensor, layer: _ConvNd, shape: torch.Size, scale: float = 1.0) -> None:
@@ -88,24 +84,9 @@ class Patches(OuterProducts):
         return _cut(self._seen, self._layer, self._seeing.shape[2:]).mT
 
     @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return int(self.left.shape[0])
-
-    @property
-    def tokens(self) -> int:
-        """Positions."""
-        return int(self.left.shape[1])
-
-    @property
     def columns(self) -> int:
         """Numbers in a patch."""
         return self._seen.shape[1] * torch.Size(self._layer.kernel_size).numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the gradients."""
-        return self.left.dtype
 
     @property
     def storages(self) -> set[int]:
@@ -205,45 +186,24 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
             g = g * scale
         else:
             x = x * scale
-        padding, beyond = [0] * len(layer.kernel_size), list(layer.output_padding)
+        pad, padding, beyond = _padding(layer), [0] * len(layer.kernel_size), list(layer.output_padding)
         if layer.transposed:
             padding, beyond = list(cast("tuple[int, ...]", layer.padding)), _output_padding(layer, x, g)
-        elif layer.padding_mode == "zeros" and _is_even(_padding(layer)):
-            padding = _padding(layer)[::-2]
+        elif layer.padding_mode == "zeros" and pad[::2] == pad[1::2]:
+            padding = pad[::-2]
         else:
             x = _padded(layer, x)
-        _, grad, _ = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            call.parameter("weight").detach().to(g.dtype),
-            None,
-            list(layer.stride),
-            padding,
-            list(layer.dilation),
-            layer.transposed,
-            beyond,
-            layer.groups,
-            [False, True, False],
-        )
-        out["weight"] = grad
+        weight, stride, dilation = call.parameter("weight").detach().to(g.dtype), list(layer.stride), list(layer.dilation)
+        settings = (stride, padding, dilation, layer.transposed, beyond, layer.groups)
+        _, out["weight"], _ = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, [False, True, False])
     if "bias" in call.names:
         out["bias"] = (wide(call.grad) * scale).flatten(2).sum((0, 2))
     return out
-
-
-def _is_even(pad: list[int]) -> bool:
-    return pad[0::2] == pad[1::2]
 
 
 CONVOLUTION = Rule(
     "Convolution", grad_samples, weighted_sums=weighted_sums, outer_products=outer_products, subclasses=True, batch_dim=0
 )
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)

@@ -31,8 +31,8 @@ def refusal(module: nn.Module) -> str | None:
     reasons = []
     if getattr(module, "max_norm", None) is not None:
         reasons.append(
-            "max_norm rescales rows of the table in place according to the ids in the batch, an update without "
-            "noise. Remedy: build it with max_norm=None"
+            "max_norm rescales rows of the table in place according to the ids in the batch, an update without noise. "
+            "Remedy: build it with max_norm=None"
         )
     if getattr(module, "scale_grad_by_freq", False):
         reasons.append(

@@ -1,35 +1,30 @@
 """Modules without a rule: run the module again on each sample and differentiate, with ``torch.func`` or in a loop.
 
-The call is repeated with all its positional and keyword inputs; every floating-point output counts. ``vmap`` over samples is
-tried first; what it cannot do (ATen recurrent layers, control flow that depends on data) is done one sample at a time
-through ordinary autograd, which is exact. A module that draws random numbers is refused: the repetition would not
-see the numbers that the forward pass drew.
+``vmap`` over samples is tried first; what it cannot do (ATen recurrent layers, control flow that depends on data) is done one
+sample at a time through ordinary autograd, which is exact. A module that draws random numbers is refused: the repetition would
+not see the numbers that the forward pass drew.
 """
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._tree import join, split, tensors_of
+from .._tree import differentiable, join, split
 from ..errors import UnsupportedModelError
 from .embedding import bag_grad_samples, has_flat_ids
 from .normalisation import feature_norm
 from .rule import Call, Rule
 
-# Classes that vmap has no batching rule for: not worth the attempt.
-_LOOP_ONLY = (nn.RNNBase, nn.EmbeddingBag)
+Key = TypeVar("Key")
+_RANDOM = "it draws random numbers (dropout?), and the repeated call draws others"
 
 
 def needs_loop(module: nn.Module) -> bool:
     """Whether ``vmap`` has no rule for ``module``, so that the attempt is not worth it."""
-    return isinstance(module, _LOOP_ONLY) or bool(getattr(module, "sparse", False))
-
-
-def _differentiable(outputs: Any) -> list[Tensor]:
-    return [t for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
+    return isinstance(module, (nn.RNNBase, nn.EmbeddingBag)) or bool(getattr(module, "sparse", False))
 
 
 def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
@@ -50,7 +45,7 @@ def contraction(outputs: Any, grads: list[Tensor | None]) -> Tensor:
 
     Behind the last output that got a gradient there may be any number of others: a list with one for each sample.
     """
-    found = _differentiable(outputs)
+    found = differentiable(outputs)
     last = max((i for i, grad in enumerate(grads) if grad is not None), default=-1)
     if len(found) <= last:
         raise RuntimeError(f"the repeated call returned {len(found)} tensors, the first one {len(grads)}")
@@ -59,6 +54,12 @@ def contraction(outputs: Any, grads: list[Tensor | None]) -> Tensor:
         raise RuntimeError("the repeated call returned tensors of other shapes than the first one")
     terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
     return torch.stack(terms).sum()
+
+
+def gradients_of(total: Tensor, leaves: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the gradients of ``total``; zeros for leaves that it does not depend on."""
+    found = zip(leaves.items(), torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True)
+    return {key: torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for (key, p), g in found}
 
 
 def _alone(call: Call, row: Tensor) -> Tensor:
@@ -103,12 +104,11 @@ def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
             placed = [None if g is None else _row(call, g, i) for g in call.grads]
-            total = contraction(call.run(leaves, args, kwargs), placed)
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        for (name, p), grad in zip(params.items(), found, strict=True):
-            rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad)
+            found = gradients_of(contraction(call.run(leaves, args, kwargs), placed), leaves)
+        for name, grad in found.items():
+            rows[name].append(grad)
     if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
-        raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others")
+        raise _refusal(call, _RANDOM)
     return {name: torch.stack(grads) if grads else params[name].new_zeros((0, *params[name].shape)) for name, grads in rows.items()}
 
 
@@ -118,10 +118,6 @@ def _refusal(call: Call, reason: str) -> UnsupportedModelError:
         f"per-sample gradients cannot be computed by repeating the call, since {reason}. Remedy: write a rule with "
         "dp_hooks.register_rule, set the dropout inside to 0, or freeze its parameters with requires_grad_(False)."
     )
-
-
-def _is_random(error: Exception) -> bool:
-    return "randomness" in str(error) or "random operation" in str(error)
 
 
 def grad_samples(call: Call) -> dict[str, Tensor]:
@@ -137,8 +133,8 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 return _by_vmap(call, params)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            if _is_random(error):
-                raise _refusal(call, "it draws random numbers (dropout?), and the repeated call draws others") from error
+            if "randomness" in str(error) or "random operation" in str(error):
+                raise _refusal(call, _RANDOM) from error
             call.memo["loop"] = error
     try:
         return _by_loop(call, params)

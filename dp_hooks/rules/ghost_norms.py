@@ -3,6 +3,7 @@
 Norms are upper bounds: where tokens cancel, a Gram sum loses digits, and a norm that is too small would clip too little.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,15 @@ from torch import Tensor
 
 from .outer import CHUNK, OuterProducts, scatter_rows, sum_of_squares
 
-# Gram norms may be too high by this part of their value; samples for which it could be more are instantiated.
-_SLACK = 1e-3
+_SLACK = 1e-3  # Gram norms may be too high by this part of their value; samples for which it could be more are instantiated
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the norms of a parameter's gradients are taken.
+    """How the norms of a parameter's gradients are taken."""
 
-    Attributes:
-        instantiates: gradients are written out; else Gram matrices of the factors, or no more than a reading of them.
-        multiplications: what that takes per sample.
-    """
-
-    instantiates: bool
-    multiplications: float
+    instantiates: bool  # gradients are written out; else Gram matrices of the factors, or no more than a reading of them
+    multiplications: float  # what that takes per sample
 
 
 def choose_way(uses: Sequence[OuterProducts]) -> Way:
@@ -50,12 +45,9 @@ def choose_way(uses: Sequence[OuterProducts]) -> Way:
 
 
 def sq_norms(uses: Sequence[OuterProducts]) -> Tensor:
-    """Return ``[n]``: squared norms of the sum of all ``uses`` of one parameter, or upper bounds tight to 1e-3.
-
-    A lone lookup and a lone token are exact; else it goes by :func:`choose_way`.
-    """
+    """Return ``[n]``: squared norms of the sum of all ``uses`` of one parameter, or upper bounds tight to 1e-3."""
     first = uses[0]
-    if len(uses) == 1 and first.is_lookup:
+    if len(uses) == 1 and first.is_lookup:  # this and a lone token are exact
         return _lookup_norms(first)
     if len(uses) == 1 and first.tokens == 1:
         return sum_of_squares(first.left) * sum_of_squares(first.right) * first.scale**2
@@ -73,9 +65,7 @@ def instantiated_norms(uses: Sequence[OuterProducts]) -> Tensor:
     step = max(1, CHUNK // max(1, first.rows * first.columns))
     parts = []
     for i in range(0, first.samples, step):
-        grads, *more = (use.pick(slice(i, i + step)).grads() for use in uses)
-        for other in more:
-            grads = grads + other
+        grads = functools.reduce(torch.add, (use.pick(slice(i, i + step)).grads() for use in uses))
         parts.append(sum_of_squares(grads))
     return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 

@@ -20,8 +20,7 @@ def _as_tokens(tensor: Tensor, tokens: int) -> Tensor:
 
 
 def _tokens(call: Call) -> int:
-    shape = call.grad.shape
-    return shape[1:-1].numel()
+    return call.grad.shape[1:-1].numel()
 
 
 def _factors(call: Call) -> tuple[Tensor, Tensor]:

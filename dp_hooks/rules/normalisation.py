@@ -36,9 +36,9 @@ def _rms_norm(call: Call) -> dict[str, Tensor]:
 
 def _group_norm(call: Call) -> dict[str, Tensor]:
     layer = cast(nn.GroupNorm, call.module)
-    x = F.group_norm(call.input, layer.num_groups, eps=layer.eps) if "weight" in call.names and call.samples else None
-    if call.samples == 0 and "weight" in call.names:  # PyTorch normalises no empty batch
-        x = call.grad
+    x = None
+    if "weight" in call.names:
+        x = F.group_norm(call.input, layer.num_groups, eps=layer.eps) if call.samples else call.grad  # it takes no empty batch
     return _affine(call, x, tuple(range(2, call.grad.dim())))
 
 
@@ -63,8 +63,7 @@ INSTANCE_NORM = Rule("InstanceNorm", _instance_norm, subclasses=True, applies=_h
 def is_feature_norm(module: nn.Module) -> bool:
     """Whether ``module`` looks like a norm over features of a library's own, as the RMSNorm classes of ``transformers``.
 
-    It owns nothing but a weight vector and has ``Norm`` in its name. Whether it is affine in its weight is tested on
-    its first call, see :func:`feature_norm`.
+    Whether it is affine in its weight is tested on its first call, see :func:`feature_norm`.
     """
     own = [name for name, p in module.named_parameters() if p is not None]
     return (
@@ -77,10 +76,9 @@ def is_feature_norm(module: nn.Module) -> bool:
 
 
 def _is_affine(call: Call, base: Tensor, slope: Tensor) -> bool:
-    """Whether the module computes ``base + slope * weight`` at its present weight and at another one.
+    """Whether the module computes ``base + slope * weight`` at its present weight and at one whose entries all differ.
 
-    The other one has a different entry of its own for every feature and both signs: weights as they are initialised,
-    all alike, would not tell a module that permutes, averages or rectifies them.
+    Weights as they are initialised, all alike, would not tell a module that permutes, averages or rectifies them.
     """
     w = call.parameter("weight").detach()
     for value in (w, torch.linspace(-1.5, 1.25, w.shape[0], dtype=w.dtype, device=w.device)):
@@ -94,15 +92,14 @@ def _is_affine(call: Call, base: Tensor, slope: Tensor) -> bool:
 def feature_norm(call: Call) -> dict[str, Tensor] | None:
     """``dw[n] = sum_t g * (y(w=1) - y(w=0))`` if the module is affine in ``w`` feature by feature, else None.
 
-    Covers ``w * normalised(x)``, ``(1 + w) * normalised(x)`` and what else a library may have made of it, gates included,
-    without knowing the formula. The property is tested once, on the first call with samples.
+    Covers ``w * normalised(x)``, ``(1 + w) * normalised(x)`` and what else a library may have made of it, gates included. The
+    property is tested once, on the first call with samples.
     """
     w = call.parameter("weight").detach()
     if call.samples == 0:
         return {"weight": w.new_zeros((0, *w.shape))}
-    if call.memo.get("affine") is False or len(call.grads) != 1:
-        return None
-    if call.grad.dim() < 2 or call.grad.shape[-1] != w.shape[0]:
+    unfit = call.memo.get("affine") is False or len(call.grads) != 1
+    if unfit or call.grad.dim() < 2 or call.grad.shape[-1] != w.shape[0]:
         return None
     slope = call.run({"weight": torch.ones_like(w)}, call.args, call.kwargs)
     if not isinstance(slope, Tensor):
@@ -114,6 +111,6 @@ def feature_norm(call: Call) -> dict[str, Tensor] | None:
         if "affine" not in call.memo:
             call.memo["homogeneous"] = not bool(base.any())
             call.memo["affine"] = _is_affine(call, base, slope)
-            if not call.memo["affine"]:
-                return None
+    if not call.memo["affine"]:
+        return None
     return _affine(call, slope.movedim(call.batch_dim, 0), tuple(range(1, call.grad.dim() - 1)))

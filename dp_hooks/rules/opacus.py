@@ -26,9 +26,8 @@ def _plain_strides(value: Tensor) -> Tensor:
     ``contiguous()`` is not enough: a tensor with axes of size 1 counts as contiguous with any strides on them.
     """
     plain = value.contiguous()
-    if plain.stride() == torch.empty(plain.shape, device="meta").stride():
-        return plain
-    return plain.clone(memory_format=torch.contiguous_format)
+    laid_out = plain.stride() == torch.empty(plain.shape, device="meta").stride()
+    return plain if laid_out else plain.clone(memory_format=torch.contiguous_format)
 
 
 def from_sampler(cls: type[nn.Module], sampler: OpacusSampler) -> Rule:

@@ -11,27 +11,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# How many numbers are held at once in temporary tensors (64 MB of float32).
-CHUNK = 1 << 24
-# Sequences of at least twice as many tokens are cut in two, to use that Gram matrices are symmetric.
-_HALF = 32
+CHUNK = 1 << 24  # how many numbers are held at once in temporary tensors (64 MB of float32)
+_HALF = 32  # sequences of at least twice as many tokens are cut in two, to use that Gram matrices are symmetric
 
 
 @dataclass(eq=False)
 class OuterProducts:
-    """``dW[n] = sum_t left[n, t] (x) right[n, t]``, the gradient of one use of a parameter.
+    """``dW[n] = sum_t left[n, t] (x) right[n, t]``, the gradient of one use of a parameter."""
 
-    Attributes:
-        left: ``[n, t, o]``, or ids ``[n, t]`` that stand for one-hot rows.
-        right: ``[n, t, i]``.
-        shape: the shape of the parameter, ``o * i`` numbers in this order.
-        scale: a number that multiplies the gradient.
-    """
-
-    left: Tensor
-    right: Tensor
-    shape: torch.Size
-    scale: float = 1.0
+    left: Tensor  # ``[n, t, o]``, or ids ``[n, t]`` that stand for one-hot rows
+    right: Tensor  # ``[n, t, i]``
+    shape: torch.Size  # the shape of the parameter, ``o * i`` numbers in this order
+    scale: float = 1.0  # a number that multiplies the gradient
     _norms: "tuple[Tensor, Tensor] | None" = field(default=None, init=False, repr=False)
 
     @property
@@ -42,12 +33,12 @@ class OuterProducts:
     @property
     def samples(self) -> int:
         """N."""
-        return int(self.right.shape[0])
+        return int(self.left.shape[0])
 
     @property
     def tokens(self) -> int:
         """T."""
-        return int(self.right.shape[1])
+        return int(self.left.shape[1])
 
     @property
     def rows(self) -> int:
@@ -62,7 +53,7 @@ class OuterProducts:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the gradients."""
-        return self.right.dtype
+        return self.right.dtype if self.is_lookup else self.left.dtype
 
     @property
     def storages(self) -> set[int]:
@@ -110,9 +101,8 @@ class OuterProducts:
         half, weight = self.tokens // 2, self.scale**2
         if half < _HALF:
             return [(self, self, weight)]
-        one, two = (
-            OuterProducts(self.left[:, part], self.right[:, part], self.shape) for part in (slice(half), slice(half, self.tokens))
-        )
+        parts = (slice(half), slice(half, self.tokens))
+        one, two = (OuterProducts(self.left[:, part], self.right[:, part], self.shape) for part in parts)
         return [(one, one, weight), (two, two, weight), (one, two, 2 * weight)]
 
     def pick(self, samples: slice | Tensor) -> "OuterProducts":

@@ -23,9 +23,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: LAYER_NORM,
     nn.RMSNorm: RMS_NORM,
     nn.GroupNorm: GROUP_NORM,
-    nn.InstanceNorm1d: INSTANCE_NORM,
-    nn.InstanceNorm2d: INSTANCE_NORM,
-    nn.InstanceNorm3d: INSTANCE_NORM,
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), INSTANCE_NORM),
     nn.PReLU: PRELU,
     nn.Bilinear: BILINEAR,
 }
@@ -47,8 +45,7 @@ def register_rule(
     the table they started with.
 
     Args:
-        module_class: the class whose calls the function handles. Subclasses are not included: what they compute is
-            not known.
+        module_class: the class whose calls the function handles. Subclasses are not included: what they compute is not known.
         sq_norms: optional faster function ``call -> {name: [n]}`` for the squared norms of the same gradients. It may
             return an upper bound, never less: the clipping bound, and with it epsilon, rests on it.
         weighted_sums: optional faster function ``(call, factors [n]) -> {name: parameter.shape}``.
@@ -71,10 +68,6 @@ def register_rule(
         return grad_samples
 
     return decorator
-
-
-def _forward_of(cls: type[nn.Module]) -> object:
-    return getattr(cls, "forward", None)
 
 
 class RuleTable:
@@ -102,12 +95,9 @@ class RuleTable:
             return GENERIC
         names = {name for name, _ in module.named_parameters(recurse=False)}
         for cls in type(module).__mro__:
-            rule = self._rules.get(cls)
-            if rule is None:
-                continue
-            exact = type(module) is cls
-            inherits = rule.subclasses and _forward_of(type(module)) is _forward_of(cls)
-            known = rule.parameters is None or names <= rule.parameters
-            return rule if (exact or inherits) and known and rule.applies(module) else GENERIC
+            if (rule := self._rules.get(cls)) is not None:
+                inherits = rule.subclasses and getattr(type(module), "forward", None) is getattr(cls, "forward", None)
+                known = rule.parameters is None or names <= rule.parameters
+                return rule if (type(module) is cls or inherits) and known and rule.applies(module) else GENERIC
         named = _BY_NAME.get(f"{type(module).__module__}.{type(module).__qualname__}")
         return named or (FEATURE_NORM if is_feature_norm(module) else GENERIC)

@@ -75,8 +75,6 @@ class Call:
 
 GradSamples = Callable[[Call], dict[str, Tensor]]
 WeightedSums = Callable[[Call, Tensor], dict[str, Tensor]]
-
-
 OuterProductsOf = Callable[[Call], dict[str, OuterProducts]]
 
 
@@ -89,38 +87,27 @@ class Rule:
     """How per-sample gradients of one class of modules are computed.
 
     Only ``grad_samples`` is required; everything else is derived from it unless a faster function is given.
-
-    Attributes:
-        label: name shown in messages and reports.
-        grad_samples: ``call -> {name: [n, *param.shape]}``.
-        sq_norms: ``call -> {name: [n]}``, the squared norms of the per-sample gradients, or an upper bound of them.
-        weighted_sums: ``(call, factors [n]) -> {name: param.shape}``, the sum over samples of factor times gradient.
-        factored: ``call -> {name: Outer}`` for the same parameters: norms, also of shared parameters, and weighted sums follow.
-        parameters: the names of the parameters the rule knows; a module that owns others is not given to it.
-            None: any.
-        subclasses: whether subclasses that inherit ``forward`` unchanged and add no parameters are covered too; only
-            right where ``forward`` calls nothing that a subclass could override.
-        applies: whether the rule is right for this very module (padding modes and the like).
-        batch_dim: the sample axis, where the layer fixes it; None: as declared by the user.
-        keep: per-sample gradients are too dear to compute twice; hold them between norm and sum.
-        all_per_sample: every input has one row per sample; else only the first one is known to have.
-        whole_subtree: the rule differentiates the module together with everything below it.
-        any_rank: the rule allows any number of dimensions between samples and features.
     """
 
-    label: str
-    grad_samples: GradSamples
+    label: str  # name shown in messages and reports
+    grad_samples: GradSamples  # ``call -> {name: [n, *param.shape]}``
+    # ``call -> {name: [n]}``, the squared norms of the per-sample gradients, or an upper bound of them.
     sq_norms: GradSamples | None = None
+    # ``(call, factors [n]) -> {name: param.shape}``, the sum over samples of factor times gradient.
     weighted_sums: WeightedSums | None = None
+    # The factors for the same parameters: norms, also of shared parameters, and weighted sums follow.
     outer_products: OuterProductsOf | None = None
+    # The names of the parameters the rule knows; a module that owns others is not given to it. None: any.
     parameters: frozenset[str] | None = frozenset({"weight", "bias"})
+    # Whether subclasses that inherit ``forward`` unchanged and add no parameters are covered too; only right where ``forward``
+    # calls nothing that a subclass could override.
     subclasses: bool = False
-    applies: Callable[[nn.Module], bool] = _always
-    batch_dim: int | None = None
-    keep: bool = False
-    all_per_sample: bool = False
-    whole_subtree: bool = False
-    any_rank: bool = False
+    applies: Callable[[nn.Module], bool] = _always  # whether the rule is right for this very module (padding modes and the like)
+    batch_dim: int | None = None  # the sample axis, where the layer fixes it; None: as declared by the user
+    keep: bool = False  # per-sample gradients are too dear to compute twice; hold them between norm and sum
+    all_per_sample: bool = False  # every input has one row per sample; else only the first one is known to have
+    whole_subtree: bool = False  # the rule differentiates the module together with everything below it
+    any_rank: bool = False  # the rule allows any number of dimensions between samples and features
 
 
 def check_samples(rule: Rule, call: Call) -> None:

@@ -13,12 +13,11 @@ from ..._rerun import autocast_as
 from ..._tree import join
 from ...gradients.terms import Sums, Term
 from ...rules import sum_of_squares
-from ...rules.generic import contraction
+from ...rules.generic import contraction, gradients_of
 from .axis import SampleAxis
-from .tracked_value import TrackedValue
+from .tracked_value import FAILS, TrackedValue
 
 _HALVES = (torch.float16, torch.bfloat16)
-_FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 def sum_to(grads: Tensor, shape: Sequence[int]) -> Tensor:
@@ -42,7 +41,6 @@ class TrackedGradients(Term):
     name: str
 
     def __post_init__(self) -> None:
-        """It adds to the parameters behind the shared tensor."""
         self.samples, self.params = self.rows.shape[0], [root.param for root in self.tracked.roots]
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
@@ -97,7 +95,6 @@ class BatchedOpGradients(Term):
     how: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """It adds to the parameters behind the shared tensors of the operation."""
         self.name = self.op.name
         self.params = list({id(r.param): r.param for s in self.op.tracked.values() for r in s.roots}.values())
 
@@ -111,7 +108,7 @@ class BatchedOpGradients(Term):
                     raise RuntimeError("samples cannot be cut out of this operation")
                 self.how["way"] = "vmap"
                 return found
-            except _FAILS:
+            except FAILS:
                 self.how["way"] = "masked"
         # The whole operation once per sample, without the output gradients of the others.
         numbers = torch.arange(self.samples, device=next(iter(values.values())).device)
@@ -142,12 +139,7 @@ class BatchedOpGradients(Term):
             grads.append(None if g is None or weights is None else (g * weights).masked_fill(weights == 0, 0))
         with torch.enable_grad():
             leaves = {i: v.detach().requires_grad_() for i, v in values.items()}
-            total = contraction(self.op.run(leaves, self.plain), grads)
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {
-            i: torch.zeros_like(v) if g is None else g.to_dense() if g.is_sparse else g
-            for (i, v), g in zip(values.items(), found, strict=True)
-        }
+            return gradients_of(contraction(self.op.run(leaves, self.plain), grads), leaves)
 
     def _adds_up(self, values: dict[int, Tensor], found: dict[int, Tensor], rows: slice | Tensor) -> bool:
         """Whether the gradients of the samples add up to that of the whole operation."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...gradients.terms import scaled
 
-_FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+# What an operation without a batching rule may raise.
+FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 @dataclass(eq=False)
@@ -54,20 +55,16 @@ class TrackedValue:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 return self._back(param, grads, grads.shape[:1])
-        except _FAILS:  # an operation without a batching rule
+        except FAILS:
             return torch.stack([self._back(param, grad) for grad in grads])
 
     def _back(self, param: nn.Parameter, grads: Tensor, rows: Sequence[int] = ()) -> Tensor:
         (root,) = (root for root in self.roots if root.param is param)
         found = None
         if self.value.requires_grad:  # else a custom function gave it back as not differentiable
+            grads = grads.to(self.value.dtype)
             (found,) = torch.autograd.grad(
-                self.value,
-                [root.leaf],
-                grads.to(self.value.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=bool(rows),
+                self.value, [root.leaf], grads, retain_graph=True, allow_unused=True, is_grads_batched=bool(rows)
             )
         return root.leaf.new_zeros((*rows, *param.shape)) if found is None else found
 
