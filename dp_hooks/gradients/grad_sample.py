@@ -13,11 +13,7 @@ from .terms import Deferred, Instantiated, Term
 
 
 class GradSamples(Sink):
-    """Modes "hooks" and "functorch": writes ``p.grad_sample`` (``[n, *p.shape]``), and knows what is to be handed over.
-
-    Attributes:
-        before_write: called with the number of samples before anything can be read; may raise to refuse it.
-    """
+    """Modes "hooks" and "functorch": writes ``p.grad_sample`` (``[n, *p.shape]``), and knows what is to be handed over."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         """Nothing is written yet on ``params``, a list that may be filled later."""
@@ -25,6 +21,7 @@ class GradSamples(Sink):
         self._consumed = False
         # Zeros on what the loss did not reach, to be told from what a user puts there.
         self._unreached: dict[nn.Parameter, Tensor] = {}
+        # Called with the number of samples before anything can be read; may raise to refuse it.
         self.before_write: Callable[[int], None] | None = None
 
     def receive(self, term: Term) -> Sequence[Term]:
@@ -37,9 +34,7 @@ class GradSamples(Sink):
         if self.before_write is not None:
             self.before_write(samples)
         if self._consumed:
-            for param in self._params:
-                clear(param)
-            self._consumed = False
+            self.discard()
         fresh = SampleGradients(samples, found)
         for param in fresh.params:
             earlier = vars(param).get("grad_sample")

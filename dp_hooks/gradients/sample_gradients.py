@@ -1,5 +1,6 @@
 """SampleGradients: the per-sample gradients of one physical batch; tied weights and repeated uses are added up here."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,11 +32,7 @@ class SampleGradients:
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor = slice(None)) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]``, all uses added up."""
-        first, *more = self._terms[param]
-        total = first.grads(param, rows)
-        for term in more:
-            total = total + term.grads(param, rows)
-        return total
+        return functools.reduce(torch.add, (term.grads(param, rows) for term in self._terms[param]))
 
     def _groups(self, wanted: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Put together the parameters that have one term only, and the same one."""
@@ -56,13 +53,10 @@ class SampleGradients:
         """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
         out: Sums = {}
         for group in self._groups(wanted):
-            out.update(self._norms_of(group))
+            first, *more = self._terms[group[0]]
+            found = {} if more else first.sq_norms(group) or {}
+            out |= {p: found[p] if p in found else self._shared_norms(p) for p in group}
         return out
-
-    def _norms_of(self, group: list[nn.Parameter]) -> Sums:
-        first, *more = self._terms[group[0]]
-        out = {} if more else first.sq_norms(group) or {}
-        return {p: out[p] if p in out else self._shared_norms(p) for p in group}
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
@@ -71,20 +65,16 @@ class SampleGradients:
         if len(outer_products) == len(uses):
             return ghost_norms.sq_norms(outer_products)
         parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
-        empty = param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))
-        return torch.cat([*parts, empty])
+        return torch.cat([*parts, param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))])
 
     @torch.no_grad()
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 
         Sums are in at least float32, whatever the parameters are in: rounding to less must come after the noise, since a
-        rounded sum of many samples can move by more than C when one sample goes.
-
-        Args:
-            factors: ``[samples]`` for every wanted parameter.
-            finite: ``[samples]`` bool; the other samples are left out by selection, not by a factor of 0.
-            consume: let go of what a parameter's sum was made of as soon as it is there.
+        rounded sum of many samples can move by more than C when one sample goes. There are ``factors`` ``[samples]`` for every
+        wanted parameter; samples that are not ``finite`` ``[samples]`` are left out by selection, not by a factor of 0. With
+        ``consume`` what a parameter's sum was made of is let go as soon as it is there.
         """
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
         if chosen is not None and not len(chosen):
@@ -109,5 +99,4 @@ class SampleGradients:
         fast = term.weighted_sums([param], factor, rows)
         if fast is not None and param in fast:
             return [fast[param]]
-        parts = self._chunks(param, rows)
-        return [weighted_sum(term.grads(param, part), factor[part]) for part in parts]
+        return [weighted_sum(term.grads(param, part), factor[part]) for part in self._chunks(param, rows)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -37,11 +38,11 @@ class Sink:
         yield DeferredSink()
 
 
+@dataclass(eq=False)
 class DeferredSink(Sink):
     """Mode "ghost": what is small is written out, the rest waits for the step as it was captured."""
 
-    def __init__(self) -> None:
-        self.pending: list[Term] = []
+    pending: list[Term] = field(default_factory=list, init=False)
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out what takes no more memory afterwards, and let go of what it came from."""

@@ -12,22 +12,15 @@ from ..rules import Call, OuterProducts, Rule, ghost_norms, sum_of_squares, weig
 
 Sums = dict[nn.Parameter, Tensor]
 
-# See Deferred.instantiate_small.
-_GENEROSITY = 1.5
+_GENEROSITY = 1.5  # see Deferred.instantiate_small
 
 
 class Term:
-    """What one use of some parameters adds to their per-sample gradients.
+    """What one use of some parameters adds to their per-sample gradients."""
 
-    Attributes:
-        samples: number of samples.
-        name: the module or the parameters it came from.
-        params: the parameters it adds to.
-    """
-
-    samples: int
-    name: str
-    params: Sequence[nn.Parameter]
+    samples: int  # number of samples
+    name: str  # the module or the parameters it came from
+    params: Sequence[nn.Parameter]  # the parameters it adds to
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
@@ -89,17 +82,14 @@ class Deferred(Term):
     def _run(self, call: Call) -> dict[str, Tensor]:
         found = self.rule.grad_samples(call)
         for name in call.names:
-            shape = (call.samples, *call.parameter(name).shape)
-            if name in found and tuple(found[name].shape) != shape:
-                raise UnsupportedModelError(
-                    f"{call.name} ({type(call.module).__name__}): rule {self.rule.label!r} returned shape "
-                    f"{tuple(found[name].shape)} for {name}, expected {shape}. Remedy: correct the rule."
-                )
+            shape, problem = (call.samples, *call.parameter(name).shape), None
             if name not in found:
-                raise UnsupportedModelError(
-                    f"{call.name} ({type(call.module).__name__}): rule {self.rule.label!r} returned no gradient for "
-                    f"{name}. Remedy: return one for every name in call.names."
-                )
+                problem = f"no gradient for {name}. Remedy: return one for every name in call.names."
+            elif tuple(found[name].shape) != shape:
+                problem = f"shape {tuple(found[name].shape)} for {name}, expected {shape}. Remedy: correct the rule."
+            if problem is not None:
+                where = f"{call.name} ({type(call.module).__name__})"
+                raise UnsupportedModelError(f"{where}: rule {self.rule.label!r} returned {problem}")
         return found
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
@@ -153,12 +143,11 @@ class Deferred(Term):
     def instantiate_small(self) -> "list[Term]":
         """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
 
-        Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``
-        numbers. Once written out, the gradients let the captured tensors go, their norm costs one reading, and
-        their weighted sum another: no multiplication beyond those of an ordinary backward pass. For a linear layer with
-        ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o + i)`` is also where Gram matrices would cost more than the
-        gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up to ``_GENEROSITY`` times as much is allowed: by then the
-        backward pass has let other activations go.
+        Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``.
+        Once they are written out, the captured tensors can go, and norm and weighted sum cost one reading each: no multiplication
+        beyond those of an ordinary backward pass. For a linear layer with ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o +
+        i)`` is also where Gram matrices would cost more than the gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up
+        to ``_GENEROSITY`` times as much is allowed: by then the backward pass has let other activations go.
         """
         call, rule = self.call, self.rule
         own_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
@@ -184,7 +173,6 @@ class Instantiated(Term):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """The parameters with written-out gradients."""
         self.params = list(self.tensors)
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:

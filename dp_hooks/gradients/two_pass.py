@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
 from .sample_gradients import SampleGradients
-from .sinks import Sink
+from .sinks import DeferredSink
 from .terms import Deferred, Sums, Term
 
-# Largest relative difference between the two passes in what a call got, by its squared norms.
-_SAME = 1e-3
+_SAME = 1e-3  # largest relative difference between the two passes in what a call got, by its squared norms
 
 
 @dataclass(eq=False)
-class TwoPass(Sink):
-    """Receives the same calls twice: from the first pass come norms, from the second weighted sums.
-
-    ``again`` repeats the backward pass.
+class TwoPass(DeferredSink):
+    """Receives the same calls twice: from the first pass come norms, from the second, which ``again`` runs, weighted sums.
 
     Nothing captured outlives its call, except for parameters that are used several times, whose uses have to be known
-    together before a norm can be taken: those are kept until the end of the first pass.
+    together before a norm can be taken: those wait for the end of the first pass.
 
     Guarantee: sums are made of the gradients whose norms were taken. That both passes gave the same is checked call by call.
     """
@@ -38,34 +35,23 @@ class TwoPass(Sink):
     _seen: dict[str, list[Tensor]] = field(default_factory=dict)
     _again: "Counter[str]" = field(default_factory=Counter)
 
-    _kept: list[Term] = field(default_factory=list)
-
     def used(self, params: Sequence[nn.Parameter]) -> None:
         """A use of these parameters is to be expected in the backward pass."""
         self.uses.update(params)
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Take what is needed of ``term`` and return what has to be kept."""
-        name = term.name
         if self.factors is None:
-            self._seen.setdefault(name, []).append(_fingerprint(term))
+            self._seen.setdefault(term.name, []).append(_fingerprint(term))
             return self._first(term)
-        self._check_same(term, name)
+        self._check_same(term)
         self._second(term)
         return []
 
-    def finish(self, samples: int, found: Sequence[Term]) -> None:
-        """Keep what has to be kept."""
-        self._kept.extend(found)
-
     def take(self, samples: int) -> SampleGradients:
         """Hand over the norms, and what it takes to get at the sums."""
-        kept, self._kept = self._kept, []
-        return TwoPassGradients(samples, kept, self, self.again)
-
-    def discard(self) -> None:
-        """Drop what is kept."""
-        self._kept = []
+        pending, self.pending = self.pending, []
+        return TwoPassGradients(samples, pending, self)
 
     def _first(self, term: Term) -> Sequence[Term]:
         params = term.params
@@ -73,7 +59,7 @@ class TwoPass(Sink):
             raise _differs("a parameter of it was used again after its norm had been taken")
         if not isinstance(term, Deferred) or any(self.uses[p] > 1 for p in params):
             self.uses.update(dict.fromkeys(params, 2))  # whatever else comes of them has to be kept, too
-            return term.instantiate_small() if isinstance(term, Deferred) else [term]
+            return super().receive(term)
         self.norms.update(SampleGradients(term.samples, [term]).sq_norms(params))
         return []
 
@@ -85,10 +71,10 @@ class TwoPass(Sink):
         for p, total in found.items():
             self.sums[p] = self.sums[p].add_(total) if p in self.sums else total
 
-    def _check_same(self, term: Term, name: str) -> None:
+    def _check_same(self, term: Term) -> None:
+        name, now = term.name, _fingerprint(term)
         at, before = self._again[name], self._seen.get(name, [])
         self._again[name] += 1
-        now = _fingerprint(term)
         if at >= len(before) or before[at].shape != now.shape or not _same(before[at], now):
             raise _differs(f"{name or 'the model'} got other inputs or output gradients in the second one")
 
@@ -125,11 +111,10 @@ def _differs(what: str) -> UnsupportedModelError:
 class TwoPassGradients(SampleGradients):
     """The gradients of a part whose norms are known, and whose weighted sums take another backward pass."""
 
-    def __init__(self, samples: int, kept: Sequence[Term], passes: TwoPass, again: Callable[[], None]) -> None:
-        """``kept`` are the uses of parameters used several times; ``again`` repeats the backward pass."""
+    def __init__(self, samples: int, kept: Sequence[Term], passes: TwoPass) -> None:
+        """``kept`` are the uses of parameters used several times."""
         super().__init__(samples, kept)
         self._passes = passes
-        self._again = again
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -146,10 +131,7 @@ class TwoPassGradients(SampleGradients):
         self._terms = {}
         self._passes.factors, self._passes.finite = factors, finite
         with torch.enable_grad():
-            self._again()
+            self._passes.again()
         self._passes.check_complete()
-        sums = self._passes.sums
-        for p in factors:
-            if p not in sums:  # no sample at all
-                sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        return sums
+        left = [p for p in factors if p not in self._passes.sums]  # no sample at all
+        return self._passes.sums | {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in left}
