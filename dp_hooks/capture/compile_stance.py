@@ -10,13 +10,9 @@ import torch
 class _Users:
     """How many scopes want it; they may end in another order than they began."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.count = 0
-        self.stance = ExitStack()
-
-
-_users = _Users()
+    lock = threading.Lock()
+    count = 0
+    stance = ExitStack()
 
 
 @contextmanager
@@ -26,14 +22,14 @@ def eager() -> Iterator[None]:
     Hooks of modules never fire in a graph that was compiled and run before they were there, and compiling a model with
     hooks would compile the hooks. After the last such block ``torch.compiler``'s stance is what it was before the first.
     """
-    with _users.lock:
-        if _users.count == 0:
-            _users.stance.enter_context(torch.compiler.set_stance("force_eager"))
-        _users.count += 1
+    with _Users.lock:
+        if _Users.count == 0:
+            _Users.stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _Users.count += 1
     try:
         yield
     finally:
-        with _users.lock:
-            _users.count -= 1
-            if _users.count == 0:
-                _users.stance.close()
+        with _Users.lock:
+            _Users.count -= 1
+            if _Users.count == 0:
+                _Users.stance.close()

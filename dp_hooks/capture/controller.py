@@ -91,10 +91,7 @@ class HookController:
         self.add_hooks()
 
     def add_hooks(self) -> None:
-        """Install the hooks and enable them; if they are installed already, nothing changes.
-
-        A failure half-way takes back what was installed.
-        """
+        """Install and enable the hooks, if they are not there already; a failure half-way takes back what was installed."""
         if self._stack is not None:
             return
         calls, outer = self._module_calls, self._model_calls
@@ -173,8 +170,7 @@ class HookController:
         """Return the qualified name of ``param`` in the model."""
         if param in self._names:
             return self._names[param]
-        added = (name for name, p in self.model.named_parameters() if p is param)
-        return next(added, "<not in the model>")
+        return next((name for name, p in self.model.named_parameters() if p is param), "<not in the model>")
 
     def hooked_by_others(self) -> list[nn.Module]:
         """Modules of the model with forward hooks of the user, which may take out what is inside."""
@@ -230,10 +226,7 @@ class HookController:
 
     @contextmanager
     def two_passes(self, again: Callable[[], None]) -> Iterator[None]:
-        """Take norms in the first backward pass of this context and sums in a second, which ``again`` runs.
-
-        What is captured is let go at once; see :class:`~dp_hooks.gradients.two_pass.TwoPass`.
-        """
+        """Take norms in the first backward pass and sums in a second, which ``again`` runs; see :class:`.TwoPass`."""
         kept, self.session.sink = self.session.sink, TwoPass(again)
         try:
             yield

@@ -19,17 +19,7 @@ from .samples.tracker import Tracker
 from .samples.uses import UseLayout, merged
 
 # What a model may raise when it is run on another number of rows than it was given.
-_CANNOT_RUN = (
-    DPHooksError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_CANNOT_RUN = (DPHooksError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Discovery:

@@ -19,31 +19,18 @@ from .samples.uses import UseLayout
 
 @dataclass(eq=False)
 class HookedModule:
-    """A module whose calls are captured, with the rule for it.
+    """A module whose calls are captured, with the rule for it."""
 
-    Attributes:
-        name: its qualified name in the model.
-        module: the module itself.
-        rule: what turns its captured calls into per-sample gradients.
-        swap: where its parameters are stored.
-        tracks: its parameters are tracked in every call, since no rule covers what it does with them.
-        use: what probes have shown of the call that is running.
-        captures: whether that call is captured for the rule.
-        outside: names of parameters that are used outside the module, too.
-        inner: hooked modules inside a module that is repeated as a whole.
-        memo: what its rule keeps from call to call.
-    """
-
-    name: str
+    name: str  # its qualified name in the model
     module: nn.Module
-    rule: Rule
-    swap: ParameterSwap
-    tracks: bool = False
-    use: UseLayout | None = None
-    captures: bool = False
-    outside: tuple[str, ...] = ()
-    inner: tuple["HookedModule", ...] = ()
-    memo: dict[str, Any] = field(default_factory=dict)
+    rule: Rule  # what turns its captured calls into per-sample gradients
+    swap: ParameterSwap  # where its parameters are stored
+    tracks: bool = False  # its parameters are tracked in every call, since no rule covers what it does with them
+    use: UseLayout | None = None  # what probes have shown of the call that is running
+    captures: bool = False  # whether that call is captured for the rule
+    outside: tuple[str, ...] = ()  # names of parameters that are used outside the module, too
+    inner: tuple["HookedModule", ...] = ()  # hooked modules inside a module that is repeated as a whole
+    memo: dict[str, Any] = field(default_factory=dict)  # what its rule keeps from call to call
 
     def full_name(self, name: str) -> str:
         """The name in the model of its parameter ``name``."""

@@ -1,6 +1,7 @@
 """ModelCalls: what happens when the model is called from outside: which call is the outermost, and where its graph leads."""
 
 import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,40 +19,32 @@ from .samples.tracker import Tracker
 from .validate import mixes_samples, mixing_reason
 
 
+@dataclass(eq=False)
 class ModelCalls:
     """The hooks around all modules of a model, hooked ones or not."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        session: Session,
-        hooked_modules: HookedModules,
-        tracker: Tracker,
-        discovery: Discovery,
-        module_calls: ModuleCalls,
-    ) -> None:
-        self._model = model
-        self._session = session
-        self._hooked_modules = hooked_modules
-        self._tracker = tracker
-        self._discovery = discovery
-        self._module_calls = module_calls
-        self._running = session.call
-        self._written: Written | None = None
+    model: nn.Module
+    session: Session
+    hooked_modules: HookedModules
+    tracker: Tracker
+    discovery: Discovery
+    module_calls: ModuleCalls
+    _running: ModelCall = field(default_factory=ModelCall)
+    _written: Written | None = None
 
     def guard(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Refuse a module that mixes samples in the mode it is in now."""
-        if self._session.enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
+        if self.session.enabled and mixes_samples(module) and (module.training or torch.is_grad_enabled()):
             text = f"{name} ({type(module).__name__}): {mixing_reason(module)}."
-            self._session.refuse(UnsupportedModelError(text), name)
+            self.session.refuse(UnsupportedModelError(text), name)
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called; the first input of the outermost one tells the number of samples."""
-        session = self._session
+        session = self.session
         if session.rerunning:
             return
-        if self._tracker.probe is not None:
-            self._tracker.probe.enter(name, module, (args, kwargs))
+        if self.tracker.probe is not None:
+            self.tracker.probe.enter(name, module, (args, kwargs))
         elif not session.in_backward():
             session.depth += 1
             if session.depth == 1:
@@ -62,15 +55,15 @@ class ModelCalls:
                     raise
             elif session.trace is not None:
                 session.trace.enter(name)
-        hooked = self._hooked_modules.repeated(module)
+        hooked = self.hooked_modules.repeated(module)
         if hooked is not None:
-            self._module_calls.before(hooked, module, args, kwargs)
+            self.module_calls.before(hooked, module, args, kwargs)
             session.repeating += hooked.swap.swapped
 
     @untraced
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The outermost call begins."""
-        session = self._session
+        session = self.session
         sized = [t.shape[session.axis] for t in tensors_of((args, kwargs)) if t.dim() > session.axis]
         rows = sized[0] if sized else None
         session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
@@ -79,26 +72,26 @@ class ModelCalls:
             return
         if session.recorder is not None:
             call.record = session.recorder.begin(name, module, args, kwargs)
-        if self._module_calls.capturing():
+        if self.module_calls.capturing():
             call.running = True
-            self._discovery.learn(call)
-            self._written = Written(self._model)
-            self._hooked_modules.track_outside()
+            self.discovery.learn(call)
+            self._written = Written(self.model)
+            self.hooked_modules.track_outside()
             if session.trace is not None:
                 session.trace.start(name, rows)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call of a module is over; return other outputs in the place of its own, or None."""
-        session = self._session
+        session = self.session
         if session.rerunning:
             return None
-        hooked = self._hooked_modules.repeated(module)
+        hooked = self.hooked_modules.repeated(module)
         replaced = None
         if hooked is not None and hooked.swap.swapped:
             session.repeating -= 1
-            replaced = self._module_calls.after(hooked, module, args, kwargs, output)
-        if self._tracker.probe is not None:
-            self._tracker.probe.leave(output)
+            replaced = self.module_calls.after(hooked, module, args, kwargs, output)
+        if self.tracker.probe is not None:
+            self.tracker.probe.leave(output)
         elif not session.in_backward():
             session.depth = max(0, session.depth - 1)
             if session.trace is not None and session.depth:
@@ -110,7 +103,7 @@ class ModelCalls:
     @untraced
     def _end(self, output: Any, replaced: Any) -> Any:
         """The outermost call ends."""
-        session = self._session
+        session = self.session
         # A backward pass in the middle of the call may have gone back to an earlier one.
         session.call = call = self._running
         self._running, recorder = ModelCall(), session.recorder
@@ -120,7 +113,7 @@ class ModelCalls:
         session.restore_parameters()
         call.end()
         self._check_written()
-        ordinary = self._tracker.untrack(output)
+        ordinary = self.tracker.untrack(output)
         result = replaced if ordinary is output else ordinary
         if session.enabled and torch.is_grad_enabled():
             left = [] if recorder is None or call.record is None else recorder.end(call.record)
@@ -131,17 +124,17 @@ class ModelCalls:
         """Refuse a forward pass that wrote to a buffer: what comes from private samples gets no noise there."""
         written, self._written = self._written, None
         names = [] if written is None else written.since()
-        names = [name for name in names if not mixes_samples(self._model.get_submodule(name.rpartition(".")[0]))]
+        names = [name for name in names if not mixes_samples(self.model.get_submodule(name.rpartition(".")[0]))]
         if names:
             error = UnsupportedModelError(
                 f"{', '.join(names)}: written during the forward pass. What is written to buffers from private samples gets "
                 "no noise. Remedy: call .eval() on the module that does it, or replace it."
             )
-            self._session.refuse(error, "")
+            self.session.refuse(error, "")
 
     def _watch(self, call: ModelCall, outputs: list[Tensor]) -> None:
         """Be told when a backward pass comes to the outputs of an outermost call."""
-        recorder = self._session.recorder
+        recorder = self.session.recorder
         for index, tensor in enumerate(t for t in outputs if t.is_floating_point()):
             if tensor.grad_fn is not None:
                 # What is kept of the call lives as long as its graph does.
@@ -150,14 +143,14 @@ class ModelCalls:
                     recorder.has_view(call.record, index, tensor)
 
     def _arrived(self, call: ModelCall, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        session = self._session
+        session = self.session
         if not session.enabled or grads[output_nr] is None:
             return
         # Checkpointing runs parts of this call again, and the model may have been called on other samples since.
         session.call = call
         if session.recorder is not None and call.record is not None:
             session.recorder.reached(call.record, index)
-        if session.retracked_task is None and self._hooked_modules.any_tracked():
+        if session.retracked_task is None and self.hooked_modules.any_tracked():
             session.running_pass(call.batch_number)  # whose end is the end of this
             session.retracked_task = torch._C._current_graph_task_id()
-            self._hooked_modules.track_again()
+            self.hooked_modules.track_again()

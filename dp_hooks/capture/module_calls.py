@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._rerun import autocast_dtype
-from .._tree import join, split, tensors_of
+from .._tree import differentiable, join, split, tensors_of
 from ..errors import UnsupportedModelError
 from ..gradients.terms import Deferred, Instantiated, Term
 from ..rules import Call, check_samples
@@ -57,7 +57,8 @@ class ModuleCalls:
             hooked.use = self._tracker.call_of(hooked.name, inputs)
             if hooked.use is not None and hooked.use.shared:
                 hooked.captures = False
-                self._tracker.note_shared(hooked.name, hooked.use)
+                if probe is not None:
+                    probe.note(("call", hooked.name), hooked.use)
         if hooked.captures:
             hooked.swap.detach()
         else:
@@ -82,7 +83,8 @@ class ModuleCalls:
                 f"{hooked.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
-        outputs = _differentiable(output)
+        with torch._C.DisableTorchFunction():
+            outputs = differentiable(output)
         if probe is not None:
             repeated = self._hooked_modules.repeated(hooked.module) is not None
             if repeated:  # on each sample alone, it gives back what belongs to that sample
@@ -94,15 +96,8 @@ class ModuleCalls:
         skeleton, inputs = split((args, kwargs))
         plain = all(type(t) is Tensor for t in (*inputs, *outputs))  # others may have something to say
         with torch._C.DisableTorchFunction() if plain else nullcontext():
-            make = functools.partial(
-                self._terms,
-                hooked,
-                hooked.use,
-                session.rows(),
-                skeleton,
-                hooked.swap.trainable(),
-                autocast_dtype(outputs[0].device.type),
-            )
+            names, autocast = hooked.swap.trainable(), autocast_dtype(outputs[0].device.type)
+            make = functools.partial(self._terms, hooked, hooked.use, session.rows(), skeleton, names, autocast)
             around = functools.partial(self._hooked_modules.own_parameters, hooked)
             tapped = iter(tap(session, outputs, [t.detach() for t in inputs], hooked.name, make, around))
         if isinstance(output, Tensor):
@@ -144,8 +139,3 @@ class ModuleCalls:
             rule, call = split_call(rule, call, use)
         check_samples(rule, call)
         return [Deferred(call, rule, session.scale(rows))]
-
-
-def _differentiable(tree: Any) -> list[Tensor]:
-    with torch._C.DisableTorchFunction():
-        return [t for t in tensors_of(tree) if t.is_floating_point() or t.is_complex()]

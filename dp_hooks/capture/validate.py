@@ -19,11 +19,7 @@ _BATCH_NORM = (
 
 
 def check_is_module(model: object) -> nn.Module:
-    """Return ``model`` if it is a bare module, not wrapped by anything that hides it.
-
-    Raises:
-        InvalidArgumentError: not a module, or a wrapper around one.
-    """
+    """Return ``model`` if it is a bare module, not wrapped by anything that hides it; else raise ``InvalidArgumentError``."""
     if not isinstance(model, nn.Module):
         raise bad("model", model, "pass a torch.nn.Module.")
     compiled = getattr(torch._dynamo, "OptimizedModule", None) if hasattr(torch, "_dynamo") else None
@@ -92,7 +88,6 @@ def problems(model: nn.Module) -> list[str]:
 
 def check_model(model: nn.Module) -> None:
     """Raise ``UnsupportedModelError`` with all :func:`problems` of ``model``, if there are any."""
-    found = problems(model)
-    if found:
+    if found := problems(model):
         listing = "\n".join(f"  - {line}" for line in found)
         raise UnsupportedModelError(f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{listing}")

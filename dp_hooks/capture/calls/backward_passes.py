@@ -41,19 +41,13 @@ class BackwardPass:
 
 @dataclass(eq=False)
 class BackwardPasses:
-    """What the backward passes since the last boundary brought.
+    """What the backward passes since the last boundary brought."""
 
-    Attributes:
-        open: passes that have not come to their end, by the number autograd gave them.
-        leaks: names of parameters to which autograd delivered a gradient summed over the batch.
-        samples: how many samples finished passes were over; None if there are none.
-        batch_number: that of the batch finished passes belonged to.
-    """
-
+    # Passes that have not come to their end, by the number autograd gave them.
     open: dict[int, BackwardPass] = field(default_factory=dict)
-    leaks: set[str] = field(default_factory=set)
-    samples: int | None = None
-    batch_number: int = 0
+    leaks: set[str] = field(default_factory=set)  # names of parameters to which autograd delivered a gradient summed over the batch
+    samples: int | None = None  # how many samples finished passes were over; None if there are none
+    batch_number: int = 0  # that of the batch finished passes belonged to
 
     def running(self, batch_number: int, at_end: Callable[[int], None]) -> BackwardPass:
         """The backward pass that is running; ``at_end`` is called with its number when it is over."""

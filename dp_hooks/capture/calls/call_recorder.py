@@ -13,24 +13,11 @@ from .recorded_call import RecordedCall, kind_of
 from .trace import OpTrace
 from .written import Written
 
-# How many outermost calls are remembered: those of one step, in practice one or two.
-LIMIT = 64
+LIMIT = 64  # how many outermost calls are remembered: those of one step, in practice one or two
 
 
 class CallRecorder:
-    """Records calls that are new: inputs as they were, which way they took, which outputs gradients came back from.
-
-    Attributes:
-        trace: follows the operations of calls.
-        calls: those of the present step that a check may have to look at.
-        checked: states of the model that a check has covered.
-        covered: for each state of the model and kind of call, numbers of the outputs that checks have covered.
-        overflowed: whether there were more than :data:`LIMIT`.
-        came_back: whether a backward pass came to any call.
-        written: buffers and frozen parameters before the first of ``calls``.
-        paused: whether nothing is recorded, since a check is running calls.
-        state: while a whole function is to be checked, attributes of the model at its start; calls need none then.
-    """
+    """Records calls that are new: inputs as they were, which way they took, which outputs gradients came back from."""
 
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], trace: OpTrace) -> None:
         self._model = model
@@ -39,10 +26,12 @@ class CallRecorder:
         self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
         # Whose state is let go at the next step, kept or not: it holds what the call before left in attributes.
         self._recorded: WeakSet[RecordedCall] = WeakSet()
-        self.trace = trace
-        self.checked: set[tuple[Any, ...]] = set()
+        self.trace = trace  # follows the operations of calls
+        self.checked: set[tuple[Any, ...]] = set()  # states of the model that a check has covered
+        # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
-        self.paused = False
+        self.paused = False  # whether nothing is recorded, since a check is running calls
+        # While a whole function is to be checked, attributes of the model at its start; calls need none then.
         self.state: ModuleState | None = None
         self.new_step()
 
@@ -51,10 +40,11 @@ class CallRecorder:
         for call in self._recorded:
             call.state = None
         self._recorded.clear()
-        self.calls: list[RecordedCall] = []
+        self.calls: list[RecordedCall] = []  # those of the present step that a check may have to look at
         self._views = []
-        self.overflowed = self.came_back = False
-        self.written: Written | None = None
+        self.overflowed = False  # whether there were more than LIMIT
+        self.came_back = False  # whether a backward pass came to any call
+        self.written: Written | None = None  # buffers and frozen parameters before the first of the calls
         self.trace.unverified = set()
 
     def key(self, samples: int) -> tuple[Any, ...]:

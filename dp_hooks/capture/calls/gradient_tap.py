@@ -15,29 +15,19 @@ from .session import Session
 from .trace import untraced
 
 Grads = list[Tensor | None]
-# From saved tensors and output gradients: the terms they make.
-Make = Callable[[list[Tensor], Grads], Sequence[Term]]
+Make = Callable[[list[Tensor], Grads], Sequence[Term]]  # from saved tensors and output gradients: the terms they make
 
 
 @dataclass(eq=False)
 class TappedCall:
-    """One watched result of the forward pass, on its way to the backward pass. Holds no tensor for long: autograd does.
+    """One watched result of the forward pass, on its way to the backward pass. Holds no tensor for long: autograd does."""
 
-    Attributes:
-        session: takes what comes back.
-        name: the module or the parameters it is about.
-        inputs: what has to be saved for the backward pass.
-        make: turns saved tensors and gradients into terms.
-        batch_number: which batch it was on.
-        around: entered while terms are made and reduced.
-    """
-
-    session: Session
-    name: str
-    inputs: list[Tensor]
-    make: Make
-    batch_number: int
-    around: Callable[[], AbstractContextManager[None]]
+    session: Session  # takes what comes back
+    name: str  # the module or the parameters it is about
+    inputs: list[Tensor]  # what has to be saved for the backward pass
+    make: Make  # turns saved tensors and gradients into terms
+    batch_number: int  # which batch it was on
+    around: Callable[[], AbstractContextManager[None]]  # entered while terms are made and reduced
 
     @untraced
     def receive(self, saved: Callable[[], list[Tensor]], grads: Grads) -> None:
@@ -82,9 +72,8 @@ class Tap(torch.autograd.Function):
     """Identity on the outputs of a module; its backward hands the output gradients over.
 
     The outputs are returned as detached aliases: unlike ``mark_dirty`` this leaves their version counter alone (modules
-    whose last operation saves its own result), and unlike a view they may be changed in place afterwards. The inputs go
-    through ``save_for_backward``, so that a later in-place change of them is PyTorch's own error, and
-    checkpointing can drop and recompute them.
+    whose last operation saves its own result), and unlike a view they may be changed in place afterwards. The inputs go through
+    ``save_for_backward``, so that a later in-place change of them is PyTorch's own error, and checkpointing can recompute them.
     """
 
     @staticmethod

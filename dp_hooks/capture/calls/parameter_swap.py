@@ -15,8 +15,7 @@ class ParameterSwap:
     """The trainable parameters of ``module`` (with ``recurse`` also of its descendants) and where they are stored.
 
     Parameters are known by module and name as found when the places were made. ``put`` and ``restore`` write to the modules'
-    parameter dictionaries directly: no ``setattr`` runs, ``requires_grad`` never changes, and after ``restore``
-    the very same objects are in place.
+    dictionaries: no ``setattr`` runs, ``requires_grad`` never changes, and after ``restore`` the very same objects are in place.
     """
 
     module: nn.Module

@@ -13,35 +13,20 @@ from .trace import Transition
 
 @dataclass(eq=False)
 class RecordedCall:
-    """A call of the model, or of a part of it.
+    """A call of the model, or of a part of it."""
 
-    Attributes:
-        module: what was called.
-        name: its qualified name in the model.
-        args: positional inputs; copies of their own if ``copied``.
-        kwargs: keyword inputs, likewise.
-        context: what the call was surrounded by.
-        key: the state of the model when it was called, as far as one check covers others.
-        kind: what it was called with, likewise.
-        copied: whether no check has covered such a call yet.
-        reached: numbers of the outputs that a backward pass came from.
-        transitions: operations it went through that no check did.
-        draws: the random numbers that can have decided which way it took.
-        state: attributes of the model when it began.
-    """
-
-    module: nn.Module
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: AmbientContext
-    key: Any = None
-    kind: Any = None
-    copied: bool = False
-    reached: set[int] = field(default_factory=set)
-    transitions: set[Transition] = field(default_factory=set)
-    draws: Draws | None = None
-    state: ModuleState | None = None
+    module: nn.Module  # what was called
+    name: str  # its qualified name in the model
+    args: tuple[Any, ...]  # positional inputs; copies of their own if ``copied``
+    kwargs: dict[str, Any]  # keyword inputs, likewise
+    context: AmbientContext  # what the call was surrounded by
+    key: Any = None  # the state of the model when it was called, as far as one check covers others
+    kind: Any = None  # what it was called with, likewise
+    copied: bool = False  # whether no check has covered such a call yet
+    reached: set[int] = field(default_factory=set)  # numbers of the outputs that a backward pass came from
+    transitions: set[Transition] = field(default_factory=set)  # operations it went through that no check did
+    draws: Draws | None = None  # the random numbers that can have decided which way it took
+    state: ModuleState | None = None  # attributes of the model when it began
 
     @property
     def left(self) -> list[Tensor]:

@@ -19,33 +19,20 @@ from .trace import OpTrace
 
 @dataclass(eq=False)
 class ModelCall:
-    """One outermost call into the model: its own graph leads back to it when gradients come.
+    """One outermost call into the model: its own graph leads back to it when gradients come."""
 
-    Attributes:
-        name: the qualified name of the module that was called.
-        module: that module; None before the first call.
-        args: positional inputs, while the call runs.
-        kwargs: keyword inputs, while the call runs.
-        rows: the number of samples; None: not known.
-        batch_number: which batch it was on.
-        running: whether it is running, with gradients captured.
-        uses: by key, the uses of tracked tensors and calls of modules so far: the shapes met, and the layout taken for it.
-        strict: uses that no probe has shown are probed before they are guessed.
-        retries: how often probes were run anew in the middle of it.
-        record: what a check will need to run it again.
-    """
-
-    name: str = ""
-    module: nn.Module | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    rows: int | None = None
-    batch_number: int = 0
-    running: bool = False
+    name: str = ""  # the qualified name of the module that was called
+    module: nn.Module | None = None  # that module; None before the first call
+    args: tuple[Any, ...] = ()  # positional inputs, while the call runs
+    kwargs: dict[str, Any] = field(default_factory=dict)  # keyword inputs, while the call runs
+    rows: int | None = None  # the number of samples; None: not known
+    batch_number: int = 0  # which batch it was on
+    running: bool = False  # whether it is running, with gradients captured
+    # By key, the uses of tracked tensors and calls of modules so far: the shapes met, and the layout taken for it.
     uses: dict[Any, list[tuple[Any, Any]]] = field(default_factory=dict)
-    strict: bool = False
-    retries: int = 0
-    record: RecordedCall | None = None
+    strict: bool = False  # uses that no probe has shown are probed before they are guessed
+    retries: int = 0  # how often probes were run anew in the middle of it
+    record: RecordedCall | None = None  # what a check will need to run it again
 
     def end(self) -> None:
         """It is over, or was broken off: let go of its inputs."""
@@ -53,46 +40,29 @@ class ModelCall:
 
 
 class Session:
-    """The state of capture: calls and backward passes in progress, and what came back since the last boundary.
-
-    Attributes:
-        sink: takes what backward passes bring; one per mode.
-        axis: the sample axis of the model's inputs and outputs.
-        loss_reduction: "mean" or "sum".
-        enabled: whether anything is captured.
-        batch_number: counts the batches handed out.
-        call: the outermost call that is running, or was last, or that gradients come back to.
-        depth: how many calls of modules are open.
-        rerunning: how many modules are being called with tensors of ours, for gradients.
-        repeating: how many modules that are repeated as a whole are running: what is inside is theirs.
-        outer_task: the backward pass that a check runs in; -1: none.
-        retracked_task: the backward pass for which parameters are tracked again.
-        swapped: modules that hold other tensors in place of their parameters now.
-        passes: backward passes since the last boundary.
-        anchor: a leaf that requires a gradient, so that there always is a backward pass.
-        trace: follows operations, if a check wants them.
-        recorder: keeps calls, if a check wants them.
-        collected: refusals, where one wants to see them all; None: they are raised.
-    """
+    """The state of capture: calls and backward passes in progress, and what came back since the last boundary."""
 
     def __init__(self, sink: Sink, axis: int, loss_reduction: str) -> None:
-        self.sink = sink
-        self.axis = axis
-        self.loss_reduction = loss_reduction
-        self.enabled = False
-        self.batch_number = 0
-        self.call = ModelCall()
-        self.depth = self.rerunning = self.repeating = 0
-        self.outer_task = -1
-        self.retracked_task: int | None = None
-        self.swapped: dict[int, ParameterSwap] = {}
-        self.passes = BackwardPasses()
+        self.sink = sink  # takes what backward passes bring; one per mode
+        self.axis = axis  # the sample axis of the model's inputs and outputs
+        self.loss_reduction = loss_reduction  # "mean" or "sum"
+        self.enabled = False  # whether anything is captured
+        self.batch_number = 0  # counts the batches handed out
+        self.call = ModelCall()  # the outermost call that is running, or was last, or that gradients come back to
+        self.depth = 0  # how many calls of modules are open
+        self.rerunning = 0  # how many modules are being called with tensors of ours, for gradients
+        self.repeating = 0  # how many modules that are repeated as a whole are running: what is inside is theirs
+        self.outer_task = -1  # the backward pass that a check runs in; -1: none
+        self.retracked_task: int | None = None  # the backward pass for which parameters are tracked again
+        self.swapped: dict[int, ParameterSwap] = {}  # modules that hold other tensors in place of their parameters now
+        self.passes = BackwardPasses()  # backward passes since the last boundary
+        # A leaf that requires a gradient, so that there always is a backward pass.
         self.anchor = torch.zeros((), requires_grad=True)
         # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
         self._anchor_node: Any = self.anchor.view_as(self.anchor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        self.trace: OpTrace | None = None
-        self.recorder: CallRecorder | None = None
-        self.collected: Refusals | None = None
+        self.trace: OpTrace | None = None  # follows operations, if a check wants them
+        self.recorder: CallRecorder | None = None  # keeps calls, if a check wants them
+        self.collected: Refusals | None = None  # refusals, where one wants to see them all; None: they are raised
 
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""

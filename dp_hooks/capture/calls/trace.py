@@ -19,8 +19,7 @@ from ..._operations import CHANGES_GRADIENT, DRAWS, METADATA, TAKES_SIZES, VIEWS
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# One operation: the module it was in, what came before it there, and itself.
-Transition = tuple[Any, Any, Any]
+Transition = tuple[Any, Any, Any]  # one operation: the module it was in, what came before it there, and itself
 _FEW = range(-5, 5)
 # Factors are told apart by their power of two, from this one up to 1: a schedule that rises is looked at as it does.
 _SMALLEST = -14
@@ -101,19 +100,17 @@ class OpTrace:
     """Follows forward passes, and tells operations that no checked pass went through in that order.
 
     What is learned from one batch (where the samples are, that they do not mix) holds for the operations that batch
-    went through. Python code may take another branch later: a flag, a schedule, an option of the call. Per module
-    every pair of operations in sequence is remembered, with dimensions, switches and the powers of two of factors;
-    sizes and the data itself are not looked at. What is made of constants and buffers alone (masks, position codes, often kept
-    for later) counts only where it has an axis as long as the batch.
+    went through. Python code may take another branch later: a flag, a schedule, an option of the call. Per module every pair of
+    operations in sequence is remembered, with dimensions, switches and the powers of two of factors; sizes and data are not.
+    What is made of constants and buffers alone (masks, position codes) counts only where it has an axis as long as the batch.
     """
 
     buffers: Callable[[], Iterable[Tensor]] = tuple
     rows: int | None = None
     # What the present pass, or the last one, went through and no checked pass of several samples did.
     unverified: set[Transition] = field(default_factory=set)
-    # What it drew; since the outermost call of a module began.
-    draws: Draws = field(default_factory=Draws)
-    drawn_inside: Draws = field(default_factory=Draws)
+    draws: Draws = field(default_factory=Draws)  # what it drew
+    drawn_inside: Draws = field(default_factory=Draws)  # what it drew since the outermost call of a module began
     _verified: dict[str, set[Transition]] = field(default_factory=lambda: {"one": set(), "many": set()})
     _known: set[Transition] = field(default_factory=set)
     _whole: bool = False
@@ -123,16 +120,12 @@ class OpTrace:
     _from_constants: set[Transition] = field(default_factory=set)
     _own_buffers: dict[int, Tensor] | None = None
     _stale: bool = False
-    # Modes that were there when ours was put on top; None while it is not.
-    _below: list[TorchFunctionMode] | None = None
+    _below: list[TorchFunctionMode] | None = None  # modes that were there when ours was put on top; None while it is not
     _mode: _Follow = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the mode that sees operations."""
         self._mode = _Follow(self)
         self._known = self._verified["many"]
-
-    # ---------------------------------------------------------------- following
 
     @contextmanager
     def function(self) -> Iterator[None]:
@@ -264,8 +257,6 @@ class OpTrace:
         if transition not in self._known:
             self.unverified.add(transition)
         return transition
-
-    # ---------------------------------------------------------------- what is known
 
     def repeatable(self, transitions: set[Transition]) -> set[Transition]:
         """Those of ``transitions`` that a repetition of the pass has to go through; what is constant may be kept from the first."""

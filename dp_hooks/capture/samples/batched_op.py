@@ -18,30 +18,18 @@ from .tracked_gradients import BatchedOp, BatchedOpGradients, TrackedGradients, 
 from .tracked_value import TrackedParameter, TrackedValue, names_of, refused
 from .uses import UseLayout, guessed
 
-_IN_PLACE = "it is written into a tensor in place"
-
 
 @dataclass(eq=False)
 class BatchedUse:
-    """One use of tracked tensors together with tensors of the batch: it is run, and what comes back to it watched.
+    """One use of tracked tensors together with tensors of the batch: it is run, and what comes back to it watched."""
 
-    Attributes:
-        session: takes what comes back.
-        func: the torch function.
-        name: its name without underscores.
-        layout: where the samples are in the tensors that are not tracked.
-        skeleton: its arguments without the tensors.
-        tensors: the tensors among them.
-        how: whether samples can be cut out of the operation, kept from use to use.
-    """
-
-    session: Session
-    func: Any
-    name: str
-    layout: UseLayout
-    skeleton: Any
-    tensors: list[Tensor]
-    how: dict[str, str]
+    session: Session  # takes what comes back
+    func: Any  # the torch function
+    name: str  # its name without underscores
+    layout: UseLayout  # where the samples are in the tensors that are not tracked
+    skeleton: Any  # its arguments without the tensors
+    tensors: list[Tensor]  # the tensors among them
+    how: dict[str, str]  # whether samples can be cut out of the operation, kept from use to use
     _tracked: dict[int, TrackedTensor] = field(init=False)
     _roots: list[TrackedParameter] = field(init=False)
     _rows: int | None = field(init=False)
@@ -127,10 +115,9 @@ class BatchedUse:
         """``batched[index] = shared``: the same index on a tensor of sample numbers says whose rows were set."""
         (target, index, value), _ = join(self.skeleton, list(self.tensors))
         at, n = self.layout.inputs[0] if self.layout.inputs else None, self._rows
-        if not isinstance(value, TrackedTensor) or len(self._tracked) != 1 or at is None or n is None:
-            raise refused(self._roots, _IN_PLACE)
-        if not at.fits(target, n):
-            raise refused(self._roots, _IN_PLACE)
+        lone = isinstance(value, TrackedTensor) and len(self._tracked) == 1
+        if not lone or at is None or n is None or not at.fits(target, n):
+            raise refused(self._roots, "it is written into a tensor in place")
         owner = at.spread(torch.arange(n, device=target.device), target).expand(target.shape)[index]
         shared = value.content
         own = tuple(shared.value.shape)

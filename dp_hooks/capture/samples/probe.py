@@ -17,31 +17,20 @@ from .custom_functions import custom_forwards
 from .tracked import is_float, plain
 from .uses import BYPASSED, MIXED, ROUTED, UNCLEAR, UseLayout
 
-# How many rows of a large axis are compared to find out in which order it holds the samples.
-_COMPARED = 1 << 16
+_COMPARED = 1 << 16  # how many rows of a large axis are compared to find out in which order it holds the samples
 
 
 @dataclass(eq=False)
 class Frame:
-    """One call of a module during a probe.
-
-    Attributes:
-        module: the module.
-        name: its qualified name.
-        clean: nothing that went in or came out is without a known order of the samples.
-        batched: a tensor with a sample axis went in.
-        routed: rows were picked by their values inside.
-        repeat: the module is to be repeated on each sample, since what came out is in order again.
-        ragged: numbers of samples were read into Python inside: sizes may depend on them.
-    """
+    """One call of a module during a probe."""
 
     module: nn.Module
-    name: str
-    clean: bool
-    batched: bool
-    routed: bool = False
-    repeat: bool = False
-    ragged: bool = False
+    name: str  # its qualified name
+    clean: bool  # nothing that went in or came out is without a known order of the samples
+    batched: bool  # a tensor with a sample axis went in
+    routed: bool = False  # rows were picked by their values inside
+    repeat: bool = False  # the module is to be repeated on each sample, since what came out is in order again
+    ragged: bool = False  # numbers of samples were read into Python inside: sizes may depend on them
 
 
 @dataclass(eq=False)
@@ -49,25 +38,17 @@ class Probe(TorchFunctionMode):
     """One run of the model on ``rows`` rows: the first sample once, the second in all other rows.
 
     As a context it watches operations: it marks tensors whose rows were picked or sorted by values, and what is made of them.
-
-    Attributes:
-        rows: their number.
-        two_distinct: whether the second sample is another one than the first.
-        mark_first: what the samples share is marked where it is first laid out for each of them, so that it shows when rows of
-            it end up with other samples. They hold the same values there, but gradients go back to the row they came from.
-        uses: what was seen, by key, in order.
-        frames: the calls of modules.
-        out_of_order: those of them out of which rows came in no order, first the inner ones.
-        flat_bag: the name of an ``EmbeddingBag`` that got flat ids from the inputs of the model.
     """
 
-    rows: int
-    two_distinct: bool
+    rows: int  # their number
+    two_distinct: bool  # whether the second sample is another one than the first
+    # What the samples share is marked where it is first laid out for each of them, so that it shows when rows of it end up with
+    # other samples. They hold the same values there, but gradients go back to the row they came from.
     mark_first: bool = False
-    uses: dict[Any, list[UseLayout]] = field(default_factory=dict)
-    frames: list[Frame] = field(default_factory=list)
-    out_of_order: list[Frame] = field(default_factory=list)
-    flat_bag: str | None = None
+    uses: dict[Any, list[UseLayout]] = field(default_factory=dict)  # what was seen, by key, in order
+    frames: list[Frame] = field(default_factory=list)  # the calls of modules
+    out_of_order: list[Frame] = field(default_factory=list)  # those out of which rows came in no order, first the inner ones
+    flat_bag: str | None = None  # the name of an ``EmbeddingBag`` that got flat ids from the inputs of the model
     _given: list[Tensor] = field(default_factory=list)
     _open: list[Frame] = field(default_factory=list)
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -250,11 +231,7 @@ class Probe(TorchFunctionMode):
         return len(ids) != len(offsets) - bag.include_last_offset and any(ids is t for t in self._given)
 
     def check_inputs(self) -> None:
-        """Refuse inputs whose rows are not samples.
-
-        Raises:
-            UnsupportedModelError: flat ids and offsets of an ``EmbeddingBag``, from which no rows can be taken.
-        """
+        """Refuse flat ids and offsets of an ``EmbeddingBag`` as inputs of the model: no rows can be taken from them."""
         if self.flat_bag is not None:
             raise UnsupportedModelError(
                 f"{self.flat_bag or 'the model'} (EmbeddingBag): the model was called with flat ids and offsets, so its inputs "
@@ -320,8 +297,6 @@ class Probe(TorchFunctionMode):
 
 
 def gradients_wanted(probe: Probe | None) -> bool:
-    """Whether gradients may flow through what is being done.
-
-    In a probe also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
-    """
+    """Whether gradients may flow through what is being done."""
+    # In a probe also inside autograd functions: checkpointing and reversible layers run what is inside again, for gradients.
     return torch.is_grad_enabled() or (probe is not None and next(custom_forwards(), None) is not None)

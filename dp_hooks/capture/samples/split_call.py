@@ -13,11 +13,7 @@ from .uses import UseLayout
 
 
 def split_call(rule: Rule, call: Call, use: UseLayout) -> tuple[Rule, Call]:
-    """Return the rule and the call with one slice per sample, given where probes found the samples.
-
-    Raises:
-        UnsupportedModelError: samples cannot be told apart, or are not where they were in the probes.
-    """
+    """Return the rule and the call with one slice per sample, given where probes found the samples; else refuse the call."""
     skeleton, inputs = split((call.args, call.kwargs))
     n = call.samples
     if use.reason is not None:

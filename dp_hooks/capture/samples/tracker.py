@@ -20,8 +20,7 @@ from .tracked import TrackedTensor, attribute_of, is_float, name_of, on_values
 from .tracked_value import TrackedParameter, TrackedValue, names_of
 from .uses import UNSTEADY, UNTRIED, SampleAxes, UseLayout, guessed
 
-# How often a pass that meets something new is tried again from the start; several times where it tosses coins.
-_RETRIES = 8
+_RETRIES = 8  # how often a pass that meets something new is tried again from the start; several times where it tosses coins
 
 
 @dataclass(eq=False)
@@ -30,10 +29,8 @@ class Tracker:
 
     session: Session
     axes: SampleAxes
-    # The run on other numbers of rows that is going on.
-    probe: Probe | None = None
-    # Runs probes anew, in the middle of a forward pass that met what none has shown.
-    discover: Callable[[], None] = lambda: None
+    probe: Probe | None = None  # the run on other numbers of rows that is going on
+    discover: Callable[[], None] = lambda: None  # runs probes anew, in the middle of a forward pass that met what none has shown
     _touched: set[int] = field(default_factory=set)
     # Per use that meets the batch, whether samples can be cut out of the operation.
     _ways: dict[Any, dict[str, str]] = field(default_factory=dict)
@@ -196,9 +193,8 @@ class Tracker:
     def note_call(self, name: str, use: UseLayout | None, outputs: list[Tensor], *, repeated: bool) -> None:
         """Keep what a probe saw of a call of the module ``name``.
 
-        Of a module that is ``repeated`` on each sample, outputs may be of any layout as long as the loss does not
-        depend on them: that is seen when gradients come back. At the end there may be any number of those, as in a list with
-        one for each sample.
+        Of a module that is ``repeated`` on each sample, outputs may be of any layout as long as the loss does not depend on them:
+        that is seen when gradients come back. At the end there may be any number of those, as in a list with one for each sample.
         """
         assert self.probe is not None
         if use is not None:
@@ -208,11 +204,6 @@ class Tracker:
                 last = max((i for i, at in enumerate(known) if at is not None), default=-1)
                 found = replace(found, reason=None, outputs=known[: last + 1])
             self.probe.note(("call", name), found)
-
-    def note_shared(self, name: str, use: UseLayout | None) -> None:
-        """Keep that the module ``name`` was called with what all samples share."""
-        if self.probe is not None and use is not None:
-            self.probe.note(("call", name), use)
 
     def _guess(self, others: list[Tensor]) -> UseLayout:
         """For what no probe has shown: by shape; the self-check is the judge."""

@@ -18,26 +18,17 @@ BYPASSED = "it goes into a custom autograd function, where it cannot be followed
 
 @dataclass(frozen=True)
 class UseLayout:
-    """Where the samples are in one use of shared tensors, or in one call of a module.
+    """Where the samples are in one use of shared tensors, or in one call of a module."""
 
-    Attributes:
-        inputs: the sample axis of each tensor that is not tracked, or None.
-        outputs: the same for results.
-        shared: whether no tensor has one, so that the results are shared as well.
-        reason: why samples cannot be told apart.
-        name: the parameters or the module, for messages.
-        ratios: rows per sample, and what else has to be the same in two probes.
-        frames: the calls of modules that it was made in during the probe, outermost first.
-        params: the parameters behind the shared tensors that a custom autograd function got.
-    """
-
-    inputs: tuple[SampleAxis | None, ...] = ()
-    outputs: tuple[SampleAxis | None, ...] | None = ()
-    shared: bool = False
-    reason: str | None = None
-    name: str = field(default="", compare=False)
-    ratios: tuple[float, ...] = field(default=(), compare=False)
+    inputs: tuple[SampleAxis | None, ...] = ()  # the sample axis of each tensor that is not tracked, or None
+    outputs: tuple[SampleAxis | None, ...] | None = ()  # the same for results
+    shared: bool = False  # whether no tensor has one, so that the results are shared as well
+    reason: str | None = None  # why samples cannot be told apart
+    name: str = field(default="", compare=False)  # the parameters or the module, for messages
+    ratios: tuple[float, ...] = field(default=(), compare=False)  # rows per sample, and what else has to be the same in two probes
+    # The calls of modules that it was made in during the probe, outermost first.
     frames: tuple[Any, ...] = field(default=(), compare=False)
+    # The parameters behind the shared tensors that a custom autograd function got.
     params: tuple[nn.Parameter, ...] = field(default=(), compare=False)
 
     @property
@@ -53,18 +44,14 @@ class UseLayout:
         return same and len(own) == len(others) and all(alike)
 
 
-# What one probe saw of every use, by key.
-Seen = Mapping[Any, list[UseLayout]]
+Seen = Mapping[Any, list[UseLayout]]  # what one probe saw of every use, by key
 
 
 @dataclass(eq=False)
 class SampleAxes:
-    """What probes have shown, kept for the lifetime of the controller.
+    """What probes have shown, kept for the lifetime of the controller."""
 
-    Attributes:
-        known: the uses in a forward pass by key, in order; a single one where all are alike, as in a loop over samples.
-    """
-
+    # The uses in a forward pass by key, in order; a single one where all are alike, as in a loop over samples.
     known: dict[Any, list[UseLayout]] = field(default_factory=dict)
     _told: set[Any] = field(default_factory=set)
 
