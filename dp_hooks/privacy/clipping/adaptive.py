@@ -10,8 +10,7 @@ from ..noise.gaussian import GaussianNoise
 from .fixed import FlatClipping
 from .norms import SampleNorms
 
-# One sample adds b_i - 1/2 to the count, that is 1/2 or -1/2; a null record adds 0.
-_COUNT_SENSITIVITY = 0.5
+_COUNT_SENSITIVITY = 0.5  # one sample adds b_i - 1/2 to the count, that is 1/2 or -1/2; a null record adds 0
 
 
 class AdaptiveClipping(FlatClipping):
@@ -63,15 +62,7 @@ class AdaptiveClipping(FlatClipping):
     ) -> None:
         """Start at C = ``max_grad_norm``; the arguments come checked from ``make_clipping``.
 
-        Args:
-            max_grad_norm: the first C.
-            expected_batch_size: the denominator of the unclipped fraction.
-            device: where the count gets its noise.
-            target_unclipped_quantile: gamma, the share of samples to leave unclipped.
-            clipbound_learning_rate: eta_C.
-            unclipped_num_std: sigma_b; default ``expected_batch_size / 20``, as in the paper.
-            min_clipbound: the smallest C.
-            max_clipbound: the largest C.
+        On ``device`` the count gets its noise. The default of ``unclipped_num_std`` is the paper's, ``expected_batch_size / 20``.
         """
         super().__init__(max_grad_norm)
         self.expected_batch_size = expected_batch_size

@@ -65,13 +65,7 @@ class GroupClipping(ClippingFunction):
     """
 
     def __init__(self, bounds: Sequence[float], group_of: Mapping[nn.Parameter, int], max_grad_norm: Any) -> None:
-        """Clip the joint gradient of the parameters of group k to ``bounds[k]``; every group has a parameter.
-
-        Args:
-            bounds: C_k for every group.
-            group_of: the group of every parameter.
-            max_grad_norm: the bounds as the user gave them.
-        """
+        """Clip the joint gradient of the parameters of group k to ``bounds[k]``; the user gave them as ``max_grad_norm``."""
         self.bounds = tuple(bounds)
         self.group_of = dict(group_of)
         self._given = max_grad_norm

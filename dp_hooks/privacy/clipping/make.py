@@ -78,12 +78,9 @@ def _checked_options(clipping: str, options: object) -> dict[str, float]:
     known = _OPTIONS.get(clipping, {})
     for key in options:
         if key not in known:
-            what = (
-                f"the options of clipping={clipping!r} are {', '.join(map(repr, known))}."
-                if known
-                else (f"clipping={clipping!r} has no options; leave it out.")
-            )
-            raise bad("clipping_options", options, f"there is no {key!r}: {what}")
+            listing = f"the options of clipping={clipping!r} are {', '.join(map(repr, known))}."
+            remedy = listing if known else f"clipping={clipping!r} has no options; leave it out."
+            raise bad("clipping_options", options, f"there is no {key!r}: {remedy}")
     return {
         key: known[key](f"clipping_options[{key!r}]", value)
         for key, value in options.items()
@@ -96,12 +93,8 @@ def _check_range(function: AdaptiveClipping) -> None:
     if low >= high:
         raise bad("clipping_options['min_clipbound']", low, f"it must be smaller than max_clipbound={high:g}.")
     if not low <= function.max_grad_norm <= high:
-        raise bad(
-            "max_grad_norm",
-            function.max_grad_norm,
-            f"the bound starts outside [min_clipbound, max_clipbound] = [{low:g}, {high:g}]. Start within, or pass other "
-            "limits in clipping_options.",
-        )
+        remedy = f"the bound starts outside [min_clipbound, max_clipbound] = [{low:g}, {high:g}]. Start within, or pass other "
+        raise bad("max_grad_norm", function.max_grad_norm, remedy + "limits in clipping_options.")
 
 
 def _by_pattern(
@@ -109,40 +102,23 @@ def _by_pattern(
 ) -> GroupClipping:
     """Put every parameter into the group of the first pattern that matches one of its names."""
     if not isinstance(max_grad_norm, Mapping) or not all(isinstance(pattern, str) for pattern in max_grad_norm):
-        raise bad(
-            "max_grad_norm",
-            max_grad_norm,
-            f"with clipping={clipping!r} pass a mapping from name patterns to positive bounds, such as "
-            '{"encoder.*": 0.5, "*": 1.0}.',
-        )
-    patterns = list(max_grad_norm)
-    bounds = [
-        positive(f"max_grad_norm[{pattern!r}]", max_grad_norm[pattern], "every bound must be a number greater than 0.")
-        for pattern in patterns
-    ]
+        example = '{"encoder.*": 0.5, "*": 1.0}'
+        remedy = f"with clipping={clipping!r} pass a mapping from name patterns to positive bounds, such as {example}."
+        raise bad("max_grad_norm", max_grad_norm, remedy)
+    patterns, remedy = list(max_grad_norm), "every bound must be a number greater than 0."
+    bounds = [positive(f"max_grad_norm[{pattern!r}]", max_grad_norm[pattern], remedy) for pattern in patterns]
     matches = {p: [k for k, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names[p])] for p in params}
     missing = [names[p][0] for p in params if not matches[p]]
     if missing:
-        raise bad(
-            "max_grad_norm",
-            max_grad_norm,
-            f"no pattern matches the trainable parameters {', '.join(missing)}. Add patterns for them, or "
-            '"*" at the end for all that are left.',
-        )
+        remedy = f"no pattern matches the trainable parameters {', '.join(missing)}. Add patterns for them, or "
+        raise bad("max_grad_norm", max_grad_norm, remedy + '"*" at the end for all that are left.')
     group_of = {p: found[0] for p, found in matches.items()}
     for k, pattern in enumerate(patterns):
         if k not in group_of.values():
-            covered = any(k in found for found in matches.values())
-            raise bad(
-                "max_grad_norm",
-                max_grad_norm,
-                f"the pattern {pattern!r} "
-                + (
-                    "comes too late: patterns before it match all its parameters, and the first match counts. Move it up."
-                    if covered
-                    else f"matches no trainable parameter. Correct or remove it; there are {_some(params, names)}."
-                ),
-            )
+            why = f"matches no trainable parameter. Correct or remove it; there are {_some(params, names)}."
+            if any(k in found for found in matches.values()):
+                why = "comes too late: patterns before it match all its parameters, and the first match counts. Move it up."
+            raise bad("max_grad_norm", max_grad_norm, f"the pattern {pattern!r} {why}")
     return GroupClipping(bounds, group_of, dict(zip(patterns, bounds, strict=True)))
 
 

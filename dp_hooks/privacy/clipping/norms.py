@@ -7,22 +7,16 @@ from torch import Tensor, nn
 
 
 class SampleNorms:
-    """Squared norms ``[n]`` of the samples' gradients for every parameter, and their norm over all, worked out once.
-
-    Attributes:
-        squares: the squared norms of every parameter, each where that parameter is.
-        joint: ``[n]`` norms over all parameters; NaN where a square is below 0, which cannot be right, and which adding it
-            to others would hide.
-        finite: ``[n]`` bools: which samples have a usable norm in every parameter.
-    """
+    """Squared norms ``[n]`` of the samples' gradients for every parameter, and their norm over all, worked out once."""
 
     def __init__(self, squares: Mapping[nn.Parameter, Tensor]) -> None:
         """Take the squared norms of at least one parameter."""
-        self.squares = squares
+        self.squares = squares  # the squared norms of every parameter, each where that parameter is
         stacked = self._stacked(squares)
         total = stacked.sum(0).sqrt()
+        # ``[n]`` norms over all parameters; NaN where a square is below 0: that cannot be right, and adding it would hide it.
         self.joint = torch.where((stacked >= 0).all(0), total, torch.full_like(total, torch.nan))
-        self.finite = self.joint.isfinite()
+        self.finite = self.joint.isfinite()  # ``[n]`` bools: which samples have a usable norm in every parameter
 
     def over(self, params: Iterable[nn.Parameter]) -> Tensor:
         """Return norms ``[n]`` over ``params``; to be used only for samples that are ``finite``."""

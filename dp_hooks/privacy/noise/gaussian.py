@@ -12,14 +12,10 @@ from torch import Tensor
 from ..._validate import bad
 from .entropy import fresh_generator
 
-# Numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few.
-_BLOCK = 1 << 15
-# Sums of fewer numbers than this are not worth starting a thread for.
-_WORTH_A_THREAD = 1 << 18
-# Elementwise operators use several threads from this size on.
-_PARALLEL_FROM = 1 << 15
-# On machines with more cores the noise is drawn so fast that preparing for it does not pay.
-_MOST_THREADS = 16
+_BLOCK = 1 << 15  # numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few
+_WORTH_A_THREAD = 1 << 18  # sums of fewer numbers than this are not worth starting a thread for
+_PARALLEL_FROM = 1 << 15  # elementwise operators use several threads from this size on
+_MOST_THREADS = 16  # on machines with more cores the noise is drawn so fast that preparing for it does not pay
 
 
 @contextmanager
@@ -70,19 +66,14 @@ class GaussianNoise:
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
         if self.generator is not None and any(d.type != self.generator.device.type for d in devices):
-            names = sorted(map(str, devices))
-            raise bad(
-                "noise_generator",
-                self.generator,
-                f"it lives on {self.generator.device}, the parameters on {names}; pass torch.Generator(device=...) there.",
-            )
+            where = f"it lives on {self.generator.device}, the parameters on {sorted(map(str, devices))}"
+            raise bad("noise_generator", self.generator, f"{where}; pass torch.Generator(device=...) there.")
 
     def _generators(self, device: torch.device, count: int) -> list[torch.Generator]:
         if self.generator is not None:
             return [self.generator]
         fresh = self._fresh.setdefault(device, [])
-        while len(fresh) < count:
-            fresh.append(fresh_generator(device))
+        fresh += [fresh_generator(device) for _ in range(count - len(fresh))]
         return fresh[:count]
 
     def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> None:
