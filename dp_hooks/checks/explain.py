@@ -1,6 +1,6 @@
 """What private training would do with a model: how each parameter's gradients are separated, or why they cannot be."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,7 @@ class _Origin:
 
     rule: Rule | None
     loops: Callable[[], bool]
-    # Multiplications for the gradients of one sample, written out, by parameter.
-    costs: Mapping[nn.Parameter, float]
+    costs: Mapping[nn.Parameter, float]  # multiplications for the gradients of one sample, written out, by parameter
     held: int
 
 
@@ -61,31 +60,29 @@ def _origin(term: Term) -> _Origin:
     n = max(1, term.samples)
     if isinstance(term, Deferred):
         call, rule = term.call, term.rule
-        held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // n
+        held = _numbers((*call.inputs, *call.grads)) // n
         products = {p: term.outer_products(p) for p in term.params} if call.samples else {}
         costs = {p: OuterProducts.instantiation_cost(found) for p, found in products.items() if found is not None}
         module, memo = call.module, call.memo
         return _Origin(rule, lambda: needs_loop(module) or "loop" in memo, costs, held)
-    if isinstance(term, TrackedGradients):
-        held = term.rows.numel() // n
-    elif isinstance(term, BatchedOpGradients):
+    tensors: list[Tensor | None] = [term.rows] if isinstance(term, TrackedGradients) else []
+    if isinstance(term, BatchedOpGradients):
         tensors = [*term.plain.values(), *term.output_grads]
-        held = sum(t.numel() for t in tensors if t is not None) // n
-    else:
-        held = 0
-    return _Origin(None, lambda: False, {}, held)
+    return _Origin(None, lambda: False, {}, _numbers(tensors) // n)
+
+
+def _numbers(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() for t in tensors if t is not None)
 
 
 def _inputs(example: Any, axis: int) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """Return positional and keyword inputs of their own, and the number of samples."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
-    if isinstance(example, Tensor):
-        args = (example,)
-    elif isinstance(example, Mapping):
+    if isinstance(example, Mapping):
         kwargs = dict(example)
-    elif isinstance(example, (tuple, list)):
-        args = tuple(example)
+    elif isinstance(example, (Tensor, tuple, list)):
+        args = (example,) if isinstance(example, Tensor) else tuple(example)
     else:
         remedy = "pass a tensor, a tuple of positional inputs, or a mapping of keyword inputs."
         raise bad("example_inputs", type(example).__name__, remedy)
@@ -105,11 +102,10 @@ def explain(model: nn.Module, example_inputs: Any, *, batch_first: bool = True, 
         print(explain(model, torch.randn(4, 3, 32, 32)))
         print(explain(bert, {"input_ids": ids, "attention_mask": mask}))
 
-    One forward and backward pass over the example, with made-up gradients of the outputs, shows for each trainable parameter
-    which rule reads its gradients and by what strategy; which strategy is cheapest depends on sizes, so give inputs as
-    long as those of the training. The model runs in the mode it is in (``model.train()``, ``model.eval()``). Then the
-    self-check compares with plain autograd on single samples. Everything that stands in the way is collected, not only the
-    first.
+    One forward and backward pass over the example, with made-up gradients of the outputs, shows for each trainable parameter which
+    rule reads its gradients and by what strategy; which strategy is cheapest depends on sizes, so give inputs as long as those of
+    the training. The model runs in the mode it is in (``model.train()``, ``model.eval()``). Then the self-check compares with plain
+    autograd on single samples. Everything that stands in the way is collected, not only the first.
 
     Args:
         model: a bare ``nn.Module`` that is not in a private scope.
@@ -236,8 +232,7 @@ def _how(param: nn.Parameter, uses: list[tuple[Term, _Origin]]) -> tuple[str, in
     """Return strategy, multiplications and numbers held for a parameter, from all its uses."""
     products = [term.outer_products(param) if isinstance(term, Deferred) else None for term, _ in uses]
     together = [product for product in products if product is not None]
-    # One use without factors: all are written out.
-    way = choose_way(together) if len(together) == len(uses) else None
+    way = choose_way(together) if len(together) == len(uses) else None  # one use without factors: all are written out
     strategies, costs, held = [], [], 0
     for (term, origin), product in zip(uses, products, strict=True):
         held += param.numel() if isinstance(term, Instantiated) else origin.held
@@ -246,10 +241,9 @@ def _how(param: nn.Parameter, uses: list[tuple[Term, _Origin]]) -> tuple[str, in
         strategies.append(strategy)
         costs.append(cost)
     if way is not None:
-        total: float | None = way.multiplications
-    else:
-        total = None if None in costs else sum(cost for cost in costs if cost is not None)
-    return "+".join(dict.fromkeys(strategies)), None if total is None else round(total), held
+        costs = [way.multiplications]
+    total = None if None in costs else round(sum(cost for cost in costs if cost is not None))
+    return "+".join(dict.fromkeys(strategies)), total, held
 
 
 def _one(

@@ -78,7 +78,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """Lay the rows out as a table, and say below what would be refused."""
-        numbers = sum(_numel(row.shape) for row in self.rows)
+        numbers = sum(torch.Size(row.shape).numel() for row in self.rows)
         lines = [
             f'{self.model} in {"training" if self.training else "eval"} mode, grad_sample_mode="{self.grad_sample_mode}", '
             f"example of {self.samples} samples",
@@ -96,10 +96,6 @@ class Explanation:
         else:
             lines.append("nothing would be refused")
         return "\n".join(lines)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _table(rows: tuple[ParameterRow, ...]) -> list[str]:

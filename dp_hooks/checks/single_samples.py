@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..errors import SelfCheckError
 
-# How many samples of a batch are run alone. All of them are in the batched run that they are compared with.
-_ALONE = 3
+_ALONE = 3  # how many samples of a batch are run alone. All of them are in the batched run that they are compared with.
 
 
 def some_samples(samples: int) -> list[int]:

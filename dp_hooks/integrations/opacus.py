@@ -97,12 +97,11 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         """Attach to ``module`` and return it with the private optimizer and loader.
 
         Arguments mean what they mean in :func:`~dp_hooks.private_training` (``module`` is its ``model``, ``data_loader`` its
-        ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``,
-        ``sample_rate`` and ``self_check``.
-        The options of adaptive clipping may also be given one by one, as Opacus has them (``target_unclipped_quantile=0.5,
-        ...``). ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned unchanged there, since ordinary
-        losses work, and unused in other modes. ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused
-        if True: this engine never wraps, and its empty batches have no row.
+        ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``
+        and ``self_check``. The options of adaptive clipping may also be given one by one, as Opacus has them
+        (``target_unclipped_quantile=0.5, ...``). ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned
+        unchanged there, since ordinary losses work, and unused in other modes. ``wrap_model`` and ``rand_on_empty`` are there for
+        compatibility, and refused if True: this engine never wraps, and its empty batches have no row.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -160,30 +159,16 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         if wrap_model is not False:
             raise bad("wrap_model", wrap_model, "this engine never wraps the model; leave the argument out.")
         if rand_on_empty is not False:
-            raise bad(
-                "rand_on_empty",
-                rand_on_empty,
-                "an empty batch has zero rows here, and gets noise all the same; a made-up row would count as a person. "
-                "Use @dp_step if the model cannot run on zero rows.",
-            )
+            remedy = "an empty batch has zero rows here, and gets noise all the same; a made-up row would count as a person. "
+            raise bad("rand_on_empty", rand_on_empty, remedy + "Use @dp_step if the model cannot run on zero rows.")
         options = {name: kwargs.pop(name) for name in ADAPTIVE_OPTIONS if name in kwargs}
         if options:
             if kwargs.get("clipping_options") is not None:
-                raise bad(
-                    "clipping_options",
-                    kwargs["clipping_options"],
-                    f"{', '.join(options)} given outside of it as well; put all options into clipping_options.",
-                )
+                remedy = f"{', '.join(options)} given outside of it as well; put all options into clipping_options."
+                raise bad("clipping_options", kwargs["clipping_options"], remedy)
             kwargs["clipping_options"] = options
-        scope = private_training(
-            module,
-            optimizer,
-            data_loader,
-            accountant=self.accountant,
-            secure_mode=self.secure_mode,
-            grad_sample_mode=grad_sample_mode,
-            **kwargs,
-        )
+        own = {"accountant": self.accountant, "secure_mode": self.secure_mode, "grad_sample_mode": grad_sample_mode}
+        scope = private_training(module, optimizer, data_loader, **own, **kwargs)
         if self.dataset is not None and self.dataset is not data_loader.dataset:
             warnings.warn(
                 "this engine was used with another dataset object before. Its accountant adds all steps up as if they "
@@ -205,8 +190,7 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
     def validate(self, *, module: nn.Module, optimizer: Any = None, data_loader: Any = None) -> None:
         """Raise ``UnsupportedModelError`` if a module is known to mix samples or to keep statistics of them.
 
-        Unlike in Opacus, ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention`` pass: they are trained as
-        they are.
+        Unlike in Opacus, ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention`` pass: they are trained as they are.
         """
         check_model(module)
 

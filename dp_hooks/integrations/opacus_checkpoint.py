@@ -39,8 +39,7 @@ class OpacusCheckpoints:
     ) -> None:
         """Save model, optimizer, accountant and schedulers in Opacus's checkpoint format.
 
-        State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from
-        them.
+        State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from them.
         """
         # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
         PrivacyEngine.save_checkpoint(**locals())
@@ -77,22 +76,14 @@ class OpacusCheckpoints:
             weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
         module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
         self.accountant.load_state_dict({**spent, "history": history})
-        parts = (
-            ("optimizer_state_dict", optimizer),
-            ("noise_scheduler_state_dict", noise_scheduler),
-            ("grad_clip_scheduler_state_dict", grad_clip_scheduler),
-        )
-        for key, part in parts:
-            state = checkpoint.pop(key, {})
+        parts = {"optimizer": optimizer, "noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
+        for what, part in parts.items():
+            state = checkpoint.pop(f"{what}_state_dict", {})
             if part is not None and state:
                 part.load_state_dict(state)
             elif (part is None) != (not state):
-                what = key.removesuffix("_state_dict")
-                warnings.warn(
-                    f"the checkpoint has {'a' if state else 'no'} {what} state, but {what} is "
-                    f"{'given' if part is not None else 'not given'}",
-                    stacklevel=2,
-                )
+                given = "not given" if part is None else "given"
+                warnings.warn(f"the checkpoint has {'a' if state else 'no'} {what} state, but {what} is {given}", stacklevel=2)
         return checkpoint
 
 
