@@ -137,5 +137,5 @@ class ModuleCalls:
         call = Call(hooked.module, hooked.name, args, kwargs, grads, rows, axis, names, run, hooked.memo)
         if use is not None:
             rule, call = split_call(rule, call, use)
-        check_samples(rule, call)
+        check_samples(call)
         return [Deferred(call, rule, session.scale(rows))]

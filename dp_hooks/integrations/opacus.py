@@ -60,7 +60,6 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Call :meth:`cleanup`."""
         self.cleanup()
 
     def cleanup(self) -> None:

@@ -110,7 +110,7 @@ class Rule:
     any_rank: bool = False  # the rule allows any number of dimensions between samples and features
 
 
-def check_samples(rule: Rule, call: Call) -> None:
+def check_samples(call: Call) -> None:
     """Raise ``UnsupportedModelError`` unless every output gradient of ``call`` has one slice per sample."""
     for grad in call.grads:
         if grad is not None and (grad.dim() <= call.batch_dim or grad.shape[call.batch_dim] != call.samples):

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...gradients.terms import scaled
 
-# What an operation without a batching rule may raise.
-FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+FAILS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)  # of an operation without a batching rule
 
 
 @dataclass(eq=False)
