@@ -116,9 +116,6 @@ def has_hooks(model: nn.Module) -> bool:
     ) or any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-# ---------------------------------------------------------------- L1, L2: every exit leaves nothing
-
-
 @each_mode
 @pytest.mark.parametrize("where", ["body", "forward", "backward", "step", "loader"])
 @pytest.mark.parametrize(
@@ -366,9 +363,6 @@ def test_a_finished_scope_keeps_no_activations_or_gradients_alive() -> None:
     assert alive() == before
 
 
-# ---------------------------------------------------------------- interruption caught inside
-
-
 @each_mode
 @pytest.mark.parametrize("name", ["mlp", "tied", "lstm", "owner", "weight_norm"])
 @pytest.mark.parametrize("where", ["forward", "backward", "step", "loader"])
@@ -406,9 +400,6 @@ def test_an_interrupted_forward_leaves_usable_parameters_behind(name: str, monke
         assert fuse.blown
         opt.zero_grad()
         assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
-
-
-# ---------------------------------------------------------------- L3: copies
 
 
 def by_pickle(model: nn.Module) -> nn.Module:
@@ -507,9 +498,6 @@ def test_model_and_optimizer_copied_together_belong_together(mode: str) -> None:
     assert of_optimizer == [id(p) for p in copied.parameters()]
 
 
-# ---------------------------------------------------------------- L4: more than one scope
-
-
 def test_a_scope_cannot_be_entered_twice() -> None:
     """Entering an open or a finished scope again is an error that leaves the model alone."""
     model = build("mlp")
@@ -594,9 +582,6 @@ def test_scopes_may_end_in_any_order() -> None:
     assert not has_hooks(second)
 
 
-# ---------------------------------------------------------------- L5: left in the middle of physical batches
-
-
 @each_mode
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("cause", ["break", "exception"])
@@ -620,9 +605,6 @@ def test_the_step_after_an_abandoned_logical_batch_is_clean(parts: int, cause: s
         for x, y in loader:
             step(model, opt, x, y)
     assert_same(moved(start, model), expected_move(build("mlp")))
-
-
-# ---------------------------------------------------------------- L6: evaluation inside
 
 
 class Generator(nn.Module):

@@ -15,9 +15,6 @@ head = partial(nn.Linear, 4, 3)
 word = partial(nn.Embedding, 7, 4)
 
 
-# ---------------------------------------------------------------- how samples are laid out
-
-
 def windows_with_a_class_token(s, x):
     """The windows of a sample follow each other, but their class tokens are laid out window by window."""
     tokens = s.token.expand(len(x), -1, -1).repeat(2, 1, 1)
@@ -54,9 +51,6 @@ def tables_of_the_batch_size(s, x):
 def time_first_attention(s, x):
     x = x.transpose(0, 1)
     return s.m(x, x, x)[0].transpose(0, 1)
-
-
-# ---------------------------------------------------------------- how parameters meet them
 
 
 def cls_token(dropout):
@@ -171,9 +165,6 @@ def written_in_place(s, x):
 
 def parameter_lists(s, x):
     return sum(torch.einsum("ntd,de->nte", x, w) * s.scales[str(k)] for k, w in enumerate(s.weights))
-
-
-# ---------------------------------------------------------------- functions of the user
 
 
 class Product(torch.autograd.Function):
@@ -312,8 +303,6 @@ PLACES = {
     "of-another-module": function_of_another_module,
 }
 
-# ---------------------------------------------------------------- the table
-
 
 def positions(name, at, size=5):
     return net(name, lambda s, i: s.e(i) + s.p(at()), ids(size), e=word, p=partial(nn.Embedding, size, 4))
@@ -446,8 +435,6 @@ FOLLOWED = [
         for place, make in PLACES.items()
     ),
 ]
-
-# ---------------------------------------------------------------- misleading first batches
 
 
 class Lengths(nn.Module):

@@ -129,8 +129,6 @@ MIXING = [
     case("shared weight scaled by the batch", parts(lambda s, x: s.b(x * (s.w * x.detach().mean())), w=(D,), b=linear), tokens),
 ]
 
-# ---------------------------------------------------------------- by random numbers
-
 
 def _chosen(mask, x):
     return torch.where(mask, 0.5 * x + 0.5 * x.flip(0), x)

@@ -124,9 +124,6 @@ def kept_on_cpu(model, x):
         return losses_of(model, x)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 def body():
     return nn.Sequential(linear(), nn.GELU(), linear())
 

@@ -42,9 +42,6 @@ class Specimen:
 Builder = Callable[[], Specimen]
 
 
-# ---------------------------------------------------------------- inputs
-
-
 def randn(*shape: int) -> Tensor:
     return torch.randn(SAMPLES, *shape)
 
@@ -80,9 +77,6 @@ def image_and_text(size: int = 16) -> dict[str, Tensor]:
 
 def waveform() -> dict[str, Tensor]:
     return {"input_values": randn(200)}
-
-
-# ---------------------------------------------------------------- transformers
 
 
 def every(value: Any, names: str) -> dict[str, Any]:
@@ -352,8 +346,6 @@ MULTIMODAL: dict[str, Builder] = {
     "vilt": hf("ViltForQuestionAnswering", {**TEXT, **IMAGE, "max_image_length": -1}, image_and_text),
 }
 
-# ---------------------------------------------------------------- timm and torchvision
-
 
 def pictures(model: Callable[[], nn.Module], size: int = 16) -> Builder:
     """Return a builder for a network on images; ``model()`` makes it."""
@@ -413,8 +405,6 @@ TORCHVISION: dict[str, Builder] = {
     ),
 }
 
-# ---------------------------------------------------------------- peft
-
 
 def adapted(base: Builder, config: Callable[[], Any]) -> Builder:
     """Return a builder for ``base`` with the adapter of ``config()`` on it."""
@@ -464,9 +454,6 @@ def two_adapters() -> Specimen:
     specimen = PEFT["lora-llama"]()
     specimen.model.add_adapter("other", lora("k_proj", "up_proj")())
     return specimen
-
-
-# ---------------------------------------------------------------- plain torch
 
 
 def plain(fn: Callable[..., Any], inputs: Callable[[], dict[str, Tensor]], **parts: Callable[[], Any]) -> Builder:
@@ -558,8 +545,6 @@ ARCHITECTURES: dict[str, Builder] = {
     **PLAIN,
 }
 
-# ---------------------------------------------------------------- what couples samples
-
 
 COUPLED: dict[str, Builder] = {
     "clip-logits": hf("CLIPModel", CLIP, image_and_text, read=lambda output: output.logits_per_image),
@@ -576,8 +561,6 @@ COUPLED: dict[str, Builder] = {
     "attention-over-samples": headed(lambda body, x: body(x, x, x)[0].mean(1), lambda: nn.MultiheadAttention(8, 2)),
     "batch-mean": headed(lambda body, x: torch.tanh(body(x) - x.mean(0)), lambda: nn.Linear(8, 8)),
 }
-
-# ---------------------------------------------------------------- building
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -45,9 +45,6 @@ def refused(loss, opt, match=None):
         back_and_step(loss, opt)
 
 
-# ---------------------------------------------------------------- what is compared
-
-
 def test_a_shared_input_with_as_many_rows_as_the_batch_is_stopped():
     """An input of the model that all samples share is refused when it has as many rows as the batch."""
     model = Net(lambda s, x, i: s.a(x) + s.p(i), a=nn.Linear(D, 4), p=nn.Embedding(N, 4)).double()
@@ -170,9 +167,6 @@ def test_it_can_be_switched_off():
     assert isinstance(opt, torch.optim.Optimizer)
 
 
-# ---------------------------------------------------------------- what it leaves alone
-
-
 def test_the_check_leaves_no_trace():
     """Random state, buffers and the step itself are the same with and without the check, dropout included."""
 
@@ -233,9 +227,6 @@ def test_a_train_function_may_consume_its_batch():
         for x, y in private:
             losses = train(model, {"x": x, "y": y})
     assert losses.shape == (N,)
-
-
-# ---------------------------------------------------------------- when it runs
 
 
 def test_the_check_runs_once():
@@ -355,9 +346,6 @@ def test_different_uses_under_checkpointing(use_reentrant):
     assert laws.released(model, [randn(N, D, D)]) is None
 
 
-# ---------------------------------------------------------------- losses
-
-
 def test_per_sample_losses_are_verified_and_reported():
     """Under dp_step the loss is part of the check, and the report says so; in a bare loop it says the opposite."""
     for by_function in (True, False):
@@ -422,9 +410,6 @@ def test_a_criterion_is_checked_as_well(criterion, declared, verified):
 def test_a_criterion_that_is_never_called_is_refused():
     """Giving a criterion that the loop does not use is an error, not a verified loss."""
     assert "criterion was not called" in str(laws.released(mlp(), [randn(N, D)], criterion=nn.MSELoss()))
-
-
-# ---------------------------------------------------------------- outputs, and what is beside them
 
 
 @each_mode

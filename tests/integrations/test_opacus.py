@@ -23,8 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook"),
 ]
 
-# ---------------------------------------------------------------- interface
-
 METHODS = (
     "__init__ make_private make_private_with_epsilon get_epsilon save_checkpoint load_checkpoint "
     "is_compatible validate get_compatible_module"
@@ -106,9 +104,6 @@ def test_with_epsilon_runs_the_calibrated_steps() -> None:
         assert 0.9 * 4 < engine.get_epsilon(DELTA) <= 4
         with pytest.warns(UserWarning, match="budget"):
             assert list(loader) == []
-
-
-# ---------------------------------------------------------------- lifetime
 
 
 def test_cleanup_twice_leaves_nothing() -> None:
@@ -193,9 +188,6 @@ def test_validation_follows_the_model() -> None:
     assert engine.validate(module=fixed) is None
 
 
-# ---------------------------------------------------------------- accounting
-
-
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
 def test_epsilon_equals_that_of_opacus(accountant: str) -> None:
     """For one history both engines report the same epsilon."""
@@ -205,9 +197,6 @@ def test_epsilon_equals_that_of_opacus(accountant: str) -> None:
     assert ours.get_epsilon(DELTA) == theirs.get_epsilon(DELTA)
     assert ours.get_epsilon(delta=DELTA) == theirs.get_epsilon(delta=DELTA)
     assert 0 < ours.get_epsilon(DELTA) < math.inf
-
-
-# ---------------------------------------------------------------- parity
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

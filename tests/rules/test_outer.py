@@ -279,8 +279,6 @@ def test_products_of_patches_follow_from_pixels(layer, size, order, take):
     torch.testing.assert_close(cut, torch.einsum("npc,nqc->npq", use.right, use.right), rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------- memory of tied tables
-
 VOCABULARY, WIDTH, LENGTH = 2000, 64, 6
 
 
@@ -345,9 +343,6 @@ def test_a_whole_step_of_a_tied_table_needs_no_gradient_of_every_sample():
     assert len(norms) == 1
     assert made.largest <= max(VOCABULARY * WIDTH, N * LENGTH * VOCABULARY)
     controller.cleanup()
-
-
-# ---------------------------------------------------------------- tokens that cancel (G24)
 
 
 def plain_gram(uses):

@@ -311,9 +311,6 @@ def test_engine_refuses_what_it_cannot_do(engine: Any, more: Any, error: type[Ex
     assert case.state() == case.before
 
 
-# ---------------------------------------------------------------- models
-
-
 class _Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()

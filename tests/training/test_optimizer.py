@@ -28,9 +28,6 @@ def with_momentum(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
 
 
-# ---------------------------------------------------------------- a torch optimizer (L7)
-
-
 def test_it_is_a_torch_optimizer_with_the_groups_of_the_original() -> None:
     """``isinstance`` holds, and parameter groups, state and defaults are the wrapped optimizer's own objects."""
     groups = [lambda m: {"params": m[0].parameters(), "lr": 0.2}, lambda m: {"params": m[2].parameters()}]
@@ -163,8 +160,6 @@ def test_learning_rate_schedulers_work(kind: str, inside: bool, recwarn: pytest.
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
 
 
-# ---------------------------------------------------------------- kinds of optimizers and closures (L10)
-
 OPTIMIZERS: dict[str, Make] = {
     "foreach Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, foreach=True),
     "fused Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, fused=True),
@@ -221,9 +216,6 @@ def test_the_two_steps_of_sharpness_aware_minimisation_are_refused() -> None:
             opt.step()
     assert_same(values(model), after_one)
     assert charges(run.scope) == 1
-
-
-# ---------------------------------------------------------------- what is no step (L8)
 
 
 @each_mode

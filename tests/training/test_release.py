@@ -41,9 +41,6 @@ def bounded(name: str, clipping: str, **options: Any) -> tuple[Run, Any]:
     return Run(name, clipping=clipping, max_grad_norm=bound, **options), bound
 
 
-# ---------------------------------------------------------------- the clipped sum
-
-
 @each_mode
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @each_clipping
@@ -158,9 +155,6 @@ def test_a_sample_that_is_not_finite_is_left_out() -> None:
         backward(model, bad, y)
         opt.step()
     run.assert_moved_by(run.rows(x[keep], y[keep]))
-
-
-# ---------------------------------------------------------------- empty batches and other loops
 
 
 @each_mode
@@ -310,7 +304,6 @@ def test_a_raw_gradient_of_a_parameter_unfrozen_for_a_while_is_never_applied(mod
     assert bias.grad is None
 
 
-# ---------------------------------------------------------------- what is refused, before anything is released
 # Each of these functions gets as far as is allowed, and returns the call that has to be refused.
 
 Refused = Callable[[], Any]
@@ -432,9 +425,6 @@ def test_unfreezing_inside_the_scope_is_refused_by_name(late: Any, name: str, mo
             opt.step()
         assert_same(values(model), run.start)
         assert charges(run.scope) == 0
-
-
-# ---------------------------------------------------------------- half precision (G20)
 
 
 def sum_of(rows: Tensor, kind: str) -> list[Tensor]:

@@ -43,8 +43,6 @@ def stepped(run: Run, step: Callable[..., Any] = per_sample) -> list[Any]:
         return [step(model, batch) for batch in loader]
 
 
-# ---------------------------------------------------------------- what a step is
-
 FORMS: dict[str, Callable[[Any], Any]] = {
     "bare": dp_step,
     "called": lambda fn: dp_step()(fn),
@@ -131,8 +129,6 @@ def test_extra_arguments_reach_the_function() -> None:
     assert set(seen) == {(2.0, 3.0)}
 
 
-# ---------------------------------------------------------------- batches
-
 Pair = namedtuple("Pair", ["x", "y"])
 
 
@@ -203,9 +199,6 @@ def test_a_batch_emptied_by_the_user_is_a_step_of_noise(drawn_first: bool, mode:
         backward(model, x, y)  # nothing of this may be released
         per_sample(model, (x[:0], y[:0]))
     run.assert_moved_by_noise()
-
-
-# ---------------------------------------------------------------- where it may be called
 
 
 def test_outside_a_scope_it_is_an_error() -> None:
@@ -320,9 +313,6 @@ def test_an_exception_in_the_function_releases_nothing(physical: int | None, err
         for batch in loader:
             step(model, batch)
     run.assert_moved()
-
-
-# ---------------------------------------------------------------- what it may decorate and return
 
 
 def a_generator(model: nn.Module, batch: Any) -> Any:

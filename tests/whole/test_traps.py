@@ -85,9 +85,6 @@ def tokens() -> list[Tensor]:
     return [randn(N, T, D)]
 
 
-# ---------------------------------------------------------------- models
-
-
 def seeded(model: nn.Module, *batch: Any) -> Tensor:
     """Per-sample losses that draw the same random numbers every time."""
     torch.manual_seed(5)
@@ -123,9 +120,6 @@ def padded() -> list[Tensor]:
     for i in range(N):
         labels[i, T - i :] = -100
     return [randn(N, T, D), labels]
-
-
-# ---------------------------------------------------------------- loops
 
 
 def unfreezing(run: Run, batch: Any) -> None:
@@ -264,8 +258,6 @@ def written_later(s: Any, x: Tensor) -> Tensor:
     h.add_(1)
     return out + s.b(x)
 
-
-# ---------------------------------------------------------------- the table
 
 # Traps that are models: every law holds for these cases, in every mode.
 OBEYED = {

@@ -25,8 +25,6 @@ def train_until_used_up(model: Any, opt: Any, loader: Any, passes: int) -> None:
             train(model, opt, loader)
 
 
-# ---------------------------------------------------------------- how long it lasts
-
 BUDGETS = [
     # examples, batch, epochs, steps: 225 batches is where "epochs / q" is truncated to 224 steps elsewhere
     (225, 1, 1, 225),
@@ -116,9 +114,6 @@ def test_iterators_opened_early_cannot_outlive_the_budget() -> None:
     assert run.history == [(run.scope.noise_multiplier, 0.5, 2)]
 
 
-# ---------------------------------------------------------------- other charges within it
-
-
 def test_foreign_step_beyond_the_budget_is_refused() -> None:
     """Under a budget a foreign step that alone would exceed it raises before anything is touched."""
     run = Charged(target_epsilon=1.0, epochs=1)
@@ -185,9 +180,6 @@ def test_noise_multiplier_is_fixed_under_a_budget() -> None:
         with pytest.raises(ScopeError, match="target_epsilon"):
             scheduler.step()
         assert opt.noise_multiplier == sigma
-
-
-# ---------------------------------------------------------------- calibration
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
