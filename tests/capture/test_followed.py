@@ -48,8 +48,8 @@ def test_a_misleading_first_batch(name, mode):
     assert right > 0
 
 
-def encoder_layer():
-    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+def transformer():
+    return Net(lambda s, x: s.m(x, x), m=nn.Transformer(4, 2, 1, 1, 8, dropout=0.5, batch_first=True))
 
 
 def with_dropout():
@@ -57,7 +57,7 @@ def with_dropout():
 
 
 @pytest.mark.parametrize("mode", laws.MODES, ids=str)
-@pytest.mark.parametrize("make", [with_dropout, encoder_layer])
+@pytest.mark.parametrize("make", [with_dropout, transformer])
 def test_dropout_in_the_owner_of_parameters(make, mode):
     """With dropout inside the owner of parameters, gradients belong to the masks that the forward pass drew."""
     model, x = make().double(), randn(N, 5, 4)

@@ -5,6 +5,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import rnn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ..models import Net, randn
@@ -151,6 +152,11 @@ def tokens_of(layer):
     return Net(lambda s, x: s.r(x)[0], r=layer)
 
 
+def packed(s, x, lengths):
+    """The last hidden state of each of some sequences of different lengths."""
+    return s.r(rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
+
 chain = nn.Sequential
 
 LLAMA = "models.llama.modeling_llama.LlamaRMSNorm"
@@ -199,6 +205,13 @@ LAYERS = [
     case("gru-two-layers", lambda: tokens_of(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True)), rows(5, 4)),
     case("lstm-two-layers", lambda: tokens_of(nn.LSTM(4, 3, 2, batch_first=True)), rows(4, 4)),
     case("rnn-two-layers", lambda: tokens_of(nn.RNN(4, 3, 2, batch_first=True)), rows(4, 4)),
+    case(
+        "lstm-packed",
+        lambda: Net(packed, r=nn.LSTM(4, 3, batch_first=True)),
+        rows(5, 4),
+        lambda: torch.tensor([5, 3, 2]),
+        empty=False,
+    ),
     case("rnn-cell", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4)), rows(4)),
     case(
         "attention",
@@ -206,6 +219,7 @@ LAYERS = [
         rows(5, 4),
     ),
     case("encoder-layer", lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), rows(5, 4)),
+    case("transformer", lambda: nn.Transformer(4, 2, 1, 1, 8, dropout=0.0, batch_first=True), rows(5, 4), rows(3, 4)),
     case("owned-parameter", OwnsParameter, rows(5, 4)),
     case("weight-norm", lambda: chain(weight_norm(nn.Linear(4, 5)), nn.Linear(5, 2)), rows(4)),
     # ---------------------------------------------------------------- linear

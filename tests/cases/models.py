@@ -178,6 +178,7 @@ def checkpointed(use_reentrant):
 
 MODELS = [
     *(case(name, make, rows(4)) for name, make in BUILDERS.items()),
+    *(case(f"{name}, evaluating", lambda make=make: make().eval(), rows(4)) for name, make in BUILDERS.items()),
     net("keywords", by_keyword, rows(T, D), lin=linear, block=lambda: Net(keywords_only, w=param(D))),
     net(
         "structures",

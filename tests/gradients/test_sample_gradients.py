@@ -139,11 +139,16 @@ def normed():
     return Net(lambda s, x: s.linear(x), linear=nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
 
 
+def flat():
+    """Linear layers that see a sample as one row."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
+
+
 # These models take long by the hundred of samples: what is summed is the same in "functorch" as in "hooks", and in two
 # passes as in "deferred".
 @pytest.mark.parametrize("mode", [laws.MODE[name] for name in ("ghost", "deferred", "hooks")], ids=str)
-@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("make", [convolutions_and_norms, tables, followed, normed])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("make", [convolutions_and_norms, tables, followed, normed, flat])
 def test_sums_over_many_samples_are_not_rounded_to_half_precision(make, precision, mode):
     """In half precision, too, taking away one of many similar samples moves the sum of clipped gradients by C and no more."""
     bound = 1e-3
@@ -153,7 +158,7 @@ def test_sums_over_many_samples_are_not_rounded_to_half_precision(make, precisio
 
     def losses(rows):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
-            return model(rows).float().square().sum((1, 2))
+            return model(rows).float().square().flatten(1).sum(1)
 
     def clipped(rows):
         with (
@@ -162,6 +167,7 @@ def test_sums_over_many_samples_are_not_rounded_to_half_precision(make, precisio
         ):
             factors = (bound / torch.stack(list(found.sq_norms(found.params).values())).sum(0).sqrt()).clamp(max=1)
             sums = found.weighted_sums(dict.fromkeys(found.params, factors), torch.ones(len(rows), dtype=torch.bool))
+        assert all(total.dtype == torch.float32 for total in sums.values())
         return list(sums.values())
 
     differences = [(a - b).double() for a, b in zip(clipped(x), clipped(x[1:]), strict=True)]

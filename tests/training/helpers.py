@@ -23,6 +23,7 @@ from ..models import (
     scope_over,
     values,
 )
+from ..snapshot import Snapshot
 
 # With Poisson sampling at rate 1 every batch holds all six examples, and every step is one charge.
 POISSON = {"poisson_sampling": True, "accountant": "rdp"}
@@ -75,6 +76,7 @@ class Run:
         self.start = values(self.model)
         prepare(self.model)
         self.original = optimizer(self.model)
+        self.before = Snapshot(self.model, self.original)
         if options.get("noise_multiplier"):
             options.setdefault("noise_generator", drawn(5))
         self.scope: PrivateTraining = scope_over(self.model, optimizer=self.original, **options)
