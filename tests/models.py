@@ -181,10 +181,9 @@ def clipped_sum(rows: list[list[Tensor]], bound: float | list[float]) -> list[Te
     return [reference.clipped_sum({k: g}, bound[k])[k] for k, g in grads.items()]
 
 
-def expected_move(model: nn.Module, *, factor: float = 1.0, divided_by: int = 6) -> list[Tensor]:
-    """Return the clipped sum, by hand, of ``factor`` times the gradients of the six examples, divided."""
-    rows = [[factor * g for g in row] for row in sample_gradients(model, *examples())]
-    return [g / divided_by for g in clipped_sum(rows, BOUND)]
+def expected_move(model: nn.Module) -> list[Tensor]:
+    """Return the mean of the clipped gradients of the six examples, by hand."""
+    return [g / 6 for g in clipped_sum(sample_gradients(model, *examples()), BOUND)]
 
 
 def charges(scope: PrivateTraining) -> int:

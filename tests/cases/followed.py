@@ -53,19 +53,6 @@ def time_first_attention(s, x):
     return s.m(x, x, x)[0].transpose(0, 1)
 
 
-def cls_token(dropout):
-    """Return the forward of a class token and positions, owned next to layers."""
-
-    def forward(s, x):
-        x = torch.cat([s.cls.expand(x.shape[0], -1, -1), s.proj(x)], 1) + s.pos
-        return s.head(F.dropout(x, dropout, s.training)[:, 0] + x.mean(1))
-
-    return forward
-
-
-CLS_TOKEN = {"cls": (1, 1, 4), "pos": (1, 6, 4), "proj": linear, "head": head}
-
-
 def attention_bias(s, x):
     """A relative-position table looked up once for all samples, added to attention scores."""
     n, t, _ = x.shape
@@ -322,7 +309,6 @@ FOLLOWED = [
     ),
     net("attention-mask-bias", attention_mask_bias, rows(3, 4), table=(9, 2), index=lambda: torch.arange(9).view(3, 3), q=linear),
     net("weight-of-another-module", lambda s, i: F.linear(s.mid(s.emb(i)), s.emb.weight), ids(5), emb=word, mid=linear),
-    net("cls-token", cls_token(0.0), rows(5, 4), **CLS_TOKEN),
     net(
         "windows-with-a-class-token",
         lambda s, x: s.head(torch.tanh(s.inner(x))).reshape(len(x), 6, 3),

@@ -20,7 +20,7 @@ T = D = 4
 
 @dataclass
 class Output:
-    """What a submodule returns."""
+    """What a module returns."""
 
     hidden: Tensor
     extra: Any

@@ -282,7 +282,7 @@ OBEYED = {
     "G6": ["keywords"],
     "G7": ["relu-in-place", "added-in-place"],
     "G8": ["structures"],
-    "G9": ["vision", "cls-token"],
+    "G9": ["vision"],
     "G10": ["linear-4d-deep", "layer-norm-no-bias", "embedding-padding", "convolutions", "embedding-bag"],
     "G11": ["lstm-two-layers", "gru-two-layers", "rnn-two-layers", "attention"],
     "G12": [
@@ -300,6 +300,12 @@ OBEYED = {
 TRAPS: dict[str, Trap] = {
     "G5 weight used in the loop": Trap(
         mlp, tokens, losses=lambda model, x: losses(lambda x: F.linear(model[0](x), model[0].weight), x), refused=r"0\.weight"
+    ),
+    "G5 weight of a layer that is not called": Trap(
+        lambda: Net(lambda s, x: s.a(x), a=linear(), b=linear()),
+        tokens,
+        losses=lambda model, x: losses(lambda x: F.linear(model(x), model.b.weight), x),
+        refused=r"^b\.weight: used where no hook saw it",
     ),
     "G9 class token with dropout": Trap(lambda: vision(0.5), tokens, losses=seeded, together=True),
     "G13 forward passes without backward": Trap(mlp, tokens, step=forward_only),
