@@ -360,6 +360,7 @@ TRAPS: dict[str, Trap] = {
     "G20 gradient scaler": Trap(mlp, tokens, step=scaled, refused="GradScaler"),
     "G20 gradient scaler, unscaled": Trap(mlp, tokens, step=partial(scaled, unscale=True), refused="GradScaler"),
     "G20 gradient scaler, switched off": Trap(mlp, tokens, step=partial(scaled, unscale=True, enabled=False)),
+    "G21 one graph twice, tokens": Trap(mlp, tokens, step=two_passes),
     "G21 two forward passes, vision": Trap(lambda: vision(0.0), tokens, step=two_forwards),
     **{
         f"G21 {by.__name__.replace('_', ' ')}, {name}": Trap(BUILDERS[name], lambda: [randn(N, D)], step=by)
