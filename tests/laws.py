@@ -57,9 +57,6 @@ MODES = [
 MODE = {mode.name: mode for mode in MODES}
 
 
-# ---------------------------------------------------------------- how a mode is asked
-
-
 @contextmanager
 def attached(model: nn.Module, mode: Mode, **options: object) -> Iterator[HookController]:
     """A controller over ``model``."""
@@ -145,9 +142,6 @@ def agrees(
                 sums = found.weighted_sums(dict.fromkeys(found.params, weights), finite)
                 close(sums, {k: torch.tensordot(weights[finite], g[finite], 1) for k, g in expected.items()})
     assert all(p.grad is None for p in controller.params)
-
-
-# ---------------------------------------------------------------- the laws
 
 
 def released(

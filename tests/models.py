@@ -1,5 +1,8 @@
 """Small models that all map ``[n, 4]`` to logits, scopes over them, and what a step in one has to do."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -178,10 +181,9 @@ def clipped_sum(rows: list[list[Tensor]], bound: float | list[float]) -> list[Te
     return [reference.clipped_sum({k: g}, bound[k])[k] for k, g in grads.items()]
 
 
-def expected_move(model: nn.Module, *, factor: float = 1.0, divided_by: int = 6) -> list[Tensor]:
-    """Return the clipped sum, by hand, of ``factor`` times the gradients of the six examples, divided."""
-    rows = [[factor * g for g in row] for row in sample_gradients(model, *examples())]
-    return [g / divided_by for g in clipped_sum(rows, BOUND)]
+def expected_move(model: nn.Module) -> list[Tensor]:
+    """Return the mean of the clipped gradients of the six examples, by hand."""
+    return [g / 6 for g in clipped_sum(sample_gradients(model, *examples()), BOUND)]
 
 
 def charges(scope: PrivateTraining) -> int:
@@ -204,6 +206,27 @@ def put(model: nn.Module, before: list[Tensor]) -> None:
 def moved(before: list[Tensor], model: nn.Module) -> list[Tensor]:
     """Return by how much the parameters went down since ``before``."""
     return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether anything of a scope is on a module of ``model``, or on a parameter."""
+    return any(
+        value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key in ("__getstate__", "__deepcopy__") or (key.startswith(("_forward_", "_backward_")) and "hooks" in key)
+    ) or any(vars(p) or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def saved_and_loaded(thing: Any) -> Any:
+    """Copy through ``torch.save``."""
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "torch.save": saved_and_loaded}
 
 
 def equal_trees(a: Any, b: Any) -> bool:

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------- switches
-
 
 def _flattened(s, x):
     if s.switch:
@@ -93,8 +91,6 @@ class ChangingCriterion(nn.Module):
         loss = out.square().mean(1)
         return (loss + out.mean(0).square().sum() if self.late else loss).mean()
 
-
-# ---------------------------------------------------------------- coins
 
 COINS = {
     "torch.rand": lambda: bool(torch.rand([]) < 0.4),

@@ -15,9 +15,6 @@ head = partial(nn.Linear, 4, 3)
 word = partial(nn.Embedding, 7, 4)
 
 
-# ---------------------------------------------------------------- how samples are laid out
-
-
 def windows_with_a_class_token(s, x):
     """The windows of a sample follow each other, but their class tokens are laid out window by window."""
     tokens = s.token.expand(len(x), -1, -1).repeat(2, 1, 1)
@@ -54,22 +51,6 @@ def tables_of_the_batch_size(s, x):
 def time_first_attention(s, x):
     x = x.transpose(0, 1)
     return s.m(x, x, x)[0].transpose(0, 1)
-
-
-# ---------------------------------------------------------------- how parameters meet them
-
-
-def cls_token(dropout):
-    """Return the forward of a class token and positions, owned next to layers."""
-
-    def forward(s, x):
-        x = torch.cat([s.cls.expand(x.shape[0], -1, -1), s.proj(x)], 1) + s.pos
-        return s.head(F.dropout(x, dropout, s.training)[:, 0] + x.mean(1))
-
-    return forward
-
-
-CLS_TOKEN = {"cls": (1, 1, 4), "pos": (1, 6, 4), "proj": linear, "head": head}
 
 
 def attention_bias(s, x):
@@ -171,9 +152,6 @@ def written_in_place(s, x):
 
 def parameter_lists(s, x):
     return sum(torch.einsum("ntd,de->nte", x, w) * s.scales[str(k)] for k, w in enumerate(s.weights))
-
-
-# ---------------------------------------------------------------- functions of the user
 
 
 class Product(torch.autograd.Function):
@@ -312,8 +290,6 @@ PLACES = {
     "of-another-module": function_of_another_module,
 }
 
-# ---------------------------------------------------------------- the table
-
 
 def positions(name, at, size=5):
     return net(name, lambda s, i: s.e(i) + s.p(at()), ids(size), e=word, p=partial(nn.Embedding, size, 4))
@@ -333,7 +309,6 @@ FOLLOWED = [
     ),
     net("attention-mask-bias", attention_mask_bias, rows(3, 4), table=(9, 2), index=lambda: torch.arange(9).view(3, 3), q=linear),
     net("weight-of-another-module", lambda s, i: F.linear(s.mid(s.emb(i)), s.emb.weight), ids(5), emb=word, mid=linear),
-    net("cls-token", cls_token(0.0), rows(5, 4), **CLS_TOKEN),
     net(
         "windows-with-a-class-token",
         lambda s, x: s.head(torch.tanh(s.inner(x))).reshape(len(x), 6, 3),
@@ -419,7 +394,18 @@ FOLLOWED = [
     net("slopes", lambda s, x: torch.where(x > 0, x, s.slope * x) / s.temperature.exp(), rows(5, 4), slope=(4,), temperature=()),
     net("time-first", lambda s, x: s.n(s.l(x.transpose(0, 1))).transpose(0, 1), rows(5, 4), l=linear, n=lambda: nn.LayerNorm(4)),
     net("time-first-flat", time_first_flat, rows(5, 4), l=linear),
-    net("time-first-lstm", lambda s, x: s.r(x.transpose(0, 1))[0].transpose(0, 1), rows(5, 4), r=lambda: nn.LSTM(4, 3)),
+    net(
+        "time-first-lstm",
+        lambda s, x: s.r(x.transpose(0, 1))[0].transpose(0, 1),
+        rows(5, 4),
+        r=lambda: nn.LSTM(4, 3, 2, bidirectional=True),
+    ),
+    net(
+        "time-first-encoder",
+        lambda s, x: s.m(x.transpose(0, 1)).transpose(0, 1),
+        rows(5, 4),
+        m=lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), 2, enable_nested_tensor=False),
+    ),
     net("time-first-attention", time_first_attention, rows(5, 4), m=lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True)),
     net("constant-buffer", lambda s, x: s.w * s.norms * x + s.norms, rows(4), w=(4,), norms=lambda: torch.rand(4)),
     net("convolution", lambda s, x: s.c(x), rows(2, 5), c=lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular")),
@@ -446,8 +432,6 @@ FOLLOWED = [
         for place, make in PLACES.items()
     ),
 ]
-
-# ---------------------------------------------------------------- misleading first batches
 
 
 class Lengths(nn.Module):

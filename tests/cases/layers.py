@@ -5,22 +5,13 @@ import importlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import rnn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ..models import Net, randn
 from . import N, case, ids, rows
 
-
-class OwnsParameter(nn.Module):
-    """A class token owned next to a child layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, 4))
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.cat([self.token.expand(x.shape[0], -1, -1), self.inner(x)], dim=1)
+chain = nn.Sequential
 
 
 class LinearWithForward(nn.Linear):
@@ -64,6 +55,7 @@ def unit(x):
 PermutingNorm = norm("PermutingNorm", lambda s, x: unit(x) * s.weight.flip(0))
 AbsoluteNorm = norm("AbsoluteNorm", lambda s, x: unit(x) * s.weight.abs())
 AveragingNorm = norm("AveragingNorm", lambda s, x: unit(x) * s.weight.mean())
+ODD_NORMS = [OddNorm, PermutingNorm, AbsoluteNorm, AveragingNorm]
 # With two outputs; with a gate that all samples share.
 ResidualNorm = norm("ResidualNorm", lambda s, x, residual: (unit(x + residual) * s.weight, x + residual))
 GatedNorm = norm("GatedNorm", lambda s, x, gate: unit(x) * s.weight * gate)
@@ -86,16 +78,10 @@ class SubLinear(nn.Linear):
     """A subclass with the same forward."""
 
 
-def tied_linears(other):
-    first, second = nn.Linear(4, 4), other(4, 4)
+def tied_layers(first, second):
+    """Two layers with one weight, one after the other."""
     second.weight = first.weight
-    return Net(lambda s, x: s.b(s.a(x).tanh()), a=first, b=second)
-
-
-def tied_to_subclass():
-    model = chain(nn.Linear(4, 4), LinearWithForward(4, 4))
-    model[1].weight = model[0].weight
-    return model
+    return chain(first, nn.Tanh(), second)
 
 
 def shared_by_calls(times):
@@ -107,13 +93,6 @@ def shared_by_calls(times):
         return x
 
     return Net(forward, a=nn.Linear(4, 4))
-
-
-def tied_to_conv1d():
-    """A Linear and a Conv1D of GPT-2, which keeps its weight transposed, with one weight."""
-    model = chain(nn.Linear(4, 4), nn.Tanh(), hf("pytorch_utils.Conv1D", 4, 4))
-    model[2].weight = model[0].weight
-    return model
 
 
 def tied_pair(first, second):
@@ -151,13 +130,17 @@ def tokens_of(layer):
     return Net(lambda s, x: s.r(x)[0], r=layer)
 
 
-chain = nn.Sequential
+def packed(s, x, lengths):
+    """The last hidden state of each of some sequences of different lengths."""
+    return s.r(rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
 
 LLAMA = "models.llama.modeling_llama.LlamaRMSNorm"
 GEMMA = "models.gemma.modeling_gemma.GemmaRMSNorm"
 T5 = "models.t5.modeling_t5.T5LayerNorm"
 MAMBA = "models.mamba2.modeling_mamba2.MambaRMSNormGated"
 QWEN = "models.qwen3_next.modeling_qwen3_next.Qwen3NextRMSNormGated"
+HF_NORMS = {LLAMA: {}, GEMMA: {}, T5: {}, MAMBA: {"group_size": 2}, QWEN: {}}
 IN_FLOAT32 = {"tolerance": 1e-5}  # these layers compute in float32 whatever they are given
 PADDED = lambda: torch.tensor([[1, 1, 1], [1, 2, 2], [3, 4, 5]])  # noqa: E731
 
@@ -171,7 +154,7 @@ LAYERS = [
     case("linear-not-contiguous", lambda: chain(nn.Linear(4, 5)), lambda: randn(N, 4, 6).transpose(1, 2)),
     case("relu-in-place", lambda: chain(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), rows(4)),
     case("linear-subclass", lambda: chain(nn.Linear(4, 4), LinearWithForward(4, 3)), rows(4)),
-    case("tied-to-subclass", tied_to_subclass, rows(4)),
+    case("tied-to-subclass", lambda: tied_layers(nn.Linear(4, 4), LinearWithForward(4, 4)), rows(4)),
     case("tied-embedding", tied, ids(5)),
     case("called-twice", lambda: Net(lambda s, x: s.a(s.a(x).tanh()), a=nn.Linear(4, 4)), rows(4)),
     case("embedding", lambda: chain(nn.Embedding(7, 4), nn.Linear(4, 2)), ids(5)),
@@ -199,6 +182,13 @@ LAYERS = [
     case("gru-two-layers", lambda: tokens_of(nn.GRU(4, 3, 2, bidirectional=True, batch_first=True)), rows(5, 4)),
     case("lstm-two-layers", lambda: tokens_of(nn.LSTM(4, 3, 2, batch_first=True)), rows(4, 4)),
     case("rnn-two-layers", lambda: tokens_of(nn.RNN(4, 3, 2, batch_first=True)), rows(4, 4)),
+    case(
+        "lstm-packed",
+        lambda: Net(packed, r=nn.LSTM(4, 3, batch_first=True)),
+        rows(5, 4),
+        lambda: torch.tensor([5, 3, 2]),
+        empty=False,
+    ),
     case("rnn-cell", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4)), rows(4)),
     case(
         "attention",
@@ -206,7 +196,7 @@ LAYERS = [
         rows(5, 4),
     ),
     case("encoder-layer", lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), rows(5, 4)),
-    case("owned-parameter", OwnsParameter, rows(5, 4)),
+    case("transformer", lambda: nn.Transformer(4, 2, 1, 1, 8, dropout=0.0, batch_first=True), rows(5, 4), rows(3, 4)),
     case("weight-norm", lambda: chain(weight_norm(nn.Linear(4, 5)), nn.Linear(5, 2)), rows(4)),
     # ---------------------------------------------------------------- linear
     case("linear-one", lambda: nn.Linear(4, 5), rows(4)),
@@ -228,10 +218,10 @@ LAYERS = [
     case(
         "called-twice-embedding", lambda: Net(lambda s, i, j: s.e(i).sum(1) - s.e(j).mean(1), e=nn.Embedding(7, 4)), ids(5), ids(3)
     ),
-    case("tied-linears", lambda: tied_linears(nn.Linear), rows(4, 4)),
-    case("tied-to-a-subclass-of-one-forward", lambda: tied_linears(SubLinear), rows(4, 4)),
+    case("tied-linears", lambda: tied_layers(nn.Linear(4, 4), nn.Linear(4, 4)), rows(4, 4)),
+    case("tied-to-a-subclass-of-one-forward", lambda: tied_layers(nn.Linear(4, 4), SubLinear(4, 4)), rows(4, 4)),
     case("tied-embedding-padding", lambda: tied(padding_idx=1), ids(5)),
-    case("tied-to-transposed", tied_to_conv1d, rows(5, 4)),
+    case("tied-to-transposed", lambda: tied_layers(nn.Linear(4, 4), hf("pytorch_utils.Conv1D", 4, 4)), rows(5, 4)),
     case("tied-linear-conv1d", lambda: tied_pair(nn.Linear(4, 4), LinearAsConv(4, 4)), rows(5, 4)),
     case("tied-conv2d", lambda: tied_pair(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, stride=2, padding=1)), rows(3, 6, 5)),
     case("tied-conv-to-transposed", lambda: tied_pair(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3, stride=2)), rows(4, 6)),

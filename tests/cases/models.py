@@ -20,7 +20,7 @@ T = D = 4
 
 @dataclass
 class Output:
-    """What a submodule returns."""
+    """What a module returns."""
 
     hidden: Tensor
     extra: Any
@@ -124,9 +124,6 @@ def kept_on_cpu(model, x):
         return losses_of(model, x)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 def body():
     return nn.Sequential(linear(), nn.GELU(), linear())
 
@@ -181,6 +178,7 @@ def checkpointed(use_reentrant):
 
 MODELS = [
     *(case(name, make, rows(4)) for name, make in BUILDERS.items()),
+    *(case(f"{name}, evaluating", lambda make=make: make().eval(), rows(4)) for name, make in BUILDERS.items()),
     net("keywords", by_keyword, rows(T, D), lin=linear, block=lambda: Net(keywords_only, w=param(D))),
     net(
         "structures",

@@ -1,24 +1,15 @@
 """Models without a fault that are called, draw numbers and return things in unusual ways: none of them may be refused."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models import Net
 from ..reference import losses_of, per_sample
 from .mixing import D, between, linear
-
-
-@dataclass
-class Output:
-    """What a model returns."""
-
-    logits: Tensor
-    extra: Any = None
+from .models import Output
 
 
 def chain(*layers):
@@ -94,7 +85,7 @@ SOUND = {
     "checkpointing": (chain(partial(Checkpointed, False)), losses_of),
     "reentrant checkpointing": (chain(partial(Checkpointed, True)), losses_of),
     "saved tensors on the CPU": (around(kept_on_cpu), losses_of),
-    "dataclass": (around(lambda s, x: Output(s.inner(x))), of(lambda m, x: m(x).logits)),
+    "dataclass": (around(lambda s, x: Output(s.inner(x), None)), of(lambda m, x: m(x).hidden)),
     "nested": (around(lambda s, x: {"a": [s.inner(x), None], "b": (3, "c", x.long())}), of(lambda m, x: m(x)["a"][0])),
     "keywords and constants": (
         around(lambda s, *, x, power, name, nothing=None: s.inner(x) ** power),

@@ -19,7 +19,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, rnn
 from torchvision.models import swin_transformer
 
 from ..models import Net
@@ -40,9 +39,6 @@ class Specimen:
 
 
 Builder = Callable[[], Specimen]
-
-
-# ---------------------------------------------------------------- inputs
 
 
 def randn(*shape: int) -> Tensor:
@@ -80,9 +76,6 @@ def image_and_text(size: int = 16) -> dict[str, Tensor]:
 
 def waveform() -> dict[str, Tensor]:
     return {"input_values": randn(200)}
-
-
-# ---------------------------------------------------------------- transformers
 
 
 def every(value: Any, names: str) -> dict[str, Any]:
@@ -352,8 +345,6 @@ MULTIMODAL: dict[str, Builder] = {
     "vilt": hf("ViltForQuestionAnswering", {**TEXT, **IMAGE, "max_image_length": -1}, image_and_text),
 }
 
-# ---------------------------------------------------------------- timm and torchvision
-
 
 def pictures(model: Callable[[], nn.Module], size: int = 16) -> Builder:
     """Return a builder for a network on images; ``model()`` makes it."""
@@ -413,8 +404,6 @@ TORCHVISION: dict[str, Builder] = {
     ),
 }
 
-# ---------------------------------------------------------------- peft
-
 
 def adapted(base: Builder, config: Callable[[], Any]) -> Builder:
     """Return a builder for ``base`` with the adapter of ``config()`` on it."""
@@ -466,100 +455,7 @@ def two_adapters() -> Specimen:
     return specimen
 
 
-# ---------------------------------------------------------------- plain torch
-
-
-def plain(fn: Callable[..., Any], inputs: Callable[[], dict[str, Tensor]], **parts: Callable[[], Any]) -> Builder:
-    """Return a builder for a network that runs ``fn(self, **inputs)`` over ``parts``, made anew every time."""
-    return lambda: Specimen(Net(fn, **{name: make() for name, make in parts.items()}), inputs(), first)
-
-
-def sequence() -> dict[str, Tensor]:
-    return {"x": randn(5, 8)}
-
-
-def recurrent(kind: type[nn.RNNBase], **settings: Any) -> Builder:
-    width = 12 if settings.get("bidirectional") else 6
-    return plain(
-        lambda s, x: s.head(s.cells(x.transpose(0, 1))[0].mean(0)),
-        sequence,
-        cells=lambda: kind(8, 6, **settings),
-        head=lambda: nn.Linear(width, 3),
-    )
-
-
-def packed(s: Any, x: Tensor, lengths: Tensor) -> Tensor:
-    sequences = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    return s.head(s.cells(sequences)[1][0][-1])
-
-
-def head() -> nn.Module:
-    return nn.Linear(8, 3)
-
-
-def headed(fn: Callable[..., Any], body: Callable[[], nn.Module], inputs: Callable[[], Any] = sequence) -> Builder:
-    """Return a builder for a linear layer on what ``fn(body, **inputs)`` gives."""
-    return plain(lambda s, **inputs: s.head(fn(s.body, **inputs)), inputs, body=body, head=head)
-
-
-PLAIN: dict[str, Builder] = {
-    "rnn": recurrent(nn.RNN),
-    "lstm": recurrent(nn.LSTM, num_layers=2, bidirectional=True),
-    "gru": recurrent(nn.GRU),
-    "lstm-packed": plain(
-        packed,
-        lambda: {"x": randn(5, 8), "lengths": torch.tensor([5, 3, 2])},
-        cells=lambda: nn.LSTM(8, 6, batch_first=True),
-        head=lambda: nn.Linear(6, 3),
-    ),
-    "torch-transformer": headed(
-        lambda body, x, y: body(x, y).mean(1),
-        lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0),
-        lambda: {"x": randn(5, 8), "y": randn(4, 8)},
-    ),
-    "torch-encoder-time-first": headed(
-        lambda body, x: body(x.transpose(0, 1)).mean(0),
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0), 2),
-    ),
-    "multihead-attention": headed(
-        lambda body, x: body(x, x, x, need_weights=False)[0].mean(1),
-        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True),
-    ),
-    "weight-norm": headed(lambda body, x: torch.tanh(body(x)), lambda: parametrizations.weight_norm(nn.Linear(8, 8))),
-    "embedding-bag": headed(
-        lambda body, x: torch.tanh(body(x)), lambda: nn.EmbeddingBag(VOCAB, 8, mode="mean"), lambda: {"x": ids()}
-    ),
-    "class-token": plain(
-        lambda s, x: s.head(s.body(torch.cat([s.token.expand(len(x), 1, -1), x], 1) + s.at[None])[:, 0]),
-        sequence,
-        token=lambda: nn.Parameter(torch.randn(1, 8)),
-        at=lambda: nn.Parameter(torch.randn(6, 8)),
-        body=lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0),
-        head=head,
-    ),
-    "tied-functional": plain(
-        lambda s, x: torch.tanh(s.inner(s.table(x))) @ s.table.weight.T,
-        lambda: {"x": ids()},
-        table=lambda: nn.Embedding(VOCAB, 8),
-        inner=lambda: nn.Linear(8, 8),
-    ),
-}
-
-ARCHITECTURES: dict[str, Builder] = {
-    **ENCODERS,
-    **CAUSAL,
-    **SEQ2SEQS,
-    **VISION,
-    **SOUND,
-    **MULTIMODAL,
-    **TIMM,
-    **TORCHVISION,
-    **PEFT,
-    **PLAIN,
-}
-
-# ---------------------------------------------------------------- what couples samples
-
+ARCHITECTURES = ENCODERS | CAUSAL | SEQ2SEQS | VISION | SOUND | MULTIMODAL | TIMM | TORCHVISION | PEFT
 
 COUPLED: dict[str, Builder] = {
     "clip-logits": hf("CLIPModel", CLIP, image_and_text, read=lambda output: output.logits_per_image),
@@ -572,12 +468,7 @@ COUPLED: dict[str, Builder] = {
     "resnet-batchnorm": pictures(lambda: residual(nn.BatchNorm2d)),
     "wav2vec2-conformer": hf("Wav2Vec2ConformerForCTC", AUDIO, waveform, conv_depthwise_kernel_size=3, max_source_positions=32),
     "timm-convmixer": pictures(lambda: importlib.import_module("timm.models.convmixer").ConvMixer(8, 2, num_classes=3)),
-    "spectral-norm": headed(lambda body, x: torch.tanh(body(x)), lambda: parametrizations.spectral_norm(nn.Linear(8, 8))),
-    "attention-over-samples": headed(lambda body, x: body(x, x, x)[0].mean(1), lambda: nn.MultiheadAttention(8, 2)),
-    "batch-mean": headed(lambda body, x: torch.tanh(body(x) - x.mean(0)), lambda: nn.Linear(8, 8)),
 }
-
-# ---------------------------------------------------------------- building
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -30,14 +30,19 @@ def back_and_step(loss, opt):
     opt.step()
 
 
-def stepped(model, opt, x):
-    """Take an ordinary step, and return whether it moved the model, which it must have unless it was refused."""
+def moves(model, opt, take):
+    """Whether ``take()`` moves the model, where it may be refused instead."""
     before = values(model)
     try:
-        back_and_step(losses_of(model, x).mean(), opt)
+        take()
     except errors.SelfCheckError:
         opt.zero_grad()
     return any(bool(m.any()) for m in moved(before, model))
+
+
+def stepped(model, opt, x):
+    """Take an ordinary step, and return whether it moved the model."""
+    return moves(model, opt, lambda: back_and_step(losses_of(model, x).mean(), opt))
 
 
 def refused(loss, opt, match=None):
@@ -45,21 +50,21 @@ def refused(loss, opt, match=None):
         back_and_step(loss, opt)
 
 
-# ---------------------------------------------------------------- what is compared
-
-
-def test_a_shared_input_with_as_many_rows_as_the_batch_is_stopped():
-    """An input of the model that all samples share is refused when it has as many rows as the batch."""
-    model = Net(lambda s, x, i: s.a(x) + s.p(i), a=nn.Linear(D, 4), p=nn.Embedding(N, 4)).double()
-    step = laws.step_in(laws.MODE["ghost"], lambda m, x: losses_of(m, x, torch.arange(N)))
-    assert "the model" in str(laws.released(model, [randn(N, N, D)], step))
-
-
-def test_a_wrong_sample_axis_is_stopped():
-    """Time-first data under batch_first=True is refused, also when time and batch have the same length."""
-    model = Net(lambda s, x: s.r(x)[0].sum(0), r=nn.LSTM(D, 3)).double()
-    step = laws.step_in(laws.MODE["ghost"], lambda m, x: losses_of(m, x.transpose(0, 1)))
-    assert laws.released(model, [randn(N, N, D)], step) is not None
+@pytest.mark.parametrize(
+    ("model", "losses"),
+    [
+        (
+            lambda: Net(lambda s, x, i: s.a(x) + s.p(i), a=nn.Linear(D, 4), p=nn.Embedding(N, 4)),
+            lambda m, x: losses_of(m, x, torch.arange(N)),
+        ),
+        (lambda: Net(lambda s, x: s.r(x)[0].sum(0), r=nn.LSTM(D, 3)), lambda m, x: losses_of(m, x.transpose(0, 1))),
+    ],
+    ids=["shared input", "time first"],
+)
+def test_inputs_whose_rows_are_not_samples_are_stopped(model, losses):
+    """An input that all samples share, or time-first data under batch_first=True, is refused at as many rows as the batch."""
+    step = laws.step_in(laws.MODE["ghost"], losses)
+    assert "the model" in str(laws.released(model().double(), [randn(N, N, D)], step))
 
 
 def test_direct_calls_of_submodules_are_checked():
@@ -170,9 +175,6 @@ def test_it_can_be_switched_off():
     assert isinstance(opt, torch.optim.Optimizer)
 
 
-# ---------------------------------------------------------------- what it leaves alone
-
-
 def test_the_check_leaves_no_trace():
     """Random state, buffers and the step itself are the same with and without the check, dropout included."""
 
@@ -235,9 +237,6 @@ def test_a_train_function_may_consume_its_batch():
     assert losses.shape == (N,)
 
 
-# ---------------------------------------------------------------- when it runs
-
-
 def test_the_check_runs_once():
     """After it has passed for several samples, no further forward passes are made and its hooks are gone."""
     model, calls, counts = mlp(), [], []
@@ -285,12 +284,7 @@ def test_inputs_that_are_given_for_the_first_time_later_are_checked_then(by_keyw
     with enter(model, data) as (opt, _):
         for with_mask in (False, False, True):
             out = model(data) if not with_mask else model(data, **given) if by_keyword else model(data, given)
-            loss, before = out.square().mean(1).mean(), model.weight.detach().clone()
-            if with_mask:
-                refused(loss, opt)
-            else:
-                back_and_step(loss, opt)
-            assert torch.equal(before, model.weight) == with_mask
+            assert moves(model, opt, lambda out=out: back_and_step(out.square().mean(1).mean(), opt)) != with_mask
 
 
 @pytest.mark.parametrize("by_function", [True, False])
@@ -298,19 +292,13 @@ def test_a_part_that_is_called_for_the_first_time_later_is_checked_then(by_funct
     """A part of the model that no earlier step called is compared before its first gradients are released."""
     model, data = Net(None, sound=mlp(), broken=mlp(CENTRED)), randn(N, D)
     train = dp_step(lambda model, batch, name: losses_of(getattr(model, name), batch))
-    moves = []
+
+    def take(name):
+        return train(model, data, name) if by_function else back_and_step(losses_of(getattr(model, name), data).mean(), opt)
+
     with enter(model, data) as (opt, _):
-        for name in ("sound", "sound", "broken", "sound"):
-            before = values(model)
-            try:
-                if by_function:
-                    train(model, data, name)
-                else:
-                    back_and_step(losses_of(getattr(model, name), data).mean(), opt)
-            except errors.SelfCheckError:
-                opt.zero_grad()
-            moves.append(any(bool(m.any()) for m in moved(before, model)))
-    assert moves == [True, True, False, True]
+        found = [moves(model, opt, lambda name=name: take(name)) for name in ("sound", "sound", "broken", "sound")]
+    assert found == [True, True, False, True]
 
 
 def a_table_and_the_tokens(s, x):
@@ -353,9 +341,6 @@ def test_different_uses_under_checkpointing(use_reentrant):
 
     model = Net(forward, first=nn.Linear(D, D), one=block(), two=block()).double()
     assert laws.released(model, [randn(N, D, D)]) is None
-
-
-# ---------------------------------------------------------------- losses
 
 
 def test_per_sample_losses_are_verified_and_reported():
@@ -406,25 +391,18 @@ def test_a_criterion_is_checked_as_well(criterion, declared, verified):
     """A loss module given as criterion is compared on batch and single samples; the report then says: verified."""
     model = mlp()
     target = torch.randint(0, 3, (N,)) if isinstance(criterion, nn.CrossEntropyLoss) else randn(N, D)
-    hooks, before, error = dict(criterion._forward_hooks), values(model), None
+    hooks = dict(criterion._forward_hooks)
     scope = enter(model, randn(N, D), target, criterion=criterion, loss_reduction=declared)
     with scope as (opt, loader):
-        for x, y in loader:
-            try:
-                back_and_step(criterion(model(x), y), opt)
-            except errors.SelfCheckError as caught:
-                error = caught
-    moves = any(bool(m.any()) for m in moved(before, model))
-    assert (error is None) == moves == scope.report().loss_verified == verified
+        x, y = next(iter(loader))
+        assert moves(model, opt, lambda: back_and_step(criterion(model(x), y), opt)) == verified
+    assert scope.report().loss_verified == verified
     assert dict(criterion._forward_hooks) == hooks
 
 
 def test_a_criterion_that_is_never_called_is_refused():
     """Giving a criterion that the loop does not use is an error, not a verified loss."""
     assert "criterion was not called" in str(laws.released(mlp(), [randn(N, D)], criterion=nn.MSELoss()))
-
-
-# ---------------------------------------------------------------- outputs, and what is beside them
 
 
 @each_mode

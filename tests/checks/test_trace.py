@@ -323,9 +323,6 @@ def test_nothing_is_left_on_the_stack_of_function_modes():
     assert _get_current_function_mode_stack() == []
 
 
-# ---------------------------------------------------------------- before p.grad_sample can be read
-
-
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
 @pytest.mark.parametrize("reading", ["mixed inside", "mixed by a loss of the model", "sound"])
 def test_grad_sample_is_checked_before_it_can_be_read(reading, mode):
@@ -354,9 +351,6 @@ def test_grad_sample_is_checked_before_it_can_be_read(reading, mode):
         opt.zero_grad()
         scope.controller.disable_hooks()
         torch.testing.assert_close(got, sample_grads(model, lambda m, part: m(part), x))
-
-
-# ---------------------------------------------------------------- outputs
 
 
 def _two_outputs(s, x):

@@ -13,20 +13,8 @@ from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, UnsupportedModelError
 from dp_hooks.gradients.terms import Deferred
 
-from ..models import (
-    BUILDERS,
-    Net,
-    assert_same,
-    build,
-    clipped_sum,
-    examples,
-    in_order,
-    moved,
-    norm_of,
-    sample_gradients,
-    scope_over,
-    values,
-)
+from ..models import BUILDERS, Net, assert_same, build, clipped_sum, in_order, norm_of, scope_over
+from ..training.helpers import POISSON, Run
 
 
 def dropping(use_reentrant=False, preserve=True):
@@ -51,29 +39,23 @@ two_pass_step, one_pass_step = dp_step(two_pass=True)(losses), dp_step(losses)
 
 def steps(model, fn, **options):
     """Run ``fn`` on every batch of a scope without noise, and return by how much the parameters moved."""
-    before = values(model)
-    with scope_over(model, **options) as (_, loader):
-        for batch in loader:
-            fn(model, batch)
-    return moved(before, model)
+    return Run(model, **options).trained(by=lambda model, opt, x, y: fn(model, (x, y))).moved
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_it_moves_by_the_sum_of_gradients_clipped_by_layer(name):
     """For every kind of model each parameter's step is the clipped sum of plain autograd on single samples."""
-    model = build(name)
-    x, y = examples()
-    rows = sample_gradients(model, x, y)
+    rows = Run(name).rows()
     bounds = [0.2] * len(rows[0])
-    expected = [g / len(x) for g in clipped_sum(rows, bounds)]
-    assert_same(steps(model, two_pass_step, max_grad_norm=bounds, clipping="per_layer"), expected)
+    expected = [g / len(rows) for g in clipped_sum(rows, bounds)]
+    assert_same(steps(name, two_pass_step, max_grad_norm=bounds, clipping="per_layer"), expected)
 
 
 @pytest.mark.parametrize("physical", [1, 4])
 def test_physical_parts_add_up(physical):
     """Each physical part has its two passes, and together they are the logical batch."""
-    whole = steps(build("mlp"), two_pass_step)
-    assert_same(steps(build("mlp"), two_pass_step, max_physical_batch_size=physical), whole)
+    whole = steps("mlp", two_pass_step)
+    assert_same(steps("mlp", two_pass_step, max_physical_batch_size=physical), whole)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -85,13 +67,11 @@ def test_dropout_inside_checkpoints_is_the_same_in_both_passes(use_reentrant):
 
 def test_passes_that_differ_are_refused():
     """Checkpoints that draw other masks in the second pass: the sums would not be those that were measured."""
-    model = dropping(preserve=False)
-    before = values(model)
-    scope = scope_over(model, self_check=False)
-    with scope as (_, loader), pytest.raises(UnsupportedModelError, match="preserve_rng_state"):
+    run = Run(dropping(preserve=False), **POISSON, self_check=False)
+    with run as (model, _, loader), pytest.raises(UnsupportedModelError, match="preserve_rng_state"):
         two_pass_step(model, next(iter(loader)))
-    assert_same(values(model), before, 0.0)
-    assert scope.steps == 0
+    run.assert_untouched()
+    assert run.scope.steps == 0
 
 
 @pytest.mark.parametrize("two_pass", [True, False])
@@ -127,5 +107,5 @@ def test_it_is_only_for_the_mode_that_keeps_no_sample_gradients():
 def test_the_next_step_is_an_ordinary_one():
     """A two-pass step leaves nothing behind that a step in one pass would notice."""
     mixed = iter((two_pass_step, one_pass_step))
-    found = steps(build("mlp"), lambda m, b: next(mixed)(m, b), loader=in_order(6, 3))
-    assert_same(found, steps(build("mlp"), one_pass_step, loader=in_order(6, 3)))
+    found = steps("mlp", lambda m, b: next(mixed)(m, b), loader=in_order(6, 3))
+    assert_same(found, steps("mlp", one_pass_step, loader=in_order(6, 3)))

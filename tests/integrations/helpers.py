@@ -50,9 +50,3 @@ def make(engine: Any, model: nn.Module, **kwargs: Any) -> Any:
     """Make the model private, with sigma 1 and C = 1 unless given."""
     kwargs = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "noise_generator": drawn(5), **kwargs}
     return engine.make_private(**{**objects_for(model), **kwargs})
-
-
-def has_no_hooks(model: nn.Module) -> bool:
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "__getstate__" in vars(m) for m in model.modules()
-    ) and not any(vars(p) or p._post_accumulate_grad_hooks for p in model.parameters())

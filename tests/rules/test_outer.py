@@ -13,6 +13,8 @@ from dp_hooks.gradients import terms
 from dp_hooks.rules import OuterProducts, ghost_norms
 from dp_hooks.rules.convolution import Patches
 
+from ..models import Net
+
 N = 5
 ROWS, COLUMNS = 6, 12
 CONV_WEIGHTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -279,22 +281,7 @@ def test_products_of_patches_follow_from_pixels(layer, size, order, take):
     torch.testing.assert_close(cut, torch.einsum("npc,nqc->npq", use.right, use.right), rtol=1e-12, atol=1e-12)
 
 
-# ---------------------------------------------------------------- memory of tied tables
-
 VOCABULARY, WIDTH, LENGTH = 2000, 64, 6
-
-
-class Tied(nn.Module):
-    """A language model's table, read at both ends."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(VOCABULARY, WIDTH)
-        self.out = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.out.weight = self.table.weight
-
-    def forward(self, ids):
-        return self.out(self.table(ids).tanh())
 
 
 def test_norms_of_a_tied_table_need_no_gradient_of_every_sample():
@@ -333,7 +320,9 @@ def test_hidden_states_that_are_much_alike_do_not_force_a_gradient_of_every_samp
 
 def test_a_whole_step_of_a_tied_table_needs_no_gradient_of_every_sample():
     """Backward, norms and sums of a tied table never hold more than its size or that of the logits."""
-    model = Tied()
+    parts = {"table": nn.Embedding(VOCABULARY, WIDTH), "out": nn.Linear(WIDTH, VOCABULARY, bias=False)}
+    model = Net(lambda s, ids: s.out(s.table(ids).tanh()), **parts)
+    model.out.weight = model.table.weight
     ids = torch.randint(0, VOCABULARY, (N, LENGTH))
     controller = HookController(model, grad_sample_mode="ghost")
     loss = (model(ids).square().sum((1, 2)) / VOCABULARY).mean()
@@ -345,9 +334,6 @@ def test_a_whole_step_of_a_tied_table_needs_no_gradient_of_every_sample():
     assert len(norms) == 1
     assert made.largest <= max(VOCABULARY * WIDTH, N * LENGTH * VOCABULARY)
     controller.cleanup()
-
-
-# ---------------------------------------------------------------- tokens that cancel (G24)
 
 
 def plain_gram(uses):

@@ -11,20 +11,7 @@ from dp_hooks.rules import Rule, RuleTable, registry
 
 from .. import laws
 from ..cases import N
-from ..cases.layers import (
-    GEMMA,
-    LLAMA,
-    MAMBA,
-    QWEN,
-    T5,
-    AbsoluteNorm,
-    AveragingNorm,
-    LinearAsConv,
-    LinearWithForward,
-    OddNorm,
-    PermutingNorm,
-    hf,
-)
+from ..cases.layers import HF_NORMS, MAMBA, ODD_NORMS, QWEN, LinearAsConv, LinearWithForward, hf
 from ..models import Net, randn
 from ..reference import losses_of, sample_grads
 
@@ -66,13 +53,7 @@ RULES = {
     "InstanceNorm": [lambda c=c: c(4, affine=True) for c in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)],
     "PReLU": [nn.PReLU, lambda: nn.PReLU(4)],
     "Bilinear": [lambda: nn.Bilinear(2, 3, 4)],
-    "norm over features": [
-        lambda: hf(LLAMA, 4),
-        lambda: hf(GEMMA, 4),
-        lambda: hf(T5, 4),
-        lambda: hf(MAMBA, 4, group_size=2),
-        lambda: hf(QWEN, 4),
-    ],
+    "norm over features": [lambda path=path, more=more: hf(path, 4, **more) for path, more in HF_NORMS.items()],
     "generic": [
         lambda: LinearWithForward(2, 3),
         lambda: LinearAsConv(2, 3),
@@ -93,10 +74,10 @@ def test_each_class_gets_the_rule_that_is_meant_for_it(label):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("path", [LLAMA, GEMMA, T5, MAMBA, QWEN], ids=lambda path: path.rpartition(".")[2])
+@pytest.mark.parametrize("path", HF_NORMS, ids=lambda path: path.rpartition(".")[2])
 def test_norms_of_transformers_take_the_fast_formula(path, dtype):
     """The norm classes of ``transformers`` are found to be affine in their weight, in the dtypes they are trained in."""
-    norm = hf(path, 6, **({"group_size": 3} if path == MAMBA else {})).to(dtype)
+    norm = hf(path, 6, **HF_NORMS[path]).to(dtype)
     inputs = [torch.randn(N, 5, 6).to(dtype) for _ in range(2 if path in (MAMBA, QWEN) else 1)]
     with laws.attached(norm, laws.MODE["ghost"]) as controller:
         norm(*inputs).float().square().sum(dim=(1, 2)).mean().backward()
@@ -105,7 +86,7 @@ def test_norms_of_transformers_take_the_fast_formula(path, dtype):
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1])
-@pytest.mark.parametrize("norm", [OddNorm, PermutingNorm, AbsoluteNorm, AveragingNorm])
+@pytest.mark.parametrize("norm", ODD_NORMS)
 def test_norms_that_are_not_affine_by_feature_are_found_out_at_any_weight(norm, value):
     """A norm that is not affine in its weight, feature by feature, is differentiated as it is, also at weights all alike."""
     model = norm(4).double()

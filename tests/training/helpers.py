@@ -1,5 +1,6 @@
 """A model with a fixed seed in a scope without noise, ordinary training over it, and what has to come of it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,20 +10,8 @@ from torch import Tensor, nn
 
 from dp_hooks import PrivateTraining
 
-from ..models import (
-    BOUND,
-    assert_same,
-    build,
-    charges,
-    clipped_sum,
-    drawn,
-    examples,
-    expected_move,
-    moved,
-    sample_gradients,
-    scope_over,
-    values,
-)
+from ..models import BOUND, assert_same, build, charges, clipped_sum, drawn, examples, moved, sample_gradients, scope_over, values
+from ..snapshot import Snapshot
 
 # With Poisson sampling at rate 1 every batch holds all six examples, and every step is one charge.
 POISSON = {"poisson_sampling": True, "accountant": "rdp"}
@@ -70,11 +59,11 @@ class Run:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
         **options: Any,
     ) -> None:
-        self.name = model
         self.model = build(model) if isinstance(model, str) else model
-        self.start = values(self.model)
+        self.first, self.start = copy.deepcopy(self.model), values(self.model)
         prepare(self.model)
         self.original = optimizer(self.model)
+        self.before = Snapshot(self.model, self.original)
         if options.get("noise_multiplier"):
             options.setdefault("noise_generator", drawn(5))
         self.scope: PrivateTraining = scope_over(self.model, optimizer=self.original, **options)
@@ -98,15 +87,11 @@ class Run:
 
     def rows(self, *batch: Tensor, **more: Any) -> list[list[Tensor]]:
         """Return the gradients of single samples, by default of the six examples, at the parameters of the start."""
-        return sample_gradients(build(self.name), *(batch or examples()), **more)
+        return sample_gradients(self.first, *(batch or examples()), **more)
 
-    def assert_moved(self, **how: Any) -> None:
-        """Assert that the parameters moved by the clipped mean of the six examples, or by a variation of it."""
-        assert_same(self.moved, expected_move(build(self.name), **how))
-
-    def assert_moved_by(self, rows: list[list[Tensor]]) -> None:
-        """Assert that the parameters moved by the clipped sum of ``rows``, over an expected batch of six."""
-        assert_same(self.moved, [g / 6 for g in clipped_sum(rows, BOUND)])
+    def assert_moved(self, rows: list[list[Tensor]] | None = None, divided_by: int = 6) -> None:
+        """Assert that the parameters moved by the clipped sum of ``rows``, by default of the six examples, divided."""
+        assert_same(self.moved, [g / divided_by for g in clipped_sum(rows or self.rows(), BOUND)])
 
     def assert_moved_by_noise(self) -> None:
         """Assert that the parameters moved by the noise of one release, which was charged once."""

@@ -57,25 +57,28 @@ NAN, INF = math.nan, math.inf
 Row = tuple[str, dict[str, Any], list[str]]
 
 
-def each(name: str, values: Sequence[Any], *parts: str, shown: str | None = None, **others: Any) -> list[Row]:
+def each(name: str, values: Sequence[Any], *parts: str, shown: Callable[[Any], str] | None = None, **others: Any) -> list[Row]:
     """Return rows in which the argument ``name`` is each of ``values``; the message shows it and contains ``parts``."""
+    shown = shown or (lambda v: f"{name}={v!r}")
     label = f"{name} {' '.join(map(str, others.values()))} "
-    return [(f"{label}{v!r}", {**others, name: v}, [shown or f"{name}={v!r}", *parts]) for v in values]
+    return [(f"{label}{v!r}", {**others, name: v}, [shown(v), *parts]) for v in values]
 
 
 def options(clipping: str, name: str, values: Sequence[Any], *parts: str) -> list[Row]:
     """Return rows in which one option of a clipping function is each of ``values``."""
     good = {"unclipped_num_std": 9.0} if clipping == "adaptive" else {}
-    return [
-        (
-            f"{name} {v!r}",
-            {"clipping": clipping, "clipping_options": {**good, name: v}},
-            [f"clipping_options['{name}']={v!r}", *parts],
-        )
-        for v in values
-    ]
+    rows = [{**good, name: v} for v in values]
+    return each("clipping_options", rows, *parts, shown=lambda v: f"clipping_options['{name}']={v[name]!r}", clipping=clipping)
 
 
+def bound_at(key: Any) -> Callable[[Any], str]:
+    """Return what shows one of several bounds."""
+    return lambda bounds: f"max_grad_norm[{key!r}]={bounds[key]!r}"
+
+
+UNUSABLE = (0.0, -1.0, NAN, INF, "1", None, True)
+MAPPING = ("max_grad_norm", "mapping from name patterns")
+GAMMA = {"gamma": 0.01}
 EACH = "each of the 2 trainable tensors"
 UNMATCHED = "no pattern matches the trainable parameters"
 OUTSIDE = ("max_grad_norm=1.0", "outside [min_clipbound, max_clipbound]", "Start within")
@@ -107,19 +110,9 @@ PLAIN: list[Row] = [
     *each("grad_sample_mode", ("ew", "Ghost", "", None, 1), "'functorch', 'ghost', 'hooks'"),
     *each("loss_reduction", ("none", "MEAN", None, True), "'mean', 'sum'"),
     *each("clipping", ("ghost", None, 1), "'adaptive', 'automatic', 'flat'", "'per_layer'"),
-    *[
-        (name, bad, [*parts, repr(bad["max_grad_norm"])])
-        for clipping, values, parts in (
-            ("per_layer", ([1.0], [1.0, 1.0, 1.0], [], 1.0, "ab"), ("max_grad_norm", EACH)),
-            ("per_group", (1.0, [1.0, 1.0], "*", None, {0: 1.0}, {None: 1.0}), ("mapping from name patterns",)),
-        )
-        for name, bad, parts in each("max_grad_norm", values, *parts, shown="max_grad_norm", clipping=clipping)
-    ],
-    *[
-        row
-        for v in (0.0, -1.0, NAN, "1")
-        for row in each("max_grad_norm", ([1.0, v],), EACH, shown=f"max_grad_norm[1]={v!r}", clipping="per_layer")
-    ],
+    *each("max_grad_norm", ([1.0], [1.0, 1.0, 1.0], [], 1.0, "ab"), "max_grad_norm", EACH, shown=repr, clipping="per_layer"),
+    *each("max_grad_norm", (1.0, [1.0, 1.0], "*", None, {0: 1.0}, {None: 1.0}), *MAPPING, shown=repr, clipping="per_group"),
+    *each("max_grad_norm", [[1.0, v] for v in (0.0, -1.0, NAN, "1")], EACH, shown=bound_at(1), clipping="per_layer"),
     *[
         row
         for clipping in ("per_layer", "per_group")
@@ -132,24 +125,15 @@ PLAIN: list[Row] = [
         )
         for row in each("max_grad_norm", (v,), *parts, clipping=clipping)
     ],
-    *[
-        row
-        for v in (0.0, -1.0, NAN, INF, "1", None, True)
-        for row in each("max_grad_norm", ({"a.*": 1.0, "*": v},), POSITIVE, shown=f"max_grad_norm['*']={v!r}", clipping="per_group")
-    ],
+    *each("max_grad_norm", [{"a.*": 1.0, "*": v} for v in UNUSABLE], POSITIVE, shown=bound_at("*"), clipping="per_group"),
     *each("max_grad_norm", (0.0, NAN, None, [1.0, 1.0], {"*": 1.0}), POSITIVE, clipping="automatic"),
     *each("max_grad_norm", (0.0, NAN, None, [1.0, 1.0], {"*": 1.0}), POSITIVE, clipping="adaptive"),
     *each("clipping_options", (0.01, "gamma", ["gamma"]), "a dictionary", clipping="automatic"),
     *[
         row
-        for clipping, c in (("flat", 1.0), ("per_layer", [1.0, 1.0]), ("per_group", {"*": 1.0}))
+        for kind, c in (("flat", 1.0), ("per_layer", [1.0, 1.0]), ("per_group", {"*": 1.0}))
         for row in each(
-            "clipping_options",
-            ({"gamma": 0.01},),
-            f"clipping='{clipping}' has no options",
-            "leave it out",
-            clipping=clipping,
-            max_grad_norm=c,
+            "clipping_options", [GAMMA], f"clipping={kind!r} has no options", "leave it out", clipping=kind, max_grad_norm=c
         )
     ],
     (
@@ -186,7 +170,7 @@ PLAIN: list[Row] = [
     *each("ledger", ("spent.jsonl",), "not available"),
     *each("self_check", (1,), "True or False"),
     *each("noise_generator", (7,), "torch.Generator"),
-    *each("noise_generator", (torch.Generator,), "torch.Generator", shown="noise_generator="),
+    *each("noise_generator", (torch.Generator,), "torch.Generator", shown=lambda v: "noise_generator="),
     # the model, the optimizer and the data
     ("model None", {"model": lambda m: None}, ["model=None", "torch.nn.Module"]),
     ("model class", {"model": lambda m: nn.Linear}, ["model=", "torch.nn.Module"]),
@@ -311,9 +295,6 @@ def test_engine_refuses_what_it_cannot_do(engine: Any, more: Any, error: type[Ex
     assert case.state() == case.before
 
 
-# ---------------------------------------------------------------- models
-
-
 class _Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -368,11 +349,13 @@ def test_models_that_cannot_be_private_are_refused(build: Any, parts: list[str])
 
 
 def test_every_offending_module_is_listed() -> None:
-    """Two BatchNorms, an InstanceNorm with statistics and a bad embedding are all named in one error."""
+    """Two BatchNorms, an InstanceNorm with statistics and a bad embedding are named in one error; a mask is no reason."""
+    fine = nn.Linear(3, 3)
+    fine.register_buffer("mask", torch.ones(()))
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(5, 3, max_norm=1.0),
-            "fine": nn.Linear(3, 3),
+            "fine": fine,
             "block": nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm2d(4)),
             "style": nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
         }

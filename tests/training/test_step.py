@@ -43,8 +43,6 @@ def stepped(run: Run, step: Callable[..., Any] = per_sample) -> list[Any]:
         return [step(model, batch) for batch in loader]
 
 
-# ---------------------------------------------------------------- what a step is
-
 FORMS: dict[str, Callable[[Any], Any]] = {
     "bare": dp_step,
     "called": lambda fn: dp_step()(fn),
@@ -131,8 +129,6 @@ def test_extra_arguments_reach_the_function() -> None:
     assert set(seen) == {(2.0, 3.0)}
 
 
-# ---------------------------------------------------------------- batches
-
 Pair = namedtuple("Pair", ["x", "y"])
 
 
@@ -205,9 +201,6 @@ def test_a_batch_emptied_by_the_user_is_a_step_of_noise(drawn_first: bool, mode:
     run.assert_moved_by_noise()
 
 
-# ---------------------------------------------------------------- where it may be called
-
-
 def test_outside_a_scope_it_is_an_error() -> None:
     """A call before and after the scope raises, names the function, and does not run it."""
     run, ran = Run(), []
@@ -278,7 +271,7 @@ def test_a_function_may_run_through_a_second_model(managed: bool) -> None:
             critic.zero_grad()
             (-critic(twin(x)).logsumexp(1)).mean().backward()
             assert_same(found, [p.grad for p in critic.parameters()])
-    run.assert_moved_by(sample_gradients(twin, x, x, lambda m, a, _: -critic(m(a)).logsumexp(1).sum()))
+    run.assert_moved(sample_gradients(twin, x, x, lambda m, a, _: -critic(m(a)).logsumexp(1).sum()))
 
 
 def test_a_second_call_for_the_same_batch_is_refused() -> None:
@@ -320,9 +313,6 @@ def test_an_exception_in_the_function_releases_nothing(physical: int | None, err
         for batch in loader:
             step(model, batch)
     run.assert_moved()
-
-
-# ---------------------------------------------------------------- what it may decorate and return
 
 
 def a_generator(model: nn.Module, batch: Any) -> Any:

@@ -44,9 +44,6 @@ HANDED_OUT = {
 WIDTH = 150
 
 
-# ---------------------------------------------------------------- reading README
-
-
 def fenced(language):
     """Return ``(line number, text)`` of every block fenced as ``language``."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,9 +81,6 @@ def rows(text):
 def block_of(title):
     """Return the line number of the first Python block under the heading ``title``."""
     return next(number for number, text in PYTHON.items() if text in section(title))
-
-
-# ---------------------------------------------------------------- code
 
 
 def prelude():
@@ -193,9 +187,6 @@ def test_clip_grad_norm_in_a_scope_has_nothing_to_clip():
         assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
 
 
-# ---------------------------------------------------------------- reference
-
-
 def signature(thing, *, bound=False):
     """Return ``(arguments)`` with defaults and without types, as the reference writes it."""
     parameters = [p.replace(annotation=p.empty) for p in inspect.signature(thing).parameters.values()][int(bound) :]
@@ -241,9 +232,6 @@ def test_every_line_of_the_report_is_explained():
     printed = {line[2:].split("  ")[0].strip() for line in str(report).splitlines()[1:]}
     explained = {span for row in rows(section("Reading the report")) for span in spans(row[0])}
     assert printed <= explained
-
-
-# ---------------------------------------------------------------- the page
 
 
 def test_readme_is_short_enough():

@@ -21,7 +21,7 @@ from ..cases import N, param
 from ..cases.followed import FOLLOWED, linear
 from ..cases.layers import LAYERS
 from ..cases.models import MODELS, D, T, routed, vision
-from ..models import Net, assert_same, clipped_sum, loader_of, moved, norm_of, randn, scope_over, values
+from ..models import BUILDERS, Net, assert_same, charges, clipped_sum, loader_of, moved, norm_of, randn, scope_over, values
 from ..reference import losses_of as losses
 from ..reference import rows_by_backward
 from ..snapshot import Snapshot
@@ -85,9 +85,6 @@ def tokens() -> list[Tensor]:
     return [randn(N, T, D)]
 
 
-# ---------------------------------------------------------------- models
-
-
 def seeded(model: nn.Module, *batch: Any) -> Tensor:
     """Per-sample losses that draw the same random numbers every time."""
     torch.manual_seed(5)
@@ -125,19 +122,23 @@ def padded() -> list[Tensor]:
     return [randn(N, T, D), labels]
 
 
-# ---------------------------------------------------------------- loops
-
-
 def unfreezing(run: Run, batch: Any) -> None:
     run.model[0].requires_grad_(True)
     ordinary(run, batch)
 
 
 def forward_only(run: Run, batch: Any) -> None:
-    """Evaluate in training mode on the batch and on other rows, then train."""
-    run.model(*batch)
-    run.model(*(part[:2] for part in batch))
-    run.backward(batch)
+    """Run the model on batches of all sizes before, between and after loss and backward pass, and keep what comes out."""
+    kept = []
+
+    def look() -> None:
+        kept.extend(run.model(*(torch.cat([part, part])[:size] for part in batch)) for size in (2, N, 2 * N))
+
+    look()
+    loss = run.losses(run.model, *batch).mean()
+    look()
+    loss.backward()
+    look()
     run.opt.step()
 
 
@@ -150,19 +151,25 @@ def two_passes(run: Run, batch: Any) -> None:
 
 
 def two_losses(run: Run, batch: Any) -> None:
+    """Back-propagate two losses of one forward pass."""
+    out = run.model(*batch)
+    for part in (0.25, 0.75):
+        (part * run.losses(lambda *_: out).mean()).backward(retain_graph=True)
+    run.opt.step()
+
+
+def two_forwards(run: Run, batch: Any) -> None:
     """Back-propagate two losses, from two forward passes."""
     for part in (0.25, 0.75):
         (part * run.losses(run.model, *batch).mean()).backward()
     run.opt.step()
 
 
-def adversarial(run: Run, batch: Any) -> None:
-    """Ask for the gradient of the input first."""
-    (x,) = batch
+def adversarial(model: nn.Module, x: Tensor) -> Tensor:
+    """Per-sample losses of inputs that were moved along the gradient of their own loss."""
     probe = x.clone().requires_grad_()
-    torch.autograd.grad(run.losses(run.model, probe).sum(), probe)
-    run.backward([x])
-    run.opt.step()
+    (slope,) = torch.autograd.grad(losses(model, probe).sum(), probe)
+    return losses(model, (probe + slope).detach())
 
 
 def penalised(run: Run, batch: Any) -> None:
@@ -204,20 +211,20 @@ def looked_at(run: Run, batch: Any) -> None:
 
 
 def discarded(run: Run, batch: Any) -> None:
-    """Drop one backward pass by ``zero_grad``."""
-    (7 * run.losses(run.model, *batch).mean()).backward()
-    run.opt.zero_grad()
+    """Drop backward passes by ``zero_grad`` of either form."""
+    for set_to_none in (True, False):
+        (7 * run.losses(run.model, *batch).mean()).backward()
+        run.opt.zero_grad(set_to_none)
     run.backward(batch)
     run.opt.step()
 
 
 def continued(run: Run, batch: Any) -> None:
-    """Leave the batch of the first pass after ``backward``, without a step."""
-    (7 * run.losses(run.model, *batch).mean()).backward()
+    """Leave the batches of the first pass and of the last after ``backward``, without a step."""
     run.opt.zero_grad()
-    if run.passes:
-        run.backward(batch)
-        run.opt.step()
+    (7 * run.losses(run.model, *batch).mean()).backward()
+    if run.passes == 1:
+        ordinary(run, batch)
     run.passes += 1
 
 
@@ -265,8 +272,6 @@ def written_later(s: Any, x: Tensor) -> Tensor:
     return out + s.b(x)
 
 
-# ---------------------------------------------------------------- the table
-
 # Traps that are models: every law holds for these cases, in every mode.
 OBEYED = {
     "G1": ["positions-1xt", "positions-t", "positions-t-equals-n", "positions-1xt-equals-n", "bert"],
@@ -277,7 +282,7 @@ OBEYED = {
     "G6": ["keywords"],
     "G7": ["relu-in-place", "added-in-place"],
     "G8": ["structures"],
-    "G9": ["vision", "cls-token"],
+    "G9": ["vision"],
     "G10": ["linear-4d-deep", "layer-norm-no-bias", "embedding-padding", "convolutions", "embedding-bag"],
     "G11": ["lstm-two-layers", "gru-two-layers", "rnn-two-layers", "attention"],
     "G12": [
@@ -295,6 +300,12 @@ OBEYED = {
 TRAPS: dict[str, Trap] = {
     "G5 weight used in the loop": Trap(
         mlp, tokens, losses=lambda model, x: losses(lambda x: F.linear(model[0](x), model[0].weight), x), refused=r"0\.weight"
+    ),
+    "G5 weight of a layer that is not called": Trap(
+        lambda: Net(lambda s, x: s.a(x), a=linear(), b=linear()),
+        tokens,
+        losses=lambda model, x: losses(lambda x: F.linear(model(x), model.b.weight), x),
+        refused=r"^b\.weight: used where no hook saw it",
     ),
     "G9 class token with dropout": Trap(lambda: vision(0.5), tokens, losses=seeded, together=True),
     "G13 forward passes without backward": Trap(mlp, tokens, step=forward_only),
@@ -349,9 +360,14 @@ TRAPS: dict[str, Trap] = {
     "G20 gradient scaler": Trap(mlp, tokens, step=scaled, refused="GradScaler"),
     "G20 gradient scaler, unscaled": Trap(mlp, tokens, step=partial(scaled, unscale=True), refused="GradScaler"),
     "G20 gradient scaler, switched off": Trap(mlp, tokens, step=partial(scaled, unscale=True, enabled=False)),
-    "G21 one graph twice": Trap(mlp, tokens, step=two_passes),
-    "G21 two losses": Trap(lambda: vision(0.0), tokens, step=two_losses),
-    "G22 gradient of the input": Trap(mlp, tokens, step=adversarial),
+    "G21 one graph twice, tokens": Trap(mlp, tokens, step=two_passes),
+    "G21 two forward passes, vision": Trap(lambda: vision(0.0), tokens, step=two_forwards),
+    **{
+        f"G21 {by.__name__.replace('_', ' ')}, {name}": Trap(BUILDERS[name], lambda: [randn(N, D)], step=by)
+        for name in ("mlp", "tied", "owner")
+        for by in (two_passes, two_losses, two_forwards)
+    },
+    "G22 gradient of the input": Trap(mlp, tokens, losses=adversarial),
     "G23 gradient penalty": Trap(mlp, tokens, step=penalised, refused="create_graph"),
     "G24 means of 1e4": Trap(lambda: nn.Linear(64, 64), far_off, losses=cancelling, dtype=torch.float32, exact=False),
     "G25 input written later": Trap(
@@ -365,7 +381,7 @@ TRAPS: dict[str, Trap] = {
     ),
     "P9 gradients looked at": Trap(mlp, tokens, step=looked_at),
     "L9 zero_grad": Trap(mlp, tokens, step=discarded),
-    "L9 continue": Trap(mlp, tokens, step=continued, passes=2),
+    "L9 continue": Trap(mlp, tokens, step=continued, passes=3),
 }
 
 # Two passes are taken by train functions only, never by loops.
@@ -411,10 +427,13 @@ def summed(name: str, bound: float, mode: laws.Mode, without: int | None = None)
         data = [torch.cat([t[:without], t[without + 1 :]]) for t in data]
     prepared = trap.before(model, data)
     start, own = values(model), [set(vars(p)) for p in model.parameters()]
-    with mode.on() as way, scope_of(trap, model, data, bound, way) as (opt, loader):
-        train(trap, Run(model, opt, loader, trap.losses, prepared))
-        for p, before in zip(model.parameters(), own, strict=True):
-            assert vars(p).keys() - before <= {"grad_sample", "__getstate__"}
+    with mode.on() as way:
+        scope = scope_of(trap, model, data, bound, way)
+        with scope as (opt, loader):
+            train(trap, Run(model, opt, loader, trap.losses, prepared))
+            for p, before in zip(model.parameters(), own, strict=True):
+                assert vars(p).keys() - before <= {"grad_sample", "__getstate__"}
+    assert charges(scope) == 1
     return [len(data[0]) * change for change in moved(start, model)]
 
 

@@ -1,4 +1,4 @@
-"""Real architectures from transformers, timm, torchvision, peft and torch: right per sample, or refused untouched."""
+"""Real architectures from transformers, timm, torchvision and peft: right per sample, or refused untouched."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,12 @@ pytestmark = pytest.mark.filterwarnings(
 WITH_DROPOUT = (
     "bert-mlm bert-checkpointed distilbert deberta-v2 xlnet longformer gpt2 gpt2-checkpointed opt bloom llama "
     "recurrent-gemma t5 bart bert-to-bert vit beit swin swinv2 wav2vec2 whisper blip-captions timm-vit-relpos "
-    "timm-cait timm-convnext torchvision-swin-v2 lora-bert-classifier lora-gpt2 dora-llama prompt-llama "
-    "torch-transformer class-token"
+    "timm-cait timm-convnext torchvision-swin-v2 lora-bert-classifier lora-gpt2 dora-llama prompt-llama"
 ).split()
 
 
 # In two passes: with weights used by other modules than their own, checkpoints, tables and tokens.
-IN_TWO_PASSES = ("mobilebert", "tied-functional", "bert-mlm", "gpt2-checkpointed", "llama", "t5", "vit", "swin", "mamba")
+IN_TWO_PASSES = ("mobilebert", "bert-mlm", "gpt2-checkpointed", "llama", "t5", "vit", "swin", "mamba")
 
 
 def norms_of(grads):

@@ -8,11 +8,10 @@ import torch
 from opacus.accountants import RDPAccountant
 from opacus.schedulers import StepNoise
 
-from dp_hooks import PrivacyEngineHookBased
 from dp_hooks.errors import BudgetExhaustedError, InvalidArgumentError, ScopeError
 
-from ...models import build, equal_trees, in_order
-from ...training.helpers import backward, sgd, train
+from ...models import equal_trees
+from ...training.helpers import backward, train
 from .helpers import ACCOUNTANTS, DELTA, ELSEWHERE, Charged, accountant_with
 
 pytestmark = pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
@@ -24,8 +23,6 @@ def train_until_used_up(model: Any, opt: Any, loader: Any, passes: int) -> None:
         for _ in range(passes):
             train(model, opt, loader)
 
-
-# ---------------------------------------------------------------- how long it lasts
 
 BUDGETS = [
     # examples, batch, epochs, steps: 225 batches is where "epochs / q" is truncated to 224 steps elsewhere
@@ -116,9 +113,6 @@ def test_iterators_opened_early_cannot_outlive_the_budget() -> None:
     assert run.history == [(run.scope.noise_multiplier, 0.5, 2)]
 
 
-# ---------------------------------------------------------------- other charges within it
-
-
 def test_foreign_step_beyond_the_budget_is_refused() -> None:
     """Under a budget a foreign step that alone would exceed it raises before anything is touched."""
     run = Charged(target_epsilon=1.0, epochs=1)
@@ -143,27 +137,6 @@ def test_foreign_steps_and_loader_steps_together_stay_within_the_budget() -> Non
     assert run.epsilon <= target
 
 
-def test_spent_budget_loaded_from_a_checkpoint_counts_against_the_target(tmp_path: Any) -> None:
-    """A run resumed under ``target_epsilon`` counts the loaded charges: epsilon never passes the target."""
-    target, path = 3.0, tmp_path / "checkpoint.pt"
-
-    def private(engine: PrivacyEngineHookBased) -> Any:
-        model, budget = build("mlp"), {"target_epsilon": target, "target_delta": DELTA, "epochs": 4}
-        objects = {"module": model, "optimizer": sgd(model), "data_loader": in_order(12, 4)}
-        return engine.make_private_with_epsilon(**objects, **budget, max_grad_norm=1.0)
-
-    with PrivacyEngineHookBased(accountant="rdp") as engine:
-        model, opt, loader = private(engine)
-        for _ in range(3):
-            train(model, opt, loader)
-        engine.save_checkpoint(path=path, module=model, optimizer=opt)
-    with PrivacyEngineHookBased(accountant="rdp") as engine:
-        model, opt, loader = private(engine)
-        engine.load_checkpoint(path=path, module=model, optimizer=opt)
-        train_until_used_up(model, opt, loader, 4)
-        assert engine.get_epsilon(DELTA) <= target
-
-
 def test_budget_needs_an_accountant_without_charges() -> None:
     """Calibrating for an accountant that already holds charges is refused, since they would be left out."""
     used = RDPAccountant()
@@ -185,9 +158,6 @@ def test_noise_multiplier_is_fixed_under_a_budget() -> None:
         with pytest.raises(ScopeError, match="target_epsilon"):
             scheduler.step()
         assert opt.noise_multiplier == sigma
-
-
-# ---------------------------------------------------------------- calibration
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)

@@ -39,9 +39,6 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     return high
 
 
-# ---------------------------------------------------------------- Poisson steps
-
-
 @each_accountant
 def test_epsilon_of_poisson_steps_equals_a_fresh_opacus_accountant(accountant: str) -> None:
     """Three epochs of Poisson batches cost what Opacus says for nine steps at q = batch_size / N."""
@@ -123,9 +120,6 @@ def test_a_logical_batch_in_parts_is_charged_once() -> None:
     assert run.history == [(1.0, 0.5, 2)]
 
 
-# ---------------------------------------------------------------- order-based passes
-
-
 def test_first_pass_without_poisson_sampling_is_one_gaussian_mechanism() -> None:
     """One pass in the loader's order costs the exact Gaussian epsilon, 4.377 for sigma = 1, with no amplification."""
     run = Charged(poisson_sampling=False)
@@ -172,9 +166,6 @@ def test_interleaved_passes_in_the_loaders_own_order_are_refused() -> None:
             next(first)
 
 
-# ---------------------------------------------------------------- batches from elsewhere
-
-
 @pytest.mark.parametrize("poisson", [True, False])
 def test_foreign_batches_are_charged_without_amplification_and_reported(poisson: bool, recwarn: pytest.WarningsRecorder) -> None:
     """A step on a batch that the loader did not hand out costs a full-rate release, with a warning and a report line."""
@@ -213,9 +204,6 @@ def test_charges_survive_a_gdp_accountant_that_cannot_add_one(kind: str) -> None
     assert run.epsilon == accountant_with(spent, "gdp").get_epsilon(DELTA)
 
 
-# ---------------------------------------------------------------- sigma in force
-
-
 def test_noise_cannot_be_lowered_amid_a_charged_pass() -> None:
     """Without Poisson sampling sigma may fall only between passes: a step below what was charged is refused."""
     run = Charged(poisson_sampling=False, noise_multiplier=2.0)
@@ -250,9 +238,6 @@ def test_scheduled_noise_is_charged_with_the_value_in_force() -> None:
             scheduler.step()
     assert run.history == [(4.0, 4 / 12, 2), (2.0, 4 / 12, 2), (1.0, 4 / 12, 2)]
     assert run.epsilon == accountant_with(run.history).get_epsilon(DELTA)
-
-
-# ---------------------------------------------------------------- charge first, release afterwards
 
 
 class Broken(RDPAccountant):

@@ -221,9 +221,6 @@ def test_the_default_count_noise_is_a_twentieth_of_the_expected_batch() -> None:
             assert opt.clipping_details["unclipped_num_std"] == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------- adaptive: what is charged
-
-
 def test_the_accountant_is_charged_with_the_stated_noise_multiplier() -> None:
     """The history holds z per step, not z_delta, and epsilon is that of flat clipping."""
     found = {}
@@ -285,9 +282,6 @@ def test_the_noise_of_the_count_comes_from_the_scope(generator: Any) -> None:
             assert torch.equal(torch.get_rng_state(), state)
             found.append(opt.max_grad_norm)
     assert (found[0] == found[1]) == (generator is not None)
-
-
-# ---------------------------------------------------------------- adaptive: out of the ordinary
 
 
 @pytest.mark.parametrize("backward", [True, False])
@@ -394,9 +388,6 @@ def test_enormous_count_noise_neither_overflows_nor_ends_the_bound() -> None:
         function.update(None, noise, 1.0)
         seen.add(function.max_grad_norm)
     assert seen == {1e-6, 1e6}
-
-
-# ---------------------------------------------------------------- setting bounds and noise inside a scope
 
 
 def test_setting_the_bound_starts_adaptive_clipping_afresh() -> None:

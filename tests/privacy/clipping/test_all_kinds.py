@@ -133,9 +133,6 @@ def test_the_bound_cannot_change_within_a_logical_batch(kind: str) -> None:
         assert opt.sensitivity == pytest.approx(sensitivity)
 
 
-# ---------------------------------------------------------------- the ways in
-
-
 def made_private(engine: PrivacyEngineHookBased, model: nn.Module, **options: Any) -> Any:
     """Make the model private with the six examples in order."""
     return engine.make_private(module=model, optimizer=sgd(model), data_loader=in_order(), poisson_sampling=False, **options)

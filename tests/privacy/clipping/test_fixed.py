@@ -25,9 +25,6 @@ def assert_moved_by_hand(run: Run, factor: Factor) -> None:
     assert_same([6 * g for g in run.moved], totals)
 
 
-# ---------------------------------------------------------------- groups
-
-
 def halves(model: nn.Module) -> tuple[dict[str, float], Factor]:
     """Return bounds for the first parameter alone and for all others together, and the factors they mean."""
     first = next(iter(model.named_parameters()))[0]
@@ -94,9 +91,6 @@ def test_frozen_parameters_need_no_pattern() -> None:
         assert opt.sensitivity == 1.0
     with pytest.raises(InvalidArgumentError, match=r"'0\.\*' matches no trainable parameter"):
         scope_over(model, clipping="per_group", max_grad_norm={"0.*": 1.0, "2.*": 1.0})
-
-
-# ---------------------------------------------------------------- automatic
 
 
 @each_mode

@@ -81,9 +81,6 @@ def test_noise_multiplier_zero_adds_nothing() -> None:
     assert not any(noise.any() for noise in noise_of(Wide(), noise_multiplier=0.0).values())
 
 
-# ---------------------------------------------------------------- independence
-
-
 def _correlation(a: Tensor, b: Tensor) -> float:
     """Inner product in standard deviations of its null distribution."""
     a, b = a.flatten().double(), b.flatten().double()
@@ -133,9 +130,6 @@ def test_two_scopes_with_one_generator_go_on_drawing() -> None:
     generator = drawn(3)
     one, two = (noise_of(Wide(), noise_generator=generator)["a.weight"] for _ in range(2))
     assert _correlation(one, two) < 5.5
-
-
-# ---------------------------------------------------------------- where it goes
 
 
 def test_unused_parameters_get_noise() -> None:
