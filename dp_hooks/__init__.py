@@ -1,6 +1,7 @@
 """Differentially private training for PyTorch models that are neither wrapped nor rewritten."""
 
 from . import errors
+from ._rerun import checking
 from .capture.controller import HookController
 from .checks.explain import explain
 from .checks.explanation import Explanation
@@ -9,7 +10,7 @@ from .privacy.report import PrivacyReport
 from .privacy.sampling.loader import PrivateDataLoader
 from .rules import register_rule
 from .training.optimizer import PrivateOptimizer
-from .training.scope import PrivateTraining, private_training
+from .training.scope import PrivateTraining, private_training, release
 from .training.step import dp_step
 
 __version__ = "0.1.0"
@@ -23,9 +24,11 @@ __all__ = [
     "PrivateOptimizer",
     "PrivateTraining",
     "__version__",
+    "checking",
     "dp_step",
     "errors",
     "explain",
     "private_training",
     "register_rule",
+    "release",
 ]

@@ -1,6 +1,7 @@
 """The way to run a model aside: what surrounded a call, and what has to be put back afterwards."""
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,21 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
         before.put_back()
 
 
+class _Checks(threading.local):
+    running = 0
+
+
+_checks = _Checks()
+
+
+def checking() -> bool:
+    """Whether the library is running a model or a train function for a check of its own, of which nothing remains.
+
+    A ``@dp_step`` function runs several times at its first step; one that counts or logs can ask here whether to.
+    """
+    return _checks.running > 0
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave no trace of what is run in the block, with gradients enabled.
@@ -122,12 +138,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
     own = [(p, p.grad, dict(vars(p))) for p in params]
     devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
+    _checks.running += 1
     try:
         for p in params:
             p.grad = None  # else gradients would be added to it in place
         with attributes_kept(model), torch.random.fork_rng(devices=devices), other_generators_kept(), torch.enable_grad():
             yield
     finally:
+        _checks.running -= 1
         for p, grad, attributes in own:
             p.grad = grad
             vars(p).clear()

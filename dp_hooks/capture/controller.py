@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -14,7 +15,7 @@ from ..gradients.sample_gradients import SampleGradients
 from ..gradients.sinks import DeferredSink, Sink
 from ..gradients.two_pass import TwoPass
 from ..rules import RuleTable
-from .calls.session import Session
+from .calls.session import LeakHook, Session
 from .compile_stance import eager
 from .discovery import Discovery
 from .hooked_modules import HookedModules
@@ -114,8 +115,9 @@ class HookController:
             for param in self.params:
                 if param._post_accumulate_grad_hooks is None:  # else an empty dictionary would stay behind
                     stack.callback(setattr, param, "_post_accumulate_grad_hooks", None)
-                leaked = functools.partial(self.session.leaked, self.name_of(param))
-                stack.callback(param.register_post_accumulate_grad_hook(leaked).remove)
+                leaked = LeakHook(weakref.ref(self.session), self.name_of(param))
+                number = param.register_post_accumulate_grad_hook(leaked).id
+                stack.callback(param._post_accumulate_grad_hooks.pop, number, None)
             self._stack = stack.pop_all()
         self.enable_hooks()
 

@@ -73,8 +73,15 @@ class ModelCalls:
         if session.recorder is not None:
             call.record = session.recorder.begin(name, module, args, kwargs)
         if self.module_calls.capturing():
+            if session.before_call is not None:
+                session.before_call(tensors_of((args, kwargs)), session.passes)
             call.running = True
-            self.discovery.learn(call)
+            try:
+                self.discovery.learn(call)
+            except UnsupportedModelError:
+                if session.check_rows is not None and rows is not None:
+                    session.check_rows(rows)  # the cause, if these are not the rows of the batch
+                raise
             self._written = Written(self.model)
             self.hooked_modules.track_outside()
             if session.trace is not None:

@@ -1,5 +1,6 @@
 """Hooks put on modules from outside, of which copies and pickles of the modules know nothing."""
 
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -20,6 +21,30 @@ _HOOK_DICTS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copy has in the place of a hook of ours, where it has one: the handle of another hook holds the dictionary of all."""
+
+
+class _Hook(functools.partial[Any]):
+    """A hook of ours."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _take_out(module: nn.Module, number: int) -> None:
+    """Remove a hook. The garbage collector, which may end a scope, has emptied the weak references in its handle by then."""
+    for name in _HOOK_DICTS:
+        getattr(module, name).pop(number, None)
 
 
 class ModuleHooks:
@@ -44,12 +69,12 @@ class ModuleHooks:
         Unless ``outer``, captured inputs and outputs are what forward itself saw and returned, within users' hooks.
         """
         ids = self._clean_copies_of(module, stack)
-        handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        stack.callback(handle.remove)
+        handle = module.register_forward_pre_hook(_Hook(before), prepend=True, with_kwargs=True)
+        stack.callback(_take_out, module, handle.id)
         ids.add(handle.id)
         if after is not None:
-            handle = module.register_forward_hook(after, prepend=not outer, with_kwargs=True, always_call=True)
-            stack.callback(handle.remove)
+            handle = module.register_forward_hook(_Hook(after), prepend=not outer, with_kwargs=True, always_call=True)
+            stack.callback(_take_out, module, handle.id)
             ids.add(handle.id)
 
     @staticmethod
@@ -71,8 +96,7 @@ class ModuleHooks:
         if id(module) not in self._ids:
             self._ids[id(module)] = set()
             vars(module)["__getstate__"] = functools.partial(self._state_of, module)
-            if hasattr(type(module), "__deepcopy__"):
-                vars(module)["__deepcopy__"] = functools.partial(self._copy_of, module)
+            vars(module)["__deepcopy__"] = functools.partial(self._copy_of, module)
             for name in _ON_MODULES:
                 stack.callback(vars(module).pop, name, None)
         return self._ids[id(module)]
@@ -93,15 +117,24 @@ class ModuleHooks:
         return state
 
     def _copy_of(self, module: nn.Module, memo: dict[int, Any]) -> Any:
-        """``copy.deepcopy`` for classes with a ``__deepcopy__`` of their own, which ignore ``__getstate__``."""
+        """``copy.deepcopy`` while our hooks are taken out of the module's own dictionaries, to which handles of the user refer."""
         kept, clean = dict(vars(module)), self._without_hooks(module, vars(module))
+        hooks = {key: (kept[key], list(kept[key].items())) for key in _HOOK_DICTS}
         try:
+            for key, (dictionary, _) in hooks.items():
+                mine = clean[key]
+                for number in [number for number in dictionary if number not in mine]:
+                    del dictionary[number]
+                clean[key] = dictionary
             vars(module).clear()
             vars(module).update(clean)
-            return type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+            return copy.deepcopy(module, memo)  # now without this method
         finally:
             vars(module).clear()
             vars(module).update(kept)
+            for dictionary, items in hooks.values():
+                dictionary.clear()
+                dictionary.update(items)
 
 
 def is_hooked(module: nn.Module) -> bool:

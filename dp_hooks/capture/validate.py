@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from .._validate import bad
 from ..errors import UnsupportedModelError
 from ..rules import embedding_refusal
+from .calls.session import LeakHook
 
 _BATCH_NORM = (
     "in training mode it normalises every sample by statistics of the whole batch, so samples mix. Remedy: "
@@ -78,6 +79,13 @@ def _parameter_reason(param: nn.Parameter) -> str | None:
         return "it has no shape yet. Remedy: run the model once on an example first"
     if param.is_complex():
         return "a complex parameter. Remedy: freeze it, or store real and imaginary parts"
+    hooks = [*(param._backward_hooks or {}).values(), *(param._post_accumulate_grad_hooks or {}).values()]
+    if not all(isinstance(hook, LeakHook) for hook in hooks):
+        return (
+            "it has a hook on its gradient (register_hook, register_post_accumulate_grad_hook), which would get gradients without "
+            "clipping and noise, or none. Remedy: remove it, and work on the noised gradient: optimizer.register_step_pre_hook, or "
+            "attach_step_hook of the private optimizer"
+        )
     return None
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ..errors import DPHooksError, SelfCheckError
 from ..gradients.grad_sample import GradSamples
 from .compare import compare
 from .criterion import CriterionCheck
+from .padding import PaddingCheck
 from .repeat_call import RepeatedCall
 from .single_samples import back_propagate, not_alone, some_samples
 
@@ -31,7 +33,12 @@ class SelfCheck:
     """
 
     def __init__(
-        self, controller: HookController, model: nn.Module, params: list[nn.Parameter], criterion: nn.Module | None = None
+        self,
+        controller: HookController,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        criterion: nn.Module | None = None,
+        padding: PaddingCheck | None = None,
     ) -> None:
         self._controller = controller
         self._model = model
@@ -39,6 +46,7 @@ class SelfCheck:
         self._trace = OpTrace(model.buffers)
         self._recorder = CallRecorder(model, params, self._trace)
         self._criterion = None if criterion is None else CriterionCheck(criterion, controller, self._recorder)
+        self._padding = padding
         self._coarse = False  # autocast or half precision is in use
         self.loss_verified = False
 
@@ -67,6 +75,11 @@ class SelfCheck:
     def deferred(self) -> AbstractContextManager[None]:
         """Check nothing before the end of a block, where another check takes place: of a whole function, from its start."""
         return self._recorder.whole_function()
+
+    def saw_batch(self, batch: Any) -> None:
+        """A batch is handed out: one that shows padding for the first time is checked, too."""
+        if self._padding is not None:
+            self._recorder.situation = "padded" if self._padding.saw_batch(batch) else ""
 
     def new_step(self) -> None:
         """Forget calls recorded before a boundary."""
@@ -150,6 +163,7 @@ class SelfCheck:
             )
         if not before:
             self.loss_verified = self._criterion is not None and samples > 1
+        self._check_padding(calls, samples)
         self._passed(samples, calls, outputs)
 
     def _has_rows(self, call: RecordedCall, samples: int) -> bool:
@@ -177,16 +191,32 @@ class SelfCheck:
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
             )
+        self._check_padding(recorder.calls, samples)
         self._passed(samples, recorder.calls, [0] * len(recorder.calls))
         self.loss_verified = samples > 1 or self.loss_verified
 
     def _passed(self, samples: int, calls: list[RecordedCall], outputs: list[int]) -> None:
         recorder = self._recorder
-        for key in {recorder.key(samples), recorder.key(1)}:
+        keys = {recorder.key(samples), recorder.key(1)}
+        for key in keys | {(key[0], "", *key[2:]) for key in keys}:
             recorder.checked.add(key)
             for call, count in zip(calls, outputs, strict=True):
                 known = recorder.covered.setdefault((key, call.kind), set())
                 known |= call.reached or set(range(count))
+
+    def _check_padding(self, calls: list[RecordedCall], samples: int) -> None:
+        controller = self._controller
+        if self._padding is None or not self._recorder.situation:
+            return
+        for call in calls:
+            without = NoRandomness(samples)
+            with controller.separate(), self._paused(), undisturbed(self._model), without, self._trace.apart():
+                controller.disable_hooks()
+                try:
+                    _begin_again(without, call.state or self._recorder.state, None)
+                    self._padding.check(call, samples, call.name or "the model")
+                finally:
+                    controller.enable_hooks()
 
     def _check_written(self) -> None:
         """Refuse models that wrote what they saw of private samples to buffers or frozen parameters."""

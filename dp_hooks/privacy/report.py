@@ -33,6 +33,8 @@ class PrivacyReport:
     foreign_steps: int
     loss_verified: bool
     grad_sample_mode: str
+    epsilon_remark: str = ""
+    collate: str = ""
     relation: str = RELATION
     not_covered: tuple[str, ...] = NOT_COVERED
     clipping_details: dict[str, float] = field(default_factory=dict)
@@ -47,7 +49,7 @@ class PrivacyReport:
         rows = [
             ("epsilon", epsilon),
             ("delta", f"{self.delta:g}"),
-            ("accountant", self.accountant + (" (an approximation, not a bound)" if self.accountant == "gdp" else "")),
+            ("accountant", f"{self.accountant} ({self.epsilon_remark})" if self.epsilon_remark else self.accountant),
             ("unit and relation", self.relation),
             ("sampling", self.sampling),
             ("sample rate q", f"{self.sample_rate:g}"),
@@ -56,6 +58,7 @@ class PrivacyReport:
             ("private steps", str(self.steps)),
             ("dataset, batch", f"{self.dataset_size} examples, {self.expected_batch_size:g} expected per batch"),
             ("gradients", f'mode "{self.grad_sample_mode}"'),
+            ("collate", f"not verified: {self.collate}" if self.collate else "verified: a row is made of one example"),
             ("loss", "verified" if self.loss_verified else "not checked (pass criterion=..., or train with @dp_step)"),
         ]
         if self.clipping_details:

@@ -1,6 +1,8 @@
 """Which models are in which open scopes."""
 
+import gc
 import threading
+import weakref
 from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Generic, TypeVar
@@ -13,13 +15,15 @@ Scope = TypeVar("Scope")
 
 
 class Claims(Generic[Scope]):
-    """The open scopes: each module and parameter is in one of them at most, in whatever thread that is."""
+    """The open scopes: each module and parameter is in one of them at most, in whatever thread that is. Keeps none alive."""
 
     def __init__(self) -> None:
         """No scope is open."""
-        self._lock = threading.Lock()
-        self._claimed: set[int] = set()
-        self._open: ContextVar[tuple[tuple[nn.Module, Scope], ...]] = ContextVar("dp_hooks_scopes", default=())
+        self._lock = threading.RLock()  # a scope may be collected, and let go, in the middle of a claim
+        self._claimed: dict[int, weakref.ref[Scope]] = {}
+        self._open: ContextVar[tuple[tuple[weakref.ref[nn.Module], weakref.ref[Scope]], ...]] = ContextVar(
+            "dp_hooks_scopes", default=()
+        )
 
     def claim(self, model: nn.Module, scope: Scope, stack: ExitStack) -> None:
         """Claim ``model`` for ``scope`` until ``stack`` unwinds.
@@ -27,23 +31,38 @@ class Claims(Generic[Scope]):
         Raises:
             ScopeError: a module or parameter of it is in another open scope.
         """
-        keys = {id(m) for m in model.modules()} | {id(p) for p in model.parameters()}
+        keys = _keys(model)
         with self._lock:
-            if keys & self._claimed:
+            if keys & self._claimed.keys():
+                gc.collect()  # a scope that was lost without an end goes now
+            if keys & self._claimed.keys():
                 raise ScopeError(
-                    f"the model {type(model).__name__}, or a part of it, is already in an open private scope. "
-                    "Leave that scope first (engine.cleanup() for an engine); its steps and these would not be "
-                    "accounted together."
+                    f"the model {type(model).__name__}, or a part of it, is already in an open private scope. Its steps and "
+                    "these would not be accounted together. Leave that scope first (engine.cleanup() for an engine), or, where "
+                    "nothing refers to the scope any more, call dp_hooks.release(model)."
                 )
-            self._claimed |= keys
-        stack.callback(self._let_go, scope, keys)
-        self._open.set((*self._open.get(), (model, scope)))
+            mine = weakref.ref(scope)
+            self._claimed.update(dict.fromkeys(keys, mine))
+        stack.callback(self._let_go, mine, keys)
+        self._open.set((*self._open.get(), (weakref.ref(model), mine)))
 
-    def _let_go(self, scope: Scope, keys: set[int]) -> None:
-        self._open.set(tuple(pair for pair in self._open.get() if pair[1] is not scope))
+    def _let_go(self, mine: "weakref.ref[Scope]", keys: set[int]) -> None:
+        self._open.set(tuple(pair for pair in self._open.get() if pair[1] is not mine))
         with self._lock:
-            self._claimed -= keys
+            for key in keys:
+                if self._claimed.get(key) is mine:
+                    del self._claimed[key]
 
     def innermost(self, model: object) -> Scope | None:
         """Return the open scope over ``model`` that was opened last in the present context, or None."""
-        return next((scope for claimed, scope in reversed(self._open.get()) if claimed is model), None)
+        return next((scope() for claimed, scope in reversed(self._open.get()) if claimed() is model), None)
+
+    def over(self, model: nn.Module) -> list[Scope]:
+        """Return the open scopes over ``model`` or a part of it, in whatever context they were opened."""
+        with self._lock:
+            found = (self._claimed[key]() for key in _keys(model) & self._claimed.keys())
+            return list({id(scope): scope for scope in found if scope is not None}.values())
+
+
+def _keys(model: nn.Module) -> set[int]:
+    return {id(m) for m in model.modules()} | {id(p) for p in model.parameters()}

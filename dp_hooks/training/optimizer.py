@@ -1,12 +1,15 @@
 """The optimizer that a private scope hands out: clips, adds noise, charges, and only then lets the user's own one step."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .._validate import non_negative
 from ..capture.controller import HookController
@@ -17,9 +20,18 @@ from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.noise.standard_deviation import standard_deviation
 from ..privacy.sampling.physical import PhysicalBatch
 from .clipped_sum import ClippedSum
+from .lifetime import Lifetime
+from .rows_are_examples import AHEAD, Rows
 from .wrapped_optimizer import WrappedOptimizer
 
 StepHook = Callable[["PrivateOptimizer"], None]
+
+# Handles of what is global: their weak references would be empty if the garbage collector ended a scope that alone has them.
+_guards: dict[int, RemovableHandle] = {}
+
+
+def _remove_guard(number: int) -> None:
+    _guards.pop(number).remove()
 
 
 class PrivateOptimizer(WrappedOptimizer):
@@ -35,10 +47,7 @@ class PrivateOptimizer(WrappedOptimizer):
     Attributes:
         params: the trainable parameters, in the wrapped optimizer's order.
         expected_batch_size: what the noised sum is divided by if ``loss_reduction`` is "mean".
-        physical_batch: what is known of the batch that the private loader handed out last; None before the first.
     """
-
-    physical_batch: PhysicalBatch | None = None
 
     def __init__(
         self,
@@ -51,6 +60,7 @@ class PrivateOptimizer(WrappedOptimizer):
         expected_batch_size: float,
         loss_reduction: str,
         self_check: SelfCheck | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
         super().__init__(optimizer)
@@ -62,6 +72,9 @@ class PrivateOptimizer(WrappedOptimizer):
         self._noise = noise
         self._meter = meter
         self._self_check = self_check
+        self._rows = Rows()
+        self._lifetime = lifetime  # who can step can still use the scope
+        self._paused = False
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
@@ -110,6 +123,34 @@ class PrivateOptimizer(WrappedOptimizer):
     def sensitivity(self) -> float:
         """S: what one example can change in the clipped sum; the noise is in units of it."""
         return self._sum.clipping.sensitivity
+
+    @property
+    def physical_batch(self) -> PhysicalBatch | None:
+        """What is known of the batch that the private loader handed out last; None before the first."""
+        return self._rows.part
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Declare that the model is called on some rows of the batch only, in this step: ``model(x[rows])``.
+
+        Without it a call with fewer rows than the batch has examples is refused, since it may be a micro-batch, or rows may be
+        made of several examples. Kept rows are chosen by what is in them alone.
+
+        Args:
+            rows: a mask ``[n]`` of bool over the batch, or the numbers of the rows, each once.
+
+        Raises:
+            InvalidArgumentError, ScopeError: ``rows`` are not rows of the batch that the private loader handed out last, or some
+                were declared for it before.
+        """
+        self._rows.keep(rows)
+
+    def skip_batch(self) -> None:
+        """Leave out the batch that the private loader handed out last: nothing is released or charged for it.
+
+        Whether a batch is left out must not depend on what is in it.
+        """
+        self._controller.discard()
+        self._rows.used()
 
     def attach_step_hook(self, fn: StepHook) -> None:
         """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
@@ -178,8 +219,10 @@ class PrivateOptimizer(WrappedOptimizer):
                 "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
                 "the original optimizer."
             )
+        if self._paused:
+            raise ScopeError("opt.step() while the scope is paused: step the public optimizer there, and this one after the block.")
         batch = self.physical_batch
-        empty = empty or (batch is not None and batch.size == 0)
+        empty = empty or self._rows.expected == 0
         finishes = batch is None or batch.last
         if finishes:
             self._meter.check_step(foreign=batch is None)
@@ -217,43 +260,38 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         if self._controller.is_stale:
             raise ScopeError(
-                "opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. "
-                "Take the step before the next batch, or call opt.zero_grad() to drop them."
+                f"opt.step() found gradients of an earlier batch only: the private loader has handed out another one since. {AHEAD}"
             )
-        if not self._controller.has_gradients and not empty and not self._sum:
+        if not self._controller.has_gradients and not empty:
             raise ScopeError(
                 "opt.step() found no gradients: no backward pass through the model's hooked layers since the last step. "
                 "Call loss.backward() before it, on a loss of this model, outside torch.no_grad()."
             )
 
-    def start_batch(self, batch: PhysicalBatch) -> None:
+    def start_batch(self, part: PhysicalBatch, batch: Any) -> None:
         """The loader is about to hand out ``batch``: finish the one before it, or forget a logical batch left early."""
         before = self.physical_batch
-        if batch.index == 0:
+        if part.index == 0:
             self._sum.clear()
-        elif before is None or (before.logical, before.index + 1) != (batch.logical, batch.index):
+        elif before is None or (before.logical, before.index + 1) != (part.logical, part.index):
             raise ScopeError(
                 "two passes over the private loader are interleaved: physical parts of different logical batches would "
                 "be added up. Finish or leave one pass before beginning the next."
             )
-        elif not self._batch_done:
+        elif not self._batch_done and self._controller.has_gradients:
             self._add_batch()
-        self.physical_batch, self._batch_done = batch, False
+        self._rows.hand_out(part, batch)
+        self._batch_done = False
         self._controller.next_batch()
         if self._self_check is not None:
+            self._self_check.saw_batch(batch)
             self._self_check.new_step()
 
     def _add_batch(self) -> None:
         """Add what was captured of the present physical batch to the sum of its logical batch."""
         gradients = self._controller.take()
         if gradients is not None:
-            batch = self.physical_batch
-            if batch is not None and gradients.samples > batch.size:
-                raise ScopeError(
-                    f"the model saw {gradients.samples} samples, but the private loader handed out {batch.size} examples: one "
-                    "example may then be clipped several times over. Keep one row per example (add up the losses of "
-                    "augmented copies in separate forward passes)."
-                )
+            self._rows.check_count(gradients.samples)
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
             if self._self_check is not None:
@@ -263,6 +301,7 @@ class PrivateOptimizer(WrappedOptimizer):
             if gradients.samples > 0 and params:
                 self._sum.add(gradients, params)
         self._batch_done = True
+        self._rows.stepped()
 
     def _release(self, *, foreign: bool, empty: bool) -> None:
         sums, statistic = self._sum.take()
@@ -273,6 +312,12 @@ class PrivateOptimizer(WrappedOptimizer):
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        if params and not bool(torch.isfinite(torch.stack([sums[p].sum().to(params[0].device) for p in params])).all()):
+            names = ", ".join([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p]).all())][:3])
+            raise ScopeError(
+                f"the clipped sum of {names} is not finite, although samples with NaN or infinite gradients are left out: "
+                "nothing was released. Look for NaN or infinite values in the weights."
+            )
         std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
         scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
         self._noise.add_([sums[p] for p in params], std, scale)
@@ -301,20 +346,56 @@ class PrivateOptimizer(WrappedOptimizer):
                 stacklevel=5,
             )
 
-    def _forbid_direct_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._stepping:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let other optimizers step the parameters, by ordinary gradients; see :meth:`PrivateTraining.paused`."""
+        if self._controller.has_gradients or self._sum:
             raise ScopeError(
-                "the original optimizer was stepped inside a private scope: that step would have neither noise nor "
-                "charge. Step the optimizer that the scope returned."
+                "scope.paused(): gradients of private samples are waiting. Take opt.step(), or call opt.zero_grad(), before the "
+                "block."
+            )
+        self._paused = True
+        self._controller.disable_hooks()
+        try:
+            yield
+        finally:
+            self._paused = False
+            if not self._closed:
+                self._controller.enable_hooks()
+            self.original_optimizer.zero_grad(set_to_none=True)
+
+    def _forbid_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._stepping or self._paused:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if optimizer is self.original_optimizer or any(id(p) in held for p in self.params):
+            which = (
+                "the original optimizer"
+                if optimizer is self.original_optimizer
+                else f"another optimizer ({type(optimizer).__name__})"
+            )
+            raise ScopeError(
+                f"{which} was stepped inside a private scope: that step would have neither noise nor charge. Step the optimizer "
+                "that the scope returned; for steps on public data use `with scope.paused():`."
             )
 
     def open(self, stack: ExitStack) -> None:
-        """Guard the original optimizer until ``stack`` unwinds, and close this one then."""
-        handle = self.original_optimizer.register_step_pre_hook(self._forbid_direct_step)
-        stack.callback(handle.remove)
+        """Guard the original optimizer and the rows of calls until ``stack`` unwinds, and close this one then."""
+        session = self._controller.session
+        session.before_call, session.check_rows = self._rows.before_call, self._rows.check_pass
+        this = weakref.ref(self)  # the hook is global, and must not keep the scope alive
+
+        def guard(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            private = this()
+            if private is not None:
+                private._forbid_step(optimizer)
+
+        handle = register_optimizer_step_pre_hook(guard)
+        _guards[handle.id] = handle
+        stack.callback(_remove_guard, handle.id)
         stack.callback(self._close)
 
     def _close(self) -> None:
         self._closed = True
         self._sum.clear()
-        self.physical_batch = None
+        self._rows = Rows()

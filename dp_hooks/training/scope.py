@@ -1,7 +1,7 @@
 """private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -14,19 +14,22 @@ from torch.utils.data import DataLoader
 from .._validate import bad, boolean, fraction, one_of, positive_int
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
+from ..checks.padding import Padding, PaddingCheck
 from ..checks.self_check import SelfCheck
 from ..distributed.world import processes
 from ..errors import ScopeError
 from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
 from ..privacy.accounting.meter import PrivacyMeter
-from ..privacy.accounting.opacus import epsilon_of, make_accountant
+from ..privacy.accounting.opacus import epsilon_of, make_accountant, spent_by
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.report import BY_ORDER, PrivacyReport
+from ..privacy.sampling.collate_probe import CollateFacts, probe_collate
 from ..privacy.sampling.loader import PrivateDataLoader
 from ..privacy.sampling.scheme import plan_sampling
 from .claims import Claims
 from .clipped_sum import ClippedSum
+from .lifetime import Lifetime
 from .optimizer import PrivateOptimizer
 from .wrapped_optimizer import check_optimizer
 
@@ -98,6 +101,8 @@ class PrivateTraining:
             included. False trusts the engine blindly.
         criterion: the loss module of a bare loop. The self-check then covers it, too: its gradient on the batch must be
             that of single samples, reduced as declared.
+        check_collate: on entering, collate a few examples of the dataset in several ways: each row of a batch has to be made of one
+            example. False takes the collate function as it is.
         ledger: reserved for a record of charges on disk; not available yet.
 
     Attributes:
@@ -138,6 +143,7 @@ class PrivateTraining:
         noise_generator: torch.Generator | None = None,
         self_check: bool = True,
         criterion: nn.Module | None = None,
+        check_collate: bool = True,
         ledger: None = None,
     ) -> None:
         """Check every argument, and work out sigma; nothing is attached or spent yet."""
@@ -164,6 +170,9 @@ class PrivateTraining:
             raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
         self._noise = GaussianNoise(noise_generator)
         self._wants_check = boolean("self_check", self_check)
+        self._wants_collate_check = boolean("check_collate", check_collate)
+        self._collate = CollateFacts("not checked")
+        self._padding: PaddingCheck | None = None
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
         self._criterion = criterion
@@ -207,15 +216,14 @@ class PrivateTraining:
         self.loader: PrivateDataLoader | None = None
         self.controller: HookController | None = None
         self.self_check: SelfCheck | None = None
-        self._stack: ExitStack | None = None
-        self._ended = False
+        self._lifetime = Lifetime()
 
     # ---------------------------------------------------------------- lifetime
 
     @property
     def is_open(self) -> bool:
         """Whether the scope has been entered and not left."""
-        return self._stack is not None
+        return self._lifetime.is_open
 
     def __enter__(self) -> tuple[PrivateOptimizer, PrivateDataLoader]:
         """Install everything and return ``(optimizer, loader)``; if anything fails, everything is taken back.
@@ -223,12 +231,14 @@ class PrivateTraining:
         Raises:
             ScopeError: entered twice, or the model (or a parameter of it) is in another open scope.
         """
-        if self.is_open or self._ended:
+        if self.is_open or self._lifetime.ended:
             state = "open" if self.is_open else "over"
             raise ScopeError(
                 f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
                 "accountant=scope.accountant to go on with the same budget."
             )
+        if self._wants_collate_check:
+            self._collate = probe_collate(self._original_loader)
         with ExitStack() as stack:
             open_scopes.claim(self.model, self, stack)
             controller = HookController(
@@ -236,7 +246,9 @@ class PrivateTraining:
             )
             stack.callback(controller.cleanup)
             if self._wants_check:
-                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion)
+                fields = [Padding(f.path, f.axis, f.at_end, f.value) for f in self._collate.padded if f.value is not None]
+                self._padding = PaddingCheck(fields, controller.axis, bool(fields))
+                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion, self._padding)
                 self.self_check.watch(stack)
             optimizer = PrivateOptimizer(
                 self._original_optimizer,
@@ -247,6 +259,7 @@ class PrivateTraining:
                 expected_batch_size=self.plan.expected_batch_size,
                 loss_reduction=self.loss_reduction,
                 self_check=self.self_check,
+                lifetime=self._lifetime,
             )
             optimizer.open(stack)
             loader = PrivateDataLoader(
@@ -254,7 +267,7 @@ class PrivateTraining:
             )
             stack.callback(loader.close)
             self.controller, self.optimizer, self.loader = controller, optimizer, loader
-            self._stack = stack.pop_all()
+            self._lifetime.begin(stack)
         return optimizer, loader
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
@@ -265,10 +278,7 @@ class PrivateTraining:
                 "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
                 "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
             )
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
-            self._ended = True
-            stack.__exit__(kind, exc, trace)
+        self._lifetime.end(kind, exc, trace)
 
     def __iter__(self) -> NoReturn:
         """Refused with a ``ScopeError``: ``opt, loader = private_training(...)`` would be a scope that nothing ends."""
@@ -284,6 +294,21 @@ class PrivateTraining:
             "function decorated with @dp_step inside that block."
         )
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Train on public data in between: inside the block the model is an ordinary one, for any optimizer over it.
+
+        Its gradients are ordinary ones, without clipping, noise and charge, and the private optimizer cannot be stepped. No
+        private data must be used in the block.
+
+        Raises:
+            ScopeError: the scope is not open, or gradients of private samples are waiting for their step.
+        """
+        if self.optimizer is None or not self.is_open:
+            raise ScopeError("scope.paused() outside of the scope: there is nothing to pause.")
+        with self.optimizer.paused():
+            yield
+
     # ---------------------------------------------------------------- results
 
     @property
@@ -295,6 +320,11 @@ class PrivateTraining:
         """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
         return epsilon_of(self.accountant, delta)
 
+    def _padding_remark(self) -> str:
+        if not self._collate.padded or (self._padding is not None and self._padding.paddings and not self._padding.waiting):
+            return ""
+        return "rows are made of one example each, but whether the model leaves padding out has not been seen"
+
     def report(self, delta: float | None = None) -> PrivacyReport:
         """Return what can be said about privacy at this point.
 
@@ -305,8 +335,10 @@ class PrivateTraining:
             delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
         delta = fraction("delta", delta, "pass a number between 0 and 1.")
         plan, clipping, sigma = self.plan, self._sum.clipping, self._meter.noise_multiplier
+        spent = spent_by(self.accountant, delta)
         return PrivacyReport(
-            epsilon=self.get_epsilon(delta),
+            epsilon=spent.epsilon,
+            epsilon_remark=spent.remark,
             delta=delta,
             accountant=self.accountant.mechanism(),
             sampling="Poisson" if plan.poisson else BY_ORDER,
@@ -320,6 +352,7 @@ class PrivateTraining:
             expected_batch_size=plan.expected_batch_size,
             dataset_size=plan.examples,
             foreign_steps=self._meter.foreign_steps,
+            collate=self._collate.remark or self._padding_remark(),
             loss_verified=self.self_check is not None and self.self_check.loss_verified,
             grad_sample_mode=self.grad_sample_mode,
         )
@@ -334,3 +367,15 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 private_training = PrivateTraining
+
+
+def release(model: nn.Module) -> bool:
+    """End every open private scope over ``model`` or a part of it, whoever holds it; return whether there was one.
+
+    For scopes that were lost: of an engine that nobody refers to any more, after an interrupted notebook cell. The model is
+    as it was before, trained; the optimizer and the loader of such a scope refuse to work from then on.
+    """
+    scopes = open_scopes.over(check_is_module(model))
+    for scope in scopes:
+        scope.__exit__(None, None, None)
+    return bool(scopes)

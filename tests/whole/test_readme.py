@@ -35,8 +35,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Objects that the library hands out and nobody builds: the reference shows what can be called on them instead.
 HANDED_OUT = {
-    "PrivateTraining": ("get_epsilon", "report"),
-    "PrivateOptimizer": ("zero_grad", "step", "step_empty", "attach_step_hook"),
+    "PrivateTraining": ("get_epsilon", "report", "paused"),
+    "PrivateOptimizer": ("zero_grad", "step", "step_empty", "attach_step_hook", "keep_rows", "skip_batch"),
     "PrivateDataLoader": (),
     "PrivacyReport": ("as_dict",),
     "Explanation": ("as_dict",),

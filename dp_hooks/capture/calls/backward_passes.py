@@ -75,8 +75,9 @@ class BackwardPasses:
         error = UnsupportedModelError(
             f"{names}: used where no hook saw it, so its gradient arrived summed over the batch. It was dropped, and "
             "nothing was released. This happens when a weight is used outside its module's forward "
-            "(F.linear(h, other.weight)) in a way that could not be followed. Remedy: use the weight through its module, or "
-            "freeze it."
+            "(F.linear(h, other.weight)) in a way that could not be followed, or by a penalty on the weights in the loss. "
+            "Remedy: use the weight through its module, or freeze it; in place of a penalty use weight_decay of the optimizer, "
+            "or shrink the weights after opt.step()."
         )
         return error, names
 
@@ -89,7 +90,9 @@ class BackwardPasses:
             listing = ", ".join(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes)[:8])
             raise ScopeError(
                 f"different numbers of samples ({sorted(sizes)}) met in one step ({listing}). Backward passes between two "
-                "steps must be over the same samples, one row each. Call opt.step() or opt.zero_grad() in between."
+                "steps must be over the same samples, one row each: generated rows beside those of the loader have to be as many "
+                "as the batch has, and a batch that was cut by hand needs max_physical_batch_size instead. Else call opt.step() or "
+                "opt.zero_grad() in between."
             )
         if sizes:
             self.samples, self.batch_number = sizes.pop(), finished.batch_number

@@ -30,6 +30,7 @@ class CallRecorder:
         self.checked: set[tuple[Any, ...]] = set()  # states of the model that a check has covered
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
+        self.situation = ""  # what else is special about the present batch
         self.paused = False  # whether nothing is recorded, since a check is running calls
         # While a whole function is to be checked, attributes of the model at its start; calls need none then.
         self.state: ModuleState | None = None
@@ -50,7 +51,7 @@ class CallRecorder:
     def key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
         modes = tuple((module.training, len(module._forward_hooks)) for module in self._model.modules())
-        return ("one" if samples == 1 else "many", modes, tuple(p.requires_grad for p in self._params))
+        return ("one" if samples == 1 else "many", self.situation, modes, tuple(p.requires_grad for p in self._params))
 
     @property
     def armed(self) -> bool:

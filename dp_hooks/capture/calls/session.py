@@ -1,6 +1,7 @@
 """Session: what is going on in a model at this moment, in one place that every hook reads and writes."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,6 +40,23 @@ class ModelCall:
         self.running, self.args, self.kwargs = False, (), {}
 
 
+@dataclass(frozen=True)
+class LeakHook:
+    """Tells a session of gradients that autograd delivers to a parameter.
+
+    It hangs where the garbage collector does not see it: what it held would never be freed.
+    """
+
+    session: "weakref.ref[Session]"
+    name: str
+
+    def __call__(self, param: Tensor) -> None:
+        """A gradient arrived."""
+        session = self.session()
+        if session is not None:
+            session.leaked(self.name, param)
+
+
 class Session:
     """The state of capture: calls and backward passes in progress, and what came back since the last boundary."""
 
@@ -63,6 +81,10 @@ class Session:
         self.trace: OpTrace | None = None  # follows operations, if a check wants them
         self.recorder: CallRecorder | None = None  # keeps calls, if a check wants them
         self.collected: Refusals | None = None  # refusals, where one wants to see them all; None: they are raised
+        # Told the inputs of every outermost call with gradients, and may refuse it.
+        self.before_call: Callable[[list[Tensor], BackwardPasses], None] | None = None
+        # Told how many samples a backward pass on the present batch was over, and may refuse that.
+        self.check_rows: Callable[[int], None] | None = None
 
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""
@@ -108,6 +130,12 @@ class Session:
         finished = self.passes.open.pop(task, None)
         if finished is None:
             return
+        if self.check_rows is not None and finished.batch_number == self.batch_number:
+            sizes: set[int | None] = {samples for _, samples in finished.sizes}
+            sizes = sizes or {self.call.rows}
+            for size in sizes:  # named before what may only follow from it
+                if size is not None:
+                    self.check_rows(size)
         leaked = self.passes.take_leaks()
         if leaked is not None:
             self.refuse(*leaked, finished)
@@ -150,6 +178,7 @@ class Session:
             kept = dict(vars(self))
             self.reset()
             self.sink, self.call, self.outer_task = other, ModelCall(), torch._C._current_graph_task_id()
+            self.before_call = self.check_rows = None
             try:
                 yield
             finally:

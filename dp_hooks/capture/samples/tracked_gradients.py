@@ -112,7 +112,8 @@ class BatchedOpGradients(Term):
                 self.how["way"] = "masked"
         # The whole operation once per sample, without the output gradients of the others.
         numbers = torch.arange(self.samples, device=next(iter(values.values())).device)
-        parts = [self._weighted(values, numbers == i) for i in numbers[rows]]
+        finite = self._finite() if self.plain else numbers >= 0
+        parts = [self._weighted(values, numbers == i, finite | (numbers == i)) for i in numbers[rows]]
         return {i: torch.stack([p[i] for p in parts]) if parts else v.new_zeros((0, *v.shape)) for i, v in values.items()}
 
     def _by_vmap(self, values: dict[int, Tensor], rows: slice | Tensor) -> dict[int, Tensor]:
@@ -131,15 +132,28 @@ class BatchedOpGradients(Term):
             mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="error")
             return dict(mapped(values, moving, present))
 
-    def _weighted(self, values: dict[int, Tensor], factors: Tensor) -> dict[int, Tensor]:
-        """Gradients of the shared tensors, those of sample ``i`` times ``factors[i]``: one pass through the whole operation."""
+    def _finite(self) -> Tensor:
+        """``[samples]``: whether all that the operation got of a sample is finite."""
+        finite = torch.ones(self.samples, dtype=torch.bool, device=next(iter(self.plain.values())).device)
+        for i, at in self.op.sample_axes.items():
+            finite &= torch.isfinite(at.samples(self.plain[i], self.samples)).flatten(1).all(1)
+        return finite
+
+    def _weighted(self, values: dict[int, Tensor], factors: Tensor, keep: Tensor | None = None) -> dict[int, Tensor]:
+        """Gradients of the shared tensors, those of sample ``i`` times ``factors[i]``: one pass through the whole operation.
+
+        Samples that ``keep`` leaves out take part with zeros in the place of their inputs, which may not be finite.
+        """
+        plain = self.plain
+        if keep is not None:
+            plain = {**plain, **{i: _zeroed(plain[i], keep, at) for i, at in self.op.sample_axes.items()}}
         grads: list[Tensor | None] = []
         for g, at in zip(self.output_grads, self.op.outputs, strict=True):
             weights = None if g is None else at.spread(factors.to(g.dtype), g)
             grads.append(None if g is None or weights is None else (g * weights).masked_fill(weights == 0, 0))
         with torch.enable_grad():
             leaves = {i: v.detach().requires_grad_() for i, v in values.items()}
-            return gradients_of(contraction(self.op.run(leaves, self.plain), grads), leaves)
+            return gradients_of(contraction(self.op.run(leaves, plain), grads), leaves)
 
     def _adds_up(self, values: dict[int, Tensor], found: dict[int, Tensor], rows: slice | Tensor) -> bool:
         """Whether the gradients of the samples add up to that of the whole operation."""
@@ -171,10 +185,17 @@ class BatchedOpGradients(Term):
         custom = any(s.custom for s in self.op.tracked.values())
         if self.samples == 0 or custom or halves:  # autograd would round the sum over samples before the noise is in
             return None
-        weights = factors
+        weights, keep = factors, None
         if rows is not None:
-            weights = torch.zeros_like(factors)
-            weights[rows] = factors[rows]
+            weights, keep = torch.zeros_like(factors), torch.zeros_like(factors, dtype=torch.bool)
+            weights[rows], keep[rows] = factors[rows], True
         values = {i: s.value.detach() for i, s in self.op.tracked.items()}
-        found = self._weighted(values, weights * self.scale)
+        found = self._weighted(values, weights * self.scale, keep)
         return {param: self._added(param, found, TrackedValue.to_parameter) for param in params}
+
+
+def _zeroed(tensor: Tensor, keep: Tensor, at: SampleAxis) -> Tensor:
+    """``tensor`` with zeros for the samples that are not kept."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.masked_fill(~at.spread(keep, tensor), 0)

@@ -7,7 +7,7 @@ from opacus.accountants import IAccountant
 
 from ..._validate import bad, fraction, non_negative, positive
 from ...errors import AccountingError
-from .opacus import DELTA, epsilon_after
+from .opacus import DELTA, epsilon_for
 
 _LARGEST_SIGMA = 1e4
 _LARGEST_EPSILON = 100.0
@@ -81,9 +81,17 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
             "make_private_with_epsilon of a new one, and then its load_checkpoint.",
         )
 
+    if accountant.mechanism() == "gdp" and sample_rate < 1:
+        raise bad(
+            "accountant",
+            "gdp",
+            "its central limit is not an upper bound with Poisson sampling: the noise calculated for target_epsilon would be too "
+            'little. Use accountant="prv" or "rdp".',
+        )
+
     def spent(sigma: float) -> float:
         try:
-            return epsilon_after(accountant, [(sigma, sample_rate, releases)], budget.delta)
+            return epsilon_for(accountant, [(sigma, sample_rate, releases)], budget.delta)
         except (AccountingError, OverflowError):  # the "gdp" accountant's way to say: beyond all bounds
             return math.inf
 

@@ -6,7 +6,8 @@ from opacus.accountants import IAccountant
 
 from ...errors import BudgetExhaustedError, ScopeError
 from .calibrate import Budget
-from .opacus import charge, epsilon_after
+from .opacus import charge, epsilon_for
+from .upper_bound import Charge
 
 
 class PrivacyMeter:
@@ -41,20 +42,38 @@ class PrivacyMeter:
         self.steps = 0
         self.foreign_steps = 0
         self._pass_sigma: float | None = None
+        self._others: list[Charge] = []  # charges of another kind, and how many releases fit into the budget beside them
+        self._allowed = releases
 
     @property
     def remaining(self) -> int | None:
         """Releases left in the budget (batches with Poisson sampling, else passes); None: no budget was set.
 
-        Counted from the accountant's history, so that what a checkpoint brought along is included.
+        Counted from the accountant's history, so that what a checkpoint brought along is included; charges of another kind
+        (steps on batches from elsewhere, another noise) leave as many as still fit into the target.
         """
         if self.budget is None:
             return None
-        history = self.accountant.history
-        if all((sigma, rate) == (self.noise_multiplier, self.charged_rate) for sigma, rate, _ in history):
-            return max(0, self.releases - int(sum(steps for _, _, steps in history)))
-        # Something else was charged, too: one more release is allowed as long as epsilon stays within the target.
-        return 1 if self._allows_one_more(self.charged_rate) else 0
+        own, others = 0, []
+        for sigma, rate, steps in self.accountant.history:
+            if (sigma, rate) == (self.noise_multiplier, self.charged_rate):
+                own += steps
+            else:
+                others.append((sigma, rate, steps))
+        if others != self._others:
+            self._others, self._allowed = others, self._releases_beside(others)
+        return max(0, self._allowed - own)
+
+    def _releases_beside(self, others: list[Charge]) -> int:
+        """How many releases of the planned kind fit into the budget beside other charges: at most those planned."""
+        budget, kind = self.budget, (self.noise_multiplier, self.charged_rate)
+        assert budget is not None
+        low, high = -1, self.releases
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = epsilon_for(self.accountant, [*others, (*kind, middle)], budget.delta) <= budget.epsilon
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     @property
     def batches_left(self) -> int | None:
@@ -106,7 +125,8 @@ class PrivacyMeter:
         budget = self.budget
         if budget is None:
             return True
-        return epsilon_after(self.accountant, [(self.noise_multiplier, rate, 1)], budget.delta) <= budget.epsilon
+        history = [*self.accountant.history, (self.noise_multiplier, rate, 1)]
+        return epsilon_for(self.accountant, history, budget.delta) <= budget.epsilon
 
     def _exhausted(self, why: str = "") -> BudgetExhaustedError:
         assert self.budget is not None

@@ -3,14 +3,30 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from opacus.accountants import IAccountant, create_accountant
 
 from ..._validate import fraction, one_of
 from ...errors import AccountingError, ScopeError
+from .upper_bound import Charge, epsilon_bound, gathered
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
+_NO_BOUND = (
+    "the central limit that the 'gdp' accountant takes is not a bound with Poisson sampling: the true epsilon may be larger. Use "
+    "accountant='prv' or 'rdp'"
+)
+# Numbers that "prv" may work on, different charges that "rdp" may, and noise below which their series do not converge.
+_GRID_NUMBERS, _RENYI_CHARGES, _LEAST_SIGMA = 4e6, 64, 0.2
+
+
+@dataclass(frozen=True)
+class Spent:
+    """An epsilon, and what has to be known of it beside the accountant's name (empty: nothing)."""
+
+    epsilon: float
+    remark: str = ""
 
 
 def make_accountant(accountant: str | IAccountant) -> IAccountant:
@@ -26,11 +42,11 @@ def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: float)
     Raises:
         ScopeError: the accountant cannot add such a step to its history, which is left as it was.
     """
-    before = list(accountant.history)
+    before, last = len(accountant.history), accountant.history[-1:]
     try:
         accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
     except ValueError as error:
-        accountant.history = before  # the GDP accountant forgets what was spent when it refuses more
+        accountant.history[max(0, before - 1) :] = last  # the GDP accountant forgets what was spent when it refuses more
         raise ScopeError(
             f"the {accountant.mechanism()!r} accountant cannot add a step with noise multiplier {noise_multiplier} at rate "
             f'{sample_rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
@@ -38,9 +54,22 @@ def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: float)
 
 
 def epsilon_of(accountant: IAccountant, delta: float) -> float:
-    """Return epsilon at ``delta`` for the accountant's history.
+    """Return epsilon at ``delta`` for the accountant's history: :func:`spent_by`, without its source.
 
-    0 before the first charge; infinite as soon as one step had no noise, whatever the accountant makes of that.
+    Warns where the "gdp" accountant's answer is not a bound, and where an upper bound stands in for an accountant.
+    """
+    spent = spent_by(accountant, delta)
+    if spent.remark:
+        warnings.warn(f"epsilon={spent.epsilon:.6g}: {spent.remark}", stacklevel=3)
+    return spent.epsilon
+
+
+def spent_by(accountant: IAccountant, delta: float) -> Spent:
+    """Return what the accountant's history spends at ``delta``.
+
+    0 before the first charge; infinite as soon as one step had no noise, whatever the accountant makes of that. Answers within
+    seconds for up to a million charges and sigma from 0.01 on: where the accountant would take longer, very different
+    charges are rounded to fewer that spend no less, or :func:`epsilon_bound` answers in its place.
 
     Raises:
         InvalidArgumentError: ``delta`` outside (0, 1).
@@ -49,9 +78,24 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
     delta = fraction("delta", delta, DELTA)
     history = [entry for entry in accountant.history if entry[2] > 0]
     if not history:
-        return 0.0
+        return Spent(0.0)
     if any(sigma == 0 for sigma, _, _ in history):
-        return math.inf
+        return Spent(math.inf)
+    name = accountant.mechanism()
+    if name not in ACCOUNTANTS or type(accountant) is not type(create_accountant(name)):
+        return Spent(_ask(accountant, delta))  # the user's own
+    sampled = any(rate < 1 for _, rate, _ in history)
+    if name == "gdp":
+        return Spent(_ask(accountant, delta), _NO_BOUND if sampled else "")
+    affordable = _affordable(name, history, delta)
+    if affordable is not None:
+        epsilon = _ask(accountant if affordable == history else _with_history(name, affordable), delta)
+        if math.isfinite(epsilon):
+            return Spent(epsilon)
+    return Spent(epsilon_bound(history, delta), f"an upper bound, since the {name!r} accountant cannot tell for so little noise")
+
+
+def _ask(accountant: IAccountant, delta: float) -> float:
     with warnings.catch_warnings():
         # Opacus's accountants take logarithms of 0 at rate 1, and advise on their grid of orders.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -64,8 +108,25 @@ def epsilon_of(accountant: IAccountant, delta: float) -> float:
             ) from error
 
 
-def epsilon_after(accountant: IAccountant, more: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Return what :func:`epsilon_of` would be after ``more`` (sigma, sample rate, steps) as well; nothing is charged."""
-    trial = create_accountant(mechanism=accountant.mechanism())
-    trial.history = [*accountant.history, *more]
-    return epsilon_of(trial, delta)
+def _affordable(name: str, history: list[Charge], delta: float) -> list[Charge] | None:
+    """Return ``history``, rounded to fewer charges if need be, such that an accountant takes seconds for it; else None."""
+    size = 1.0
+    if name == "prv":  # numbers in the grid of privacy losses: Opacus's own choice for the accuracy it is asked for
+        steps = sum(count for _, _, count in history)
+        reach = epsilon_bound(history, delta / 4000) + 3
+        size = 2 * reach / (0.01 / math.sqrt(steps * math.log(12_000 / delta) / 2))
+    most = _GRID_NUMBERS / size if name == "prv" else _RENYI_CHARGES
+    if min(sigma for sigma, _, _ in history) < _LEAST_SIGMA or most < 4:
+        return None
+    return history if len(history) <= most else gathered(history, int(most))
+
+
+def _with_history(name: str, history: Sequence[Charge]) -> IAccountant:
+    accountant = create_accountant(mechanism=name)
+    accountant.history = list(history)
+    return accountant
+
+
+def epsilon_for(accountant: IAccountant, history: Sequence[Charge], delta: float) -> float:
+    """Return what an accountant of this kind would say if its history were ``history``; nothing is charged."""
+    return spent_by(_with_history(accountant.mechanism(), history), delta).epsilon

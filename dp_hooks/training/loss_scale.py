@@ -1,0 +1,61 @@
+"""A loss multiplied by a GradScaler's scale: per-sample clipping would meet gradients that are too large by it."""
+
+import gc
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ScopeError
+
+# How many operations may come after the scale: a mean over devices, a division by the number of accumulated batches.
+_DEPTH = 4
+
+
+def refuse_scaled_loss() -> None:
+    """Look for a scale in the loss of the ``backward()`` that is running.
+
+    By then autograd has let go of the number itself, so the loss is taken for a scaled one if it was multiplied by a constant
+    while there is a ``GradScaler`` that has scaled something.
+
+    Raises:
+        ScopeError: it was scaled.
+    """
+    if any(_multiplied(loss.grad_fn, _DEPTH) for loss in _losses_in_backward()) and _scaler_in_use():
+        raise ScopeError(
+            "the loss was scaled by a GradScaler (scaler.scale(loss).backward()): its gradients are larger by that factor, and "
+            "clipping and noise would not know of it. Call loss.backward() and opt.step() without the scaler; autocast alone is "
+            "fine, since gradients are clipped in float32 here. (If the scaler belongs to another model: divide this loss by a "
+            "number instead of multiplying it.)"
+        )
+
+
+def _losses_in_backward() -> list[Tensor]:
+    """What ``Tensor.backward`` is running on, in this thread or, where the graph is on another device, in the one that waits."""
+    frames: list[FrameType] = [sys._getframe(1), *sys._current_frames().values()]
+    try:
+        while frames:
+            frame = frames.pop(0)
+            if frame.f_code is torch.Tensor.backward.__code__ and isinstance(frame.f_locals.get("self"), Tensor):
+                return [frame.f_locals["self"]]
+            frames[:0] = [] if frame.f_back is None else [frame.f_back]
+        return []
+    finally:
+        frames.clear()  # a frame that refers to itself would live until the garbage collector comes, and the graph with it
+        del frame
+
+
+def _multiplied(node: Any, depth: int) -> bool:
+    if node is None or depth == 0:
+        return False
+    parents = [parent for parent, _ in node.next_functions]
+    if type(node).__name__ == "MulBackward0" and None in parents:
+        return True
+    return len(parents) == 1 and _multiplied(parents[0], depth - 1)
+
+
+def _scaler_in_use() -> bool:
+    kind = torch.amp.GradScaler
+    return any(issubclass(type(held), kind) and held._scale is not None for held in gc.get_objects())

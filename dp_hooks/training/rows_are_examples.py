@@ -1,0 +1,190 @@
+"""The one assumption under all clipping: row i of what the model sees is example i of the batch that was handed out."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._rerun import checking
+from .._tree import outputs_of
+from .._validate import bad
+from ..capture.calls.backward_passes import BackwardPasses
+from ..errors import ScopeError
+from ..privacy.sampling.physical import PhysicalBatch
+from .loss_scale import refuse_scaled_loss
+
+AHEAD = (
+    "Batches were read ahead of their use (a prefetcher, or several batches fetched for gradient accumulation), and rows would "
+    "be taken for the examples of another batch. Remedy: take the step of a batch before the next one is read from the private "
+    "loader; loader workers (num_workers) fetch in advance without that. To accumulate, set a larger batch_size in the loader and "
+    "max_physical_batch_size in the scope."
+)
+
+
+class Rows:
+    """Knows which part of which batch the loader handed out last, and refuses rows that are not its examples.
+
+    Guarantee: between two boundaries, every call that gradients come back from has one row for each example of the part (or
+    for each that was kept, see :meth:`keep`), and is on tensors of that part, as far as that can be seen. Rows that are made of
+    several examples, and examples in several rows, show here unless the counts agree by chance; the probe of the collate function
+    and the self-check look for those.
+
+    Attributes:
+        part: what was handed out last; None before the first.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was handed out yet."""
+        self.part: PhysicalBatch | None = None
+        self._kept: int | None = None
+        # Tensors of the parts handed out since one was used; the last are those of `part`.
+        self._unused: list[list[Tensor]] = []
+        self._seen = False  # whether a backward pass came
+        # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
+        self._first: tuple[BackwardPasses, list[weakref.ref[Tensor]]] | None = None
+
+    def hand_out(self, part: PhysicalBatch, batch: Any) -> None:
+        """``part`` is handed out as ``batch``."""
+        self.part, self._kept = part, None
+        if part.size:
+            self._unused.append(outputs_of(batch))
+
+    def used(self) -> None:
+        """The part was used, or is skipped on purpose: the next one may be handed out."""
+        self._unused.clear()
+
+    def stepped(self) -> None:
+        """The step of the part was taken: what was declared about its rows is over."""
+        self._kept = None
+        self.used()
+
+    @property
+    def expected(self) -> int | None:
+        """How many rows a call has to have; None: not known, since the batch is not from the private loader."""
+        return None if self.part is None else self.part.size if self._kept is None else self._kept
+
+    def keep(self, rows: Tensor) -> None:
+        """Declare which rows of the part the calls of this step are on: a mask ``[n]`` of bool, or numbers of rows, each once.
+
+        Raises:
+            InvalidArgumentError: ``rows`` are not rows of the part.
+            ScopeError: no part was handed out, or rows were declared for it already.
+        """
+        if self.part is None or self._kept is not None:
+            state = "were declared already for this batch" if self.part else "of a batch that is not from the private loader"
+            raise ScopeError(f"keep_rows(): rows {state}. Declare them once, after the batch came and before the model is called.")
+        size, rows = self.part.size, torch.as_tensor(rows)
+        if rows.dtype == torch.bool and rows.shape == (size,):
+            self._kept = int(rows.sum())
+        elif rows.dim() == 1 and not rows.is_floating_point() and rows.dtype != torch.bool:
+            numbers = set(rows.tolist())
+            if len(numbers) == len(rows) and all(0 <= i < size for i in numbers):
+                self._kept = len(rows)
+        if self._kept is None:
+            raise bad(
+                "rows", rows, f"pass a mask of bool with one entry for each of the {size} rows, or numbers of rows, each once."
+            )
+
+    # ---------------------------------------------------------------- what the model sees
+
+    def before_call(self, inputs: list[Tensor], passes: BackwardPasses) -> None:
+        """An outermost call with gradients begins, on ``inputs``; ``passes`` are the backward passes since the last boundary.
+
+        Raises:
+            ScopeError: the inputs are of another batch than the one that gradients would be taken for.
+        """
+        if checking():  # of another model, which calls this one
+            return
+        if self.part is None:
+            self._check_foreign(inputs, passes)
+        elif len(self._unused) > 1:
+            self._check_whose(inputs)
+        self.used()
+
+    def _check_whose(self, inputs: list[Tensor]) -> None:
+        *earlier, present = self._unused
+        for same in (_same_memory, _same_values):
+            if any(same(t, own) for t in inputs for own in present):
+                return
+            if any(same(t, own) for t in inputs for part in earlier for own in part):
+                raise ScopeError(f"the model was called on a batch that is not the one handed out last. {AHEAD}")
+        raise ScopeError(
+            "a batch of the private loader was not used before the next one was read, and the model is called on tensors of "
+            f"which cannot be told to which batch they belong. {AHEAD} To leave out a batch on purpose, call opt.skip_batch()."
+        )
+
+    def _check_foreign(self, inputs: list[Tensor], passes: BackwardPasses) -> None:
+        if self._first is None or self._first[0] is not passes:
+            self._first = (passes, [weakref.ref(t) for t in inputs])
+            return
+        before = [t for t in (known() for known in self._first[1]) if t is not None]
+        same = any(_same_memory(t, own) for t in inputs for own in before)
+        parts = any(_disjoint(t, own) for t in inputs for own in before)
+        if parts or (passes.samples is not None and not same):
+            raise ScopeError(
+                "the model was called on other rows after a backward pass of the same step: an example of each would be clipped "
+                "as if both were one, row by row. Batches from elsewhere than the private loader cannot be accumulated: take "
+                "opt.step() for each, or pass them through the private loader, which splits large batches "
+                "(max_physical_batch_size)."
+            )
+
+    def check_pass(self, samples: int) -> None:
+        """A backward pass over ``samples`` rows comes to its end.
+
+        Raises:
+            ScopeError: there are not as many rows as examples, or (looked for once) the loss was scaled.
+        """
+        self.check_count(samples)
+        if not self._seen:
+            refuse_scaled_loss()
+            self._seen = True
+
+    def check_count(self, samples: int) -> None:
+        """Refuse another number of rows than there are examples."""
+        expected = self.expected
+        if expected is None or samples == expected:
+            return
+        had = "the private loader handed out" if self._kept is None else "the rows that were declared are"
+        if samples < expected:
+            causes = (
+                "micro-batches cut by hand (set max_physical_batch_size, which splits batches and accumulates their gradients); "
+                "examples packed or joined to fewer rows by the collate function; a batch whose examples are not counted by axis "
+                "0 (declare batch_first=False); rows left out of the batch (weight their losses by 0, or declare them: "
+                "opt.keep_rows(mask))"
+            )
+        else:
+            causes = (
+                "several rows per example (augmented copies, pairs, tokens: call the model once for each copy, and add up the "
+                "losses of an example); rows of other batches, or generated ones, beside those of the loader (as many as the "
+                "batch has); a batch whose examples are not counted by axis 0 (declare batch_first=False)"
+            )
+        raise ScopeError(
+            f"the model was called on {samples} rows, but {had} {expected} examples. Every example needs one row of its own, "
+            f"since rows are what is clipped; nothing was released. Likely causes: {causes}."
+        )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.device != other.device or one.layout != torch.strided or other.layout != torch.strided or not one.numel():
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0 and not _disjoint(one, other)
+
+
+def _disjoint(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are different rows of one (``chunk``, ``split``, slices)."""
+    if one.shape[1:] != other.shape[1:] or one.stride() != other.stride() or one.device != other.device or not one.dim():
+        return False
+    if not one.numel() or not other.numel() or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    first, second = sorted((one, other), key=lambda t: t.storage_offset())
+    step = first.stride(0)
+    return step > 0 and bool(second.storage_offset() - first.storage_offset() >= len(first) * step)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.layout != other.layout or one.layout != torch.strided:
+        return False
+    return torch.equal(one.detach(), other.detach().to(one.device, one.dtype))
