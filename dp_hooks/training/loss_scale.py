@@ -57,5 +57,12 @@ def _multiplied(node: Any, depth: int) -> bool:
 
 
 def _scaler_in_use() -> bool:
-    kind = torch.amp.GradScaler
-    return any(issubclass(type(held), kind) and held._scale is not None for held in gc.get_objects())
+    if not _scalers():
+        return False
+    gc.collect()  # one that is dead and not collected yet scales no loss
+    # One that is switched off has no scale at all, and in one that has scaled nothing yet it is None.
+    return any(getattr(scaler, "_scale", None) is not None for scaler in _scalers())
+
+
+def _scalers() -> list[torch.amp.GradScaler]:
+    return [held for held in gc.get_objects() if issubclass(type(held), torch.amp.GradScaler)]

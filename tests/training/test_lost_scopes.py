@@ -269,9 +269,23 @@ def test_a_loss_scaled_by_a_grad_scaler_is_refused(divided: int, mode: str) -> N
         run.assert_untouched()
 
 
+def a_lost_scaler() -> None:
+    """A scaler that has scaled something, and that only the garbage collector can free."""
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.itself = scaler
+
+
+def a_scaler_switched_off() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
 @each_mode
-def test_a_loss_times_a_constant_is_fine_without_a_scaler(mode: str) -> None:
-    """A weight on the loss is part of the loss."""
+@pytest.mark.parametrize("beside", [lambda: None, a_lost_scaler, a_scaler_switched_off], ids=["none", "lost", "switched off"])
+def test_a_loss_times_a_constant_is_fine_without_a_scaler(mode: str, beside: Callable[[], Any]) -> None:
+    """A weight on the loss is part of the loss, also while there is a scaler that can scale nothing."""
+    kept = beside()
+    assert kept is None or not kept.is_enabled()
     run = Run(**POISSON, grad_sample_mode=mode)
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
