@@ -28,6 +28,17 @@ def _set_other_generators(state: tuple[Any, Any]) -> None:
         sys.modules["numpy"].random.set_state(state[1])
 
 
+def set_seeds(seed: int) -> None:
+    """Seed the generators of PyTorch on CPU, of Python and of NumPy.
+
+    ``torch.manual_seed`` would look for devices, which takes longer than a small model, and seed those that come later, too.
+    """
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 @contextmanager
 def other_generators_kept() -> Iterator[None]:
     """Put the generators of Python and NumPy back afterwards."""
@@ -82,11 +93,7 @@ class NoRandomness(TorchFunctionMode):
         """A run begins, on all samples or on number ``alone``: seeds are set, and what is repeated begins at its start."""
         if torch.cuda.is_initialized():
             torch.manual_seed(0)
-        else:  # that would look for devices, which takes longer than a small model
-            torch.default_generator.manual_seed(0)
-        random.seed(0)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(0)
+        set_seeds(0)
         self._put_generators_back()
         self._coins, self._next, self._alone = 0, 0, alone
         if alone is None:

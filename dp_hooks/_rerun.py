@@ -167,6 +167,13 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     return one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
+def is_copy(tensor: Tensor, original: Tensor) -> bool:
+    """Whether ``tensor`` holds what ``original`` holds, on whatever device and in whatever dtype."""
+    if tensor.shape != original.shape or tensor.layout != original.layout or tensor.layout != torch.strided:
+        return False
+    return torch.equal(tensor.detach(), original.detach().to(tensor.device, tensor.dtype))
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype that autocast is using on devices of this type, or None while it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -125,6 +125,26 @@ def join(skeleton: Any, tensors: list[Tensor]) -> Any:
     return tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf, skeleton)
 
 
+@dataclasses.dataclass(frozen=True)
+class PaddedField:
+    """A field of batches that is as long as the longest example in them."""
+
+    path: tuple[Any, ...]
+    axis: int  # of one row
+    at_end: bool  # where the padding is
+    value: float | None  # what it is filled with; None: it is not one number
+
+
+def field_at(batch: Any, path: Iterable[Any]) -> Any:
+    """Return what is in ``batch`` under these keys and positions, one after the other; None if there is nothing."""
+    for key in path:
+        try:
+            batch = batch[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return batch
+
+
 def private_copy(tree: Any) -> Any:
     """Return ``tree`` with containers and tensors of its own."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)

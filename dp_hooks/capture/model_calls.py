@@ -64,7 +64,8 @@ class ModelCalls:
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The outermost call begins."""
         session = self.session
-        sized = [t.shape[session.axis] for t in tensors_of((args, kwargs)) if t.dim() > session.axis]
+        inputs = tensors_of((args, kwargs))
+        sized = [t.shape[session.axis] for t in inputs if t.dim() > session.axis]
         rows = sized[0] if sized else None
         session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
         session.repeating = 0
@@ -74,7 +75,7 @@ class ModelCalls:
             call.record = session.recorder.begin(name, module, args, kwargs)
         if self.module_calls.capturing():
             if session.before_call is not None:
-                session.before_call(tensors_of((args, kwargs)), session.passes)
+                session.before_call(inputs, session.passes)
             call.running = True
             try:
                 self.discovery.learn(call)

@@ -7,20 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tree import one_sample, outputs_of, tree_map
+from .._rerun import is_copy
+from .._tree import PaddedField, field_at, one_sample, outputs_of, tree_map
 from ..capture.calls.recorded_call import RecordedCall
 from ..errors import SelfCheckError
 from .compare import tolerance
-
-
-@dataclass(frozen=True)
-class Padding:
-    """How one field of batches is padded: by ``value`` along ``axis`` of a row, at its end or at its beginning."""
-
-    path: tuple[Any, ...]
-    axis: int
-    at_end: bool
-    value: float
 
 
 @dataclass(eq=False)
@@ -28,11 +19,11 @@ class PaddingCheck:
     """Runs a padded sample alone, once as it is and once without its padding: both have to come out alike.
 
     Attributes:
-        paddings: what the probe of the collate function found to be padded.
+        paddings: what the probe of the collate function found to be padded, each with one value.
         waiting: whether it has not been seen yet.
     """
 
-    paddings: Sequence[Padding]
+    paddings: Sequence[PaddedField]
     axis: int
     waiting: bool = True
     _fields: list[Tensor] = field(default_factory=list)  # of the present batch, where some sample is padded
@@ -43,7 +34,7 @@ class PaddingCheck:
         self._fields, self._lengths = [], []
         if not self.waiting or not self.paddings:
             return False
-        found = [(padding, _at(batch, padding.path)) for padding in self.paddings]
+        found = [(padding, field_at(batch, padding.path)) for padding in self.paddings]
         fields = [(padding, t) for padding, t in found if isinstance(t, Tensor) and t.dim() > padding.axis + 1 and len(t) > 1]
         sizes = {t.shape[_whole_axis(padding.axis, self.axis)] for padding, t in fields}
         if len(fields) != len(self.paddings) or len(sizes) != 1 or len({padding.at_end for padding, _ in fields}) != 1:
@@ -57,10 +48,11 @@ class PaddingCheck:
         self._fields, self._lengths = [t for _, t in fields], lengths
         return True
 
-    def _filled(self, padding: Padding, field: Tensor) -> Tensor:
+    def _filled(self, padding: PaddedField, field: Tensor) -> Tensor:
         """``[n, size]``: where there is nothing but the value that pads."""
-        rows = field.movedim(self.axis, 0).movedim(padding.axis + 1, 1)
-        return (rows == padding.value).flatten(2).all(2) if rows.dim() > 2 else rows == padding.value
+        assert padding.value is not None
+        rows = field.movedim(self.axis, 0).movedim(padding.axis + 1, 1).eq(padding.value)
+        return rows.flatten(2).all(2) if rows.dim() > 2 else rows
 
     def check(self, call: RecordedCall, samples: int, what: str) -> bool:
         """Compare; whether ``call`` got a padded field, so that there was something to compare.
@@ -80,7 +72,7 @@ class PaddingCheck:
         def cut(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            mine = any(_same(leaf, own) for own in self._fields)
+            mine = any(is_copy(leaf, own) for own in self._fields)
             known.append(mine)
             for axis in range(leaf.dim()):
                 if axis != self.axis and leaf.shape[axis] == size:
@@ -128,16 +120,3 @@ class _Ambiguous(Exception):
 
 def _whole_axis(axis: int, sample_axis: int) -> int:
     return axis + 1 if axis >= sample_axis else axis
-
-
-def _at(batch: Any, path: Sequence[Any]) -> Any:
-    for key in path:
-        try:
-            batch = batch[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return batch
-
-
-def _same(one: Tensor, own: Tensor) -> bool:
-    return one.shape == own.shape and torch.equal(one.detach(), own.to(one.device, one.dtype))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._rerun import checking
+from .._rerun import checking, is_copy
 from .._tree import outputs_of
 from .._validate import bad
 from ..capture.calls.backward_passes import BackwardPasses
@@ -104,7 +104,7 @@ class Rows:
 
     def _check_whose(self, inputs: list[Tensor]) -> None:
         *earlier, present = self._unused
-        for same in (_same_memory, _same_values):
+        for same in (_same_memory, is_copy):
             if any(same(t, own) for t in inputs for own in present):
                 return
             if any(same(t, own) for t in inputs for part in earlier for own in part):
@@ -182,9 +182,3 @@ def _disjoint(one: Tensor, other: Tensor) -> bool:
     first, second = sorted((one, other), key=lambda t: t.storage_offset())
     step = first.stride(0)
     return step > 0 and bool(second.storage_offset() - first.storage_offset() >= len(first) * step)
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.layout != other.layout or one.layout != torch.strided:
-        return False
-    return torch.equal(one.detach(), other.detach().to(one.device, one.dtype))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from .._validate import bad, boolean, fraction, one_of, positive_int
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
-from ..checks.padding import Padding, PaddingCheck
+from ..checks.padding import PaddingCheck
 from ..checks.self_check import SelfCheck
 from ..distributed.world import processes
 from ..errors import ScopeError
@@ -246,7 +246,7 @@ class PrivateTraining:
             )
             stack.callback(controller.cleanup)
             if self._wants_check:
-                fields = [Padding(f.path, f.axis, f.at_end, f.value) for f in self._collate.padded if f.value is not None]
+                fields = [field for field in self._collate.padded if field.value is not None]
                 self._padding = PaddingCheck(fields, controller.axis, bool(fields))
                 self.self_check = SelfCheck(controller, self.model, self._params, self._criterion, self._padding)
                 self.self_check.watch(stack)

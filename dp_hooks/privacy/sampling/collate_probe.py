@@ -11,22 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..._no_randomness import other_generators_kept
+from ..._no_randomness import other_generators_kept, set_seeds
+from ..._tree import PaddedField, field_at
 from ..._validate import bad
 
 # Examples that are read from the dataset, examples in the batch that is varied, and seeds where the function draws numbers.
 _READ, _ROWS, _SEEDS = 8, 4, 3
 _CLOSE = 1e-5  # what vectorised arithmetic may differ by from one size of the batch to another
-
-
-@dataclass(frozen=True)
-class PaddedField:
-    """A field of batches that is as long as the longest example in them."""
-
-    path: tuple[Any, ...]
-    axis: int  # of one row
-    at_end: bool  # where the padding is
-    value: float | None  # what it is filled with; None: it is not one number
 
 
 @dataclass(frozen=True)
@@ -110,17 +101,13 @@ class _Probe:
         return tuple(padded.values())
 
     def _collated(self, examples: list[Any]) -> Any:
-        torch.manual_seed(self.seed)
-        random.seed(self.seed)
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            numpy.random.seed(self.seed)
-        before = (torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()[2])
+        set_seeds(self.seed)
+        before = _generators()
         try:
             batch = self.collate([copy.deepcopy(example) for example in examples])  # it may consume what it is given
         except Exception as error:
             raise _Unclear(f"it failed on {len(examples)} examples ({type(error).__name__}: {error})") from error
-        after = (torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()[2])
+        after = _generators()
         self.draws |= not torch.equal(before[0], after[0]) or before[1:] != after[1:]
         return batch
 
@@ -176,14 +163,12 @@ class _Probe:
     def _rows(self, examples: list[Any], fields: Sequence[_Field]) -> Rows:
         batch, rows = self._collated(examples), [{} for _ in examples]  # type: Any, Rows
         for field in fields:
-            value = batch
-            for key in field.path:
-                value = value[key]
-            whole = None if field.axis is None else _tensor(value)
+            value, axis = field_at(batch, field.path), field.axis
+            whole = _tensor(value)
             for i, row in enumerate(rows):
                 try:
-                    row[field.path] = value[i] if whole is None else whole.select(field.axis or 0, i)
-                except (IndexError, RuntimeError, NotImplementedError) as error:
+                    row[field.path] = value[i] if axis is None or whole is None else whole.select(axis, i)
+                except (IndexError, TypeError, RuntimeError, NotImplementedError) as error:
                     raise _Unclear(f"{_text(field.path)} cannot be cut into rows ({error})") from error
         return rows
 
@@ -210,6 +195,11 @@ class _Probe:
             "in the dataset or in the model. (check_collate=False takes the function as it is; nothing else will see such a "
             "fault.)",
         )
+
+
+def _generators() -> tuple[Tensor, Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()[2]
 
 
 def _text(path: tuple[Any, ...]) -> str:
