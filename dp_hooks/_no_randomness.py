@@ -66,43 +66,69 @@ class Draws:
         _set_other_generators(self._generators)
 
 
+# What few numbers drawn at once are in the trials after the first, as quantiles: gates open and close.
+_LEVELS = (0.02, 0.98, 0.5)
+TRIALS = 1 + len(_LEVELS)
+
+
 class NoRandomness(TorchFunctionMode):
     """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
 
     ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left
     alone: a model that shuffles samples mixes them. Random integers are drawn by the run on the whole batch, and a run on
-    one sample gets its own rows of them; with ``varied`` so is noise, to tell samples apart. Given the ``draws`` of a
-    pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same way again.
+    some samples gets their rows; with ``varied`` so is noise, to tell samples apart. Given the ``draws`` of a
+    pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same way again. In a later ``trial``
+    numbers for the whole batch are others: near their least, near their largest, and in the middle.
     """
 
-    def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False) -> None:
-        """For runs on ``samples`` and on one of them."""
+    def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False, trial: int = 0) -> None:
+        """For runs on ``samples`` and on some of them."""
         super().__init__()
         self.samples = samples
         self.draws = draws
         self.varied = varied
-        # Whether noise with a row for each sample was replaced.
-        self.noisy = False
+        self.trial = trial
+        self.noisy = False  # whether noise with a row for each sample was replaced
+        self.gates = False  # whether a number for the whole batch was drawn
         self._coins = 0
-        self._alone: int | None = None
+        self._some: Tensor | None = None
         self._drawn: list[Tensor] = []
-        self._next = 0
+        self._are_gates: list[bool] = []
+        self._next = self._count = self._asked = 0
         self._generators: dict[torch.Generator, Tensor] = {}
+        self._others: tuple[Any, Any] | None = None
 
-    def begin_again(self, alone: int | None = None) -> None:
-        """A run begins, on all samples or on number ``alone``: seeds are set, and what is repeated begins at its start."""
-        if torch.cuda.is_initialized():
-            torch.manual_seed(0)
-        set_seeds(0)
+    def begin_again(self, some: Tensor | None = None) -> None:
+        """A run begins, on all samples or on ``some``: seeds are set, and what is repeated begins at its start."""
+        self._note_others()
+        set_seeds(self.trial)
+        self._seed(0)
         self._put_generators_back()
-        self._coins, self._next, self._alone = 0, 0, alone
-        if alone is None:
-            self._drawn = []
+        self._coins, self._next, self._count, self._asked, self._some = 0, 0, 0, 0, some
+        if some is None:
+            self._drawn, self._are_gates = [], []
         if self.draws is not None:
             self.draws.begin_again()
+        self._others = _other_generators()
+
+    def _note_others(self) -> None:
+        """Whether the run before drew from the generators of Python or NumPy."""
+        if self._others is not None:
+            python, numpy = _other_generators()
+            before = self._others
+            changed = python != before[0] or (numpy is not None and before[1] is not None and numpy[2] != before[1][2])
+            self.gates = self.gates or changed
+
+    def _seed(self, count: int) -> None:
+        seed = 1000 * self.trial + count
+        if torch.cuda.is_initialized():
+            torch.manual_seed(seed)
+        else:  # that would look for devices, which takes longer than a small model
+            torch.default_generator.manual_seed(seed)
 
     def __exit__(self, *exc: Any) -> None:
         """End it, with the user's own generators as they were."""
+        self._note_others()
         self._put_generators_back()
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
@@ -118,14 +144,26 @@ class NoRandomness(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and generator not in self._generators:
             self._generators[generator] = generator.get_state()
+        if generator is None:  # what is drawn next must not depend on how many numbers came before, one row or many
+            self._count += 1
+            self._seed(self._count)
         if name in BERNOULLI:  # stochastic depth: keep probability p, divided by p afterwards
             p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             out = args[0].fill_(p) if name == "bernoulli_" else args[0].clone()
+            if self._is_gate(out) and self.trial:
+                with torch.no_grad():
+                    out.copy_((out > _LEVELS[self.trial - 1]).to(out.dtype))
         else:
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and name != "randperm":
                 with torch.no_grad():
-                    self._repeat(out, constant=name in NOISE and not self.varied)
+                    gate = self._is_gate(out)
+                    if name in NOISE and gate and self.trial:
+                        out.fill_(_quantile(name, _LEVELS[self.trial - 1], args[1:], kwargs))
+                    else:
+                        self._repeat(out, constant=name in NOISE and not self.varied)
+            elif isinstance(out, Tensor):
+                self.gates = True
         queue = [] if self.draws is None else self.draws.numbers[self._coins :]
         if queue and isinstance(out, Tensor) and queue[0][0] == name and queue[0][1].shape == out.shape:
             self._coins += 1
@@ -133,12 +171,22 @@ class NoRandomness(TorchFunctionMode):
                 out.copy_(queue[0][1])
         return out
 
+    def _is_gate(self, out: Tensor) -> bool:
+        """Whether numbers are for the whole batch, and so few that it may hang on them what becomes of it."""
+        if self._some is not None:  # a row for the one sample of a run looks like a number for all
+            self._asked += 1
+            return self._asked <= len(self._are_gates) and self._are_gates[self._asked - 1]
+        gate = (out.numel() == 1 and self.samples != 1) or (out.numel() <= _COIN and self.samples not in out.shape)
+        self._are_gates.append(gate)
+        self.gates = self.gates or gate
+        return gate
+
     def _repeat(self, out: Tensor, *, constant: bool) -> None:
-        """Make ``out`` a constant, or the rows of its sample in what the run on the whole batch drew here."""
+        """Make ``out`` a constant, or the rows of its samples in what the run on the whole batch drew here."""
         if constant:
             self.noisy = self.noisy or self.samples in out.shape
             out.fill_(0.75)
-        elif self._alone is None:
+        elif self._some is None:
             self._drawn.append(out.detach().clone())
         elif self._next < len(self._drawn):
             whole = self._drawn[self._next]
@@ -147,7 +195,7 @@ class NoRandomness(TorchFunctionMode):
             if whole.shape == out.shape:
                 out.copy_(whole)
             elif axis is not None and whole.dim() == out.dim() and whole.shape[axis] == self.samples:
-                mine = whole.narrow(axis, self._alone, 1)
+                mine = whole.index_select(axis, self._some.to(whole.device))
                 if mine.shape == out.shape:
                     out.copy_(mine)
 
@@ -167,3 +215,13 @@ class NoRandomness(TorchFunctionMode):
         elif name in RECURRENT:  # of their arguments only dropout is a float
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         return func(*args, **kwargs)
+
+
+def _quantile(name: str, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The number below which a draw lies with probability ``level``."""
+    if name == "uniform_":
+        low, high = (*args, *(kwargs.get(key, 1.0 if key == "to" else 0.0) for key in ("from", "to")[len(args) :]))[:2]
+        return float(low + (high - low) * level)
+    if name.startswith("rand") and not name.startswith("randn"):
+        return level
+    return 4 * level - 2 if "norm" in name or "randn" in name else 2 * level

@@ -10,7 +10,10 @@ NOISE = frozenset("rand rand_like randn randn_like uniform_ normal_ exponential_
 BERNOULLI = frozenset("bernoulli bernoulli_".split())
 # All that draw numbers, dropout aside.
 DRAWS = (
-    NOISE | BERNOULLI | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
+    NOISE
+    | BERNOULLI
+    | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
+    | frozenset("_standard_gamma _sample_dirichlet".split())
 )
 # Functions with dropout among their arguments: recurrent ones, and the keywords it goes by.
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
@@ -57,8 +60,11 @@ TAKES_SIZES = frozenset(
     "new_ones new_full new_empty interpolate pad".split()
 )
 
-# As many rows as the data says.
-DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere _unique2".split())
+# Made without looking at the numbers in anything.
+CONSTANTS = frozenset("zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split())
+
+# As many rows as the data says (names without underscores at their ends).
+DATA_SHAPED = frozenset("nonzero masked_select unique unique_consecutive argwhere unique2 pack_padded_sequence".split())
 SORTS = frozenset("sort argsort topk msort".split())
 # The largest value over the batch is what samples are padded to: as many rows for each of them.
 PADDED_TO = frozenset("max amax min amin __get__".split())

@@ -152,8 +152,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             vars(p).update(attributes)
         with torch.no_grad():
             for tensor, value in values:
-                if not same_values(tensor, value):  # a graph may have saved it, and would notice
-                    tensor.copy_(value)
+                write_back(tensor, value)
+
+
+def write_back(tensor: Tensor, value: Tensor) -> None:
+    """Give ``tensor`` its earlier value, unless it has it: a graph may have saved it, and would notice."""
+    if not same_values(tensor, value):
+        if tensor.shape != value.shape:
+            tensor.resize_(value.shape)
+        tensor.copy_(value)
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
@@ -145,9 +146,27 @@ def field_at(batch: Any, path: Iterable[Any]) -> Any:
     return batch
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return real and imaginary parts along a further axis, of a complex tensor; else the tensor itself."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def private_copy(tree: Any) -> Any:
     """Return ``tree`` with containers and tensors of its own."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def rows_of(batch: Any, rows: Tensor, samples: int, axis: int) -> Any:
+    """Return some samples of ``batch``: whatever counts ``samples`` along ``axis`` is cut to ``rows``."""
+    if len(rows) == 1:
+        return one_sample(batch, int(rows[0]), samples, axis)
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples:
+            return leaf.index_select(axis, rows.to(leaf.device))
+        return leaf
+
+    return tree_map(cut, batch)
 
 
 def one_sample(batch: Any, i: int, samples: int, axis: int) -> Any:

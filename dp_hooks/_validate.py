@@ -48,6 +48,14 @@ def fraction(name: str, value: object, remedy: str, *, one_allowed: bool = False
     return number
 
 
+def probability(name: str, value: object, remedy: str = "pass a number from 0 to 1.") -> float:
+    """Return ``value`` as a float in [0, 1]."""
+    number = non_negative(name, value, remedy)
+    if number > 1:
+        raise bad(name, value, remedy)
+    return number
+
+
 def positive_int(name: str, value: object, remedy: str = "pass a whole number of 1 or more.") -> int:
     """Return ``value`` as an int of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,6 +1,22 @@
 """What can go wrong, as exceptions. Every one of them is raised before a parameter moves or budget is spent."""
 
+from collections.abc import Sequence
+
 from opacus.validators.errors import UnsupportedModuleError
+
+_SHOWN = 3  # of a list: more of them say no more, and hide the remedy
+
+
+def some_of(items: Sequence[str]) -> str:
+    """The first three of ``items`` in a row, and how many more there are."""
+    more = [f"{len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
+    return ", ".join([*items[:_SHOWN], *more])
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """The first three of ``lines`` below each other, and how many more there are."""
+    more = [f"  ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join([*(f"  - {line}" for line in lines[:_SHOWN]), *more])
 
 
 class DPHooksError(Exception):
@@ -26,7 +42,8 @@ class AccountingError(DPHooksError, ValueError):
 class UnsupportedModelError(DPHooksError, UnsupportedModuleError, NotImplementedError):  # type: ignore[misc]
     """The per-sample gradients of a model cannot be separated, or cannot be computed correctly.
 
-    The message lists every offending module and parameter, the reason and the remedy. It is a subclass of Opacus's
+    The message lists the first three offending modules and parameters, with reason and remedy, and says how many more there are
+    (:func:`~dp_hooks.explain` shows all). It is a subclass of Opacus's
     ``UnsupportedModuleError`` and of ``NotImplementedError``, the two exceptions Opacus raises in such cases, so that
     existing ``except`` clauses go on working.
     """

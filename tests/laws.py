@@ -133,14 +133,14 @@ def agrees(
     while weighed:
         with captured(controller, mode, losses) as found:
             assert found.samples == n
-            norms = {k: g.reshape(n, g[0:1].numel()).square().sum(1) for k, g in expected.items()}
+            norms = {k: g.reshape(n, g[0:1].numel()).abs().square().sum(1) for k, g in expected.items()}
             close(found.sq_norms(found.params), norms)
             for rows in [] if mode.two_pass else [slice(None), slice(n // 3, n), torch.arange(n - 1, -1, -2)]:
                 close({p: found.grads(p, rows) for p in found.params}, {k: g[rows] for k, g in expected.items()})
             for _ in range(1 if mode.two_pass else len(weighed)):
                 weights, finite = weighed.pop()
                 sums = found.weighted_sums(dict.fromkeys(found.params, weights), finite)
-                close(sums, {k: torch.tensordot(weights[finite], g[finite], 1) for k, g in expected.items()})
+                close(sums, {k: torch.tensordot(weights[finite].to(g.dtype), g[finite], 1) for k, g in expected.items()})
     assert all(p.grad is None for p in controller.params)
 
 
@@ -241,7 +241,7 @@ def a_step_moves_by_the_clipped_sum(case: Case, mode: Mode) -> None:
         return by_name(model, rows_by_backward(model, [case.loss(model, *batch).sum()]))
 
     plain, grads = plain_gradients(), sample_grads(model, case.loss, *batch)
-    norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+    norms = torch.stack([g.reshape(len(g), -1).abs().square().sum(1) for g in grads.values()]).sum(0).sqrt()
     order, bound, n = norms.argsort(descending=True), float(norms.median()), len(norms)
     data = [torch.cat([part[order], part[order[1:]]]) for part in batch]  # all, then all but the one with most to clip
     own = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]

@@ -47,6 +47,6 @@ def _dense(p):
 
 def clipped_sum(grads, bound):
     """Return ``{name: shape}``, the sum over samples of gradients clipped to ``bound`` in the norm over all parameters."""
-    norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+    norms = torch.stack([g.reshape(len(g), -1).abs().square().sum(1) for g in grads.values()]).sum(0).sqrt()
     factors = (bound / norms).clamp(max=1.0)
-    return {name: torch.tensordot(factors, g, dims=1) for name, g in grads.items()}
+    return {name: torch.tensordot(factors.to(g.dtype), g, dims=1) for name, g in grads.items()}

@@ -69,7 +69,7 @@ class HookController:
 
         Raises:
             InvalidArgumentError: an argument of the wrong kind, or a wrapped model.
-            UnsupportedModelError: see ``strict``; lists every offending module.
+            UnsupportedModelError: see ``strict``; names the first three offending modules.
         """
         self.model = check_is_module(m)
         self.batch_first = boolean("batch_first", batch_first)

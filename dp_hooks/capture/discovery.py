@@ -1,7 +1,7 @@
 """Runs of a model on other numbers of rows, to find out where the batch is and what has to be repeated sample by sample."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from ..errors import DPHooksError
 from .calls.session import ModelCall, Session
 from .calls.trace import untraced
 from .hooked_modules import HookedModules
-from .samples.probe import Frame, Probe
+from .samples.axis import SampleAxis
+from .samples.probe import Frame, Probe, wave
+from .samples.tracked import is_float
 from .samples.tracker import Tracker
-from .samples.uses import UseLayout, merged
+from .samples.uses import Seen, UseLayout, doubtful, merged
 
 # What a model may raise when it is run on another number of rows than it was given.
 _CANNOT_RUN = (DPHooksError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -33,6 +35,7 @@ class Discovery:
         # Modules that were probed, with their mode and whether on several samples; those that could be run.
         self._tried: set[tuple[str, bool, bool]] = set()
         self._shown: set[tuple[str, bool]] = set()
+        self._unsure: set[tuple[str, bool]] = set()  # those in which more than one order of samples fits what was seen
         tracker.discover = self._learn_again
 
     @untraced
@@ -58,7 +61,10 @@ class Discovery:
         assert call.module is not None
         key = (call.name, call.module.training)
         call.strict = key in self._shown
-        if not rows or (not again and not self._tried.isdisjoint({(*key, rows > 1), (*key, True)})):
+        if not rows:
+            return
+        unsure = rows > 1 and key in self._unsure
+        if not again and not unsure and not self._tried.isdisjoint({(*key, rows > 1), (*key, True)}):
             return
         for hooked in self._hooked_modules:
             if hooked.swap.swapped:  # an interrupted forward could not put them back
@@ -94,14 +100,28 @@ class Discovery:
             done = len(probes) == len(counts) or (len(probes) > 1 and None not in agreed.values())
             if self._repeat_where_needed(probes, agreed if done else {}):
                 probes, done = [], False
-        self._tracker.axes.learn([p.uses for p in probes], two_distinct=rows > 1)
+        self._take_over(call, rows, [p.uses for p in probes], counts[0], draws)
         self._shown.add((call.name, call.module.training))
         self._hooked_modules.set_outside()
         return True
 
+    def _take_over(self, call: ModelCall, rows: int, seen: list[Seen], count: int, draws: Draws | None) -> None:
+        """Keep what probes have seen; where all rows are alike, samples are told apart by one more, else in the next batch."""
+        assert call.module is not None
+        axes, key = self._tracker.axes, (call.name, call.module.training)
+        apart = None
+        if rows > 1 and doubtful(merged(seen)):
+            apart = self._run_probe(call, rows, count, draws, tell_apart=True)
+        other = axes.learn(seen, two_distinct=rows > 1, apart=None if apart is None else apart.uses)
+        self._unsure.discard(key)
+        if rows > 1 and axes.unsure & {use for uses in seen for use in uses}:
+            self._unsure.add(key)
+        if other and self._session.recorder is not None:
+            self._session.recorder.forget()
+
     def forget(self) -> None:
         """The hooks are gone, and with them what was told to hooked modules."""
-        self._tried, self._shown = set(), set()
+        self._tried, self._shown, self._unsure = set(), set(), set()
 
     def _repeat_where_needed(self, probes: list[Probe], agreed: Mapping[Any, list[UseLayout] | None]) -> bool:
         """Have modules repeated sample by sample where rows are picked by their values inside; whether any is new."""
@@ -118,17 +138,23 @@ class Discovery:
             self._hooked_modules.repeat(frame.name, frame.module)
         return new
 
-    def _run_probe(self, call: ModelCall, rows: int, count: int, draws: Draws | None, mark_first: bool = False) -> Probe | None:
+    def _run_probe(
+        self, call: ModelCall, rows: int, count: int, draws: Draws | None, *, mark_first: bool = False, tell_apart: bool = False
+    ) -> Probe | None:
         """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace."""
         module, session, hooked_modules, tracker = call.module, self._session, self._hooked_modules, self._tracker
         assert module is not None
-        probe = Probe(count, two_distinct=rows > 1, mark_first=mark_first)
+        probe = Probe(count, two_distinct=rows > 1, mark_first=mark_first, tell_apart=tell_apart)
         args, kwargs = tree_map(lambda leaf: _rows_for_probe(leaf, rows, count, session.axis), (call.args, call.kwargs))
+        if tell_apart:
+            args, kwargs = tree_map(lambda leaf: _first_unlike(leaf, count, session.axis), (args, kwargs))
         kept = (session.call, session.repeating)
         tracker.probe, session.call = probe, ModelCall(rows=count)
         ran = False
         try:
-            with suppress(*_CANNOT_RUN), undisturbed(module), NoRandomness(draws=draws) as without, probe:
+            with suppress(*_CANNOT_RUN), undisturbed(module), NoRandomness(draws=draws) as without, ExitStack() as stack, probe:
+                if tell_apart:
+                    stack.enter_context(_zeros_filled(module.parameters()))
                 without.begin_again()
                 for hooked in hooked_modules:
                     if hooked_modules.repeated(hooked.module) is None:
@@ -166,3 +192,24 @@ def _rows_for_probe(leaf: Any, rows: int, count: int, axis: int) -> Any:
     index = torch.full((count,), min(1, rows - 1), device=leaf.device)
     index[0] = 0
     return leaf.detach().index_select(axis, index)
+
+
+def _first_unlike(leaf: Any, rows: int, axis: int) -> Any:
+    """Return a floating-point tensor with ``rows`` rows with numbers of the size of 1 in the first one."""
+    if not is_float(leaf) or leaf.is_complex() or leaf.dim() <= max(axis, 1) or leaf.shape[axis] != rows or not leaf.numel():
+        return leaf
+    first = torch.arange(rows, device=leaf.device) == 0
+    return torch.where(SampleAxis(axis).spread(first, leaf), 0.5 * wave(leaf), leaf)
+
+
+@contextmanager
+def _zeros_filled(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Fill parameters that are zero: what they make of different samples would be alike. They are not seen to have changed."""
+    zeros = [p for p in params if is_float(p) and not p.is_complex() and p.numel() and not bool(p.detach().any())]
+    try:
+        for p in zeros:
+            p.data.copy_(0.1 * wave(p) if p.dim() else torch.full_like(p, 0.1))
+        yield
+    finally:
+        for p in zeros:
+            p.data.zero_()

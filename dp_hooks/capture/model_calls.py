@@ -15,6 +15,7 @@ from .calls.written import Written
 from .discovery import Discovery
 from .hooked_modules import HookedModules
 from .module_calls import ModuleCalls
+from .samples.rows_of_inputs import refuse_without_rows, rows_of_inputs
 from .samples.tracker import Tracker
 from .validate import mixes_samples, mixing_reason
 
@@ -65,17 +66,20 @@ class ModelCalls:
         """The outermost call begins."""
         session = self.session
         inputs = tensors_of((args, kwargs))
-        sized = [t.shape[session.axis] for t in inputs if t.dim() > session.axis]
-        rows = sized[0] if sized else None
+        if session.enabled and torch.is_grad_enabled():
+            refuse_without_rows(inputs, session.axis, name)
+        rows = rows_of_inputs(inputs, session.axis)
         session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
         session.repeating = 0
         if not torch.is_grad_enabled():
+            if session.recorder is not None and session.enabled and module.training:
+                call.record = session.recorder.begin_quiet(name, module, args, kwargs)
             return
         if session.recorder is not None:
             call.record = session.recorder.begin(name, module, args, kwargs)
         if self.module_calls.capturing():
             if session.before_call is not None:
-                session.before_call(inputs, session.passes)
+                session.before_call((args, kwargs), session.passes)
             call.running = True
             try:
                 self.discovery.learn(call)
@@ -100,7 +104,8 @@ class ModelCalls:
             replaced = self.module_calls.after(hooked, module, args, kwargs, output)
         if self.tracker.probe is not None:
             self.tracker.probe.leave(output)
-        elif not session.in_backward():
+            return replaced if replaced is not None else self.tracker.probe.told_apart(output)
+        if not session.in_backward():
             session.depth = max(0, session.depth - 1)
             if session.trace is not None and session.depth:
                 session.trace.leave()
@@ -123,7 +128,9 @@ class ModelCalls:
         self._check_written()
         ordinary = self.tracker.untrack(output)
         result = replaced if ordinary is output else ordinary
-        if session.enabled and torch.is_grad_enabled():
+        if recorder is not None and call.record is not None and not call.record.with_gradients:
+            recorder.end_quiet(call.record)
+        elif session.enabled and torch.is_grad_enabled():
             left = [] if recorder is None or call.record is None else recorder.end(call.record)
             self._watch(call, [*outputs_of(output if result is None else result), *left])
         return result
@@ -133,7 +140,9 @@ class ModelCalls:
         written, self._written = self._written, None
         names = [] if written is None else written.since()
         names = [name for name in names if not mixes_samples(self.model.get_submodule(name.rpartition(".")[0]))]
-        if names:
+        if names and self.session.trace is not None:
+            self.session.trace.note_written(names)
+        elif names:
             error = UnsupportedModelError(
                 f"{', '.join(names)}: written during the forward pass. What is written to buffers from private samples gets "
                 "no noise. Remedy: call .eval() on the module that does it, or replace it."
@@ -145,6 +154,8 @@ class ModelCalls:
         recorder = self.session.recorder
         for index, tensor in enumerate(t for t in outputs if t.is_floating_point()):
             if tensor.grad_fn is not None:
+                if self.session.on_output is not None:
+                    self.session.on_output(call, index, tensor)
                 # What is kept of the call lives as long as its graph does.
                 tensor.grad_fn.register_prehook(functools.partial(self._arrived, call, index, tensor.output_nr))
                 if recorder is not None and call.record is not None and tensor._is_view():
@@ -152,8 +163,11 @@ class ModelCalls:
 
     def _arrived(self, call: ModelCall, index: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         session = self.session
-        if not session.enabled or grads[output_nr] is None:
+        arrived = grads[output_nr]
+        if not session.enabled or arrived is None:
             return
+        if session.on_arrival is not None and session.wants_gradients():
+            session.on_arrival(call, index, arrived)
         # Checkpointing runs parts of this call again, and the model may have been called on other samples since.
         session.call = call
         if session.recorder is not None and call.record is not None:

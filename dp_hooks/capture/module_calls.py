@@ -19,7 +19,7 @@ from .calls.trace import untraced
 from .hooked_modules import HookedModule, HookedModules
 from .samples.probe import gradients_wanted
 from .samples.split_call import split_call
-from .samples.tracked import TrackedTensor
+from .samples.tracked import TrackedTensor, in_transform
 from .samples.tracker import Tracker
 from .samples.uses import UseLayout
 
@@ -52,6 +52,15 @@ class ModuleCalls:
             return
         hooked.check_own()
         inputs = tensors_of((args, kwargs))
+        if in_transform():
+            if probe is None:
+                raise UnsupportedModelError(
+                    f"{hooked.name or 'the model'} ({type(module).__name__}): it is called in a torch.func transform (vmap, grad, "
+                    "jvp, ...), where its samples cannot be followed. Remedy: call the transform inside the forward of a module "
+                    "that is given the batch and owns the parameters, or freeze them with requires_grad_(False)."
+                )
+            probe.note(("call", hooked.name), probe.bypassed(list(hooked.swap.params.values())))
+            return
         hooked.captures, hooked.use = not hooked.tracks and not any(isinstance(t, TrackedTensor) for t in inputs), None
         if hooked.captures:
             hooked.use = self._tracker.call_of(hooked.name, inputs)

@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .._validate import bad
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, bullets
 from ..rules import embedding_refusal
 from .calls.session import LeakHook
 
@@ -77,8 +77,6 @@ def located_problems(model: nn.Module) -> list[tuple[str, str]]:
 def _parameter_reason(param: nn.Parameter) -> str | None:
     if is_lazy(param):
         return "it has no shape yet. Remedy: run the model once on an example first"
-    if param.is_complex():
-        return "a complex parameter. Remedy: freeze it, or store real and imaginary parts"
     hooks = [*(param._backward_hooks or {}).values(), *(param._post_accumulate_grad_hooks or {}).values()]
     if not all(isinstance(hook, LeakHook) for hook in hooks):
         return (
@@ -95,7 +93,8 @@ def problems(model: nn.Module) -> list[str]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ``UnsupportedModelError`` with all :func:`problems` of ``model``, if there are any."""
+    """Raise ``UnsupportedModelError`` with :func:`problems` of ``model``, if there are any."""
     if found := problems(model):
-        listing = "\n".join(f"  - {line}" for line in found)
-        raise UnsupportedModelError(f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{listing}")
+        raise UnsupportedModelError(
+            f"{len(found)} module(s) or parameter(s) of the model cannot be trained privately:\n{bullets(found)}"
+        )

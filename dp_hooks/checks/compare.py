@@ -1,16 +1,32 @@
 """Whether what was captured agrees with plain autograd on single samples, up to rounding."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
+from .._tree import as_real
 from ..capture.controller import HookController
-from ..errors import SelfCheckError
+from ..errors import SelfCheckError, bullets
 from ..gradients.sample_gradients import SampleGradients
+from ..gradients.terms import Sums
+from .single_samples import some_samples
 
 # Largest disagreement relative to the gradient of a parameter, or to a hundredth of the sample's whole gradient where
 # the parameter's own is smaller. Rounding stays well below; a mixed-up or missing sample is far above.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 COARSE = 1e-1
+# The same for gradients taken from the same forward pass, where no unit of a network can have switched by rounding.
+_SAME_PASS = {torch.float64: 1e-5, torch.float32: 5e-4}
+_SAME_PASS_COARSE = 3e-2
+# The same for values: losses and outputs do not jump where a unit switches. Relative, of samples of at least a twentieth of the
+# size of all. Models in float64 often have norms in float32.
+_VALUES = {torch.float64: 1e-6, torch.float32: 2e-5}
+_FLOOR = 0.05
+# How many times the change of values that rounding of the parameters makes they may differ: for models that enlarge rounding.
+_TIMES_ROUNDING = 30
+_FEW = 16  # of so few samples all norms are looked at
 # How much too small the norm of a sample's whole gradient may be: it is what keeps its contribution below the bound.
 _NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
 
@@ -18,6 +34,41 @@ _NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
 def tolerance(dtype: torch.dtype, *, coarse: bool) -> float:
     """The largest relative disagreement; ``coarse``: autocast or half precision is in use."""
     return COARSE if coarse else TOLERANCE.get(dtype, COARSE)
+
+
+def values_off(whole: Tensor, apart: Tensor, all_sizes: Tensor) -> Tensor:
+    """How far the values of samples ``[k, ...]`` in a batch are from those in a smaller one, relative: ``[k]``.
+
+    ``all_sizes`` are the norms of the values of all samples; small values are compared with those.
+    """
+    whole, apart = (as_real(t.detach()).double().nan_to_num().flatten(1) for t in (whole, apart))
+    floor = _FLOOR * all_sizes.double().nan_to_num().square().mean().sqrt().clamp(min=1e-12)
+    off: Tensor = (whole - apart).norm(dim=1) / apart.norm(dim=1).maximum(floor)
+    return off
+
+
+def value_tolerance(dtype: torch.dtype, *, coarse: bool, rounding: float) -> float:
+    """The largest relative disagreement of values, where rounding of parameters changes them by ``rounding``."""
+    return COARSE if coarse else max(_VALUES.get(dtype, COARSE), _TIMES_ROUNDING * rounding)
+
+
+class ValuesDiffer(SelfCheckError):
+    """Values of samples in a batch are not those in a smaller one, or differ by rounding that the model enlarges."""
+
+
+@contextmanager
+def rounded(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Change parameters by some units in the last place; they are not seen to have changed."""
+    with torch.no_grad():
+        kept = [(p, p.detach().clone()) for p in params if p.is_floating_point()]
+        try:
+            for p, _ in kept:
+                signs = torch.arange(p.numel(), device=p.device).remainder(2).mul(2).sub(1).reshape(p.shape)
+                p.data.mul_(1 + 4 * torch.finfo(p.dtype).eps * signs.to(p.dtype))
+            yield
+        finally:
+            for p, before in kept:
+                p.data.copy_(before)
 
 
 def compare(
@@ -100,6 +151,74 @@ def compare(
         _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
 
 
+def compare_sums(
+    found: SampleGradients,
+    factors: Tensor,
+    expected: dict[nn.Parameter, Tensor],
+    params: list[nn.Parameter],
+    controller: HookController,
+    what: str,
+    *,
+    coarse: bool,
+) -> None:
+    """Compare a weighted sum of captured gradients with the gradient, by autograd, of the same sum of losses.
+
+    Both come from the same values in the forward pass, so nothing but rounding may lie between them; and as the factors have no
+    pattern, no two samples can have been taken for each other, and none can have got a part of another. The norms have to be
+    those of the gradients that are summed.
+
+    Args:
+        found: what was captured of the whole batch; all of it finite.
+        factors: ``[samples]``, one per sample.
+        expected: the gradients of the sum of losses, each times its factor.
+        params: the parameters to compare.
+        controller: for names.
+        what: for messages.
+        coarse: autocast or half precision is in use.
+
+    Raises:
+        SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
+    """
+    seen = [p for p in params if p in set(found.params)]
+    norms = found.sq_norms(seen)
+    everything = torch.ones(found.samples, dtype=torch.bool, device=factors.device)
+    sums = found.weighted_sums({p: factors.to(p.device, _sum_dtype(p)) for p in seen}, everything)
+    reached = [p for p in params if p in sums or p in expected]
+    squares = factors.double().square().cpu()
+    size = {p: float((norms[p].double().cpu().clamp(min=0) * squares).sum()) if p in norms else 0.0 for p in reached}
+    total = sum(size.values())
+    picked = _picked(norms, seen)
+    worst = []
+    for p in reached:
+        limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)
+        scale = max(size[p], 1e-4 * total, 1e-60) ** 0.5
+        want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device)).to(_sum_dtype(p))
+        error = float(_square(sums[p] - want if p in sums else want)) ** 0.5 / scale
+        for i in picked if p in norms else ():  # a norm is that of the gradient that the sums are made of, or a little more
+            row = torch.tensor([i], device=p.device)
+            norm, own = float(norms[p][row]) ** 0.5, float(_square(found.grads(p, row)[0])) ** 0.5
+            floor = max(own, 1e-2 * (total / found.samples) ** 0.5, 1e-30)
+            error = max(error, (own - norm) / floor, (norm - own) / floor * limit / max(limit, 3e-2))
+        if not error <= limit:
+            worst.append((error, controller.name_of(p)))
+    if worst:
+        _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
+
+
+def _picked(norms: Sums, params: list[nn.Parameter]) -> list[int]:
+    """Samples whose norms are looked at: the ends of the batch, those with the largest and the smallest norm, and some between."""
+    if not params:
+        return []
+    total = torch.stack([norms[p].double().cpu() for p in params]).sum(0)
+    if len(total) <= _FEW:
+        return list(range(len(total)))
+    return sorted({*some_samples(len(total)), int(total.argmax()), int(total.argmin())})
+
+
+def _sum_dtype(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
+
+
 def _square(gradient: Tensor) -> Tensor:
     """The squared norm of one gradient, as a float64."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -108,11 +227,10 @@ def _square(gradient: Tensor) -> Tensor:
 
 
 def _complain(worst: list[tuple[float, str]], params: int, samples: int, what: str, loss_reduction: str) -> None:
-    listing = "\n".join(f"  - {name}: off by {error:.1e} of its size" for error, name in worst[:8])
-    more = f"\n  ... and {len(worst) - 8} more" if len(worst) > 8 else ""
+    listing = bullets([f"{name}: off by {error:.1e} of its size" for error, name in worst])
     raise SelfCheckError(
         f"{what}: per-sample gradients of {len(worst)} of {params} parameters differ from plain autograd on single "
-        f"samples (batch of {samples}); nothing was released.\n{listing}{more}\nLikely causes: samples mix (batch "
+        f"samples (batch of {samples}); nothing was released.\n{listing}\nLikely causes: samples mix (batch "
         "statistics, a loss averaged over tokens of the whole batch, contrastive or load-balancing terms); "
         f"loss_reduction={loss_reduction!r} is not how the loss is reduced; an input that all samples "
         "share has as many rows as the batch; random numbers other than dropout. Remedy: return per-sample losses from a "

@@ -10,22 +10,33 @@ from .._no_randomness import NoRandomness
 from .._rerun import undisturbed
 from .._tree import one_sample, private_copy, tensors_of, tree_map
 from ..capture.calls.call_recorder import CallRecorder
+from ..capture.calls.session import ModelCall
 from ..capture.calls.trace import OpTrace, untraced
 from ..capture.controller import HookController
+from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..errors import SelfCheckError
 from .compare import tolerance
 from .single_samples import not_alone, some_samples
+
+# What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
+_OTHER_TERMS = 2e-2
 
 
 class CriterionCheck:
     """Compares the gradient of ``criterion`` on the batch with its gradients on single samples."""
 
-    def __init__(self, criterion: nn.Module, controller: HookController, recorder: CallRecorder) -> None:
+    def __init__(self, criterion: nn.Module, controller: HookController, recorder: CallRecorder, *, optional: bool) -> None:
+        """``optional``: it may stay unused; the loss is not verified then."""
         self._criterion = criterion
+        self._optional = optional
         self._controller = controller
         self._recorder = recorder
         self._trace = OpTrace()
         self._call: tuple[Any, Any] | None = None
+        self._is_scalar = True
+        self._outputs: list[tuple[ModelCall, int, Tensor]] = []  # of the model, in the present step
+        self._own: dict[tuple[int, int], Tensor] = {}  # what the criterion brings to them
+        self._off: Tensor | None = None  # the largest part of what arrived that was not the criterion's, in any step
         self._what = f"criterion ({type(criterion).__name__})"
 
     def watch(self, stack: ExitStack) -> None:
@@ -35,22 +46,64 @@ class CriterionCheck:
         stack.callback(before.remove)
         after = self._criterion.register_forward_hook(self._observe, with_kwargs=True, always_call=True)
         stack.callback(after.remove)
+        session = self._controller.session
+        session.on_output, session.on_arrival = self._note_output, self._note_arrival
+        stack.callback(self._forget)
+
+    def _forget(self) -> None:
+        self._controller.session.on_output = self._controller.session.on_arrival = None
+        self.new_step()
+
+    def _note_output(self, call: ModelCall, index: int, output: Tensor) -> None:
+        self._outputs.append((call, index, output))
+
+    def _note_own(self, loss: Any) -> bool:
+        """The criterion was called: work out what it alone will bring to the outputs of the model; whether it was called on any."""
+        outputs = [(call, index, out) for call, index, out in self._outputs if not call.name]
+        reached = not outputs
+        if outputs and isinstance(loss, Tensor) and loss.requires_grad:
+            found = torch.autograd.grad(loss.sum(), [out for _, _, out in outputs], retain_graph=True, allow_unused=True)
+            for (call, index, _), grad in zip(outputs, found, strict=True):
+                if grad is not None:
+                    reached = True
+                    known = self._own.get((id(call), index))
+                    self._own[id(call), index] = grad if known is None else known + grad
+        return reached
+
+    def _note_arrival(self, call: ModelCall, index: int, grad: Tensor) -> None:
+        """A backward pass brings ``grad``: it should be what the criterion brings, up to a factor (a mean, a weight)."""
+        own = self._own.pop((id(call), index), None)
+        off = torch.ones((), dtype=torch.float64, device=grad.device)
+        if own is not None:
+            a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (grad, own))
+            rest = a - (a * b).sum() / b.square().sum().clamp(min=1e-30) * b
+            off = (rest.norm() / a.norm().clamp(min=1e-30)).nan_to_num(0.0).double()
+        self._off = off if self._off is None else torch.maximum(self._off, off.to(self._off.device))
+
+    @property
+    def is_all(self) -> bool:
+        """Whether in every step so far what arrived at the model's outputs was the criterion's gradient, and nothing else's."""
+        return self._off is not None and float(self._off) < _OTHER_TERMS
 
     def new_step(self) -> None:
         """Forget the call of an earlier step."""
         self._trace.unverified = set()
         self._call = None
+        self._outputs, self._own = [], {}
 
     def _follow(self, criterion: nn.Module, args: Any) -> None:
         session = self._controller.session
         if torch.is_grad_enabled() and self._recorder.state is None and not session.in_backward():
-            sized = [t.shape[session.axis] for t in tensors_of(args) if t.dim() > session.axis]
-            self._trace.start("", sized[0] if sized else None)
+            self._trace.start("", rows_of_inputs(tensors_of(args), session.axis))
 
     @untraced
     def _observe(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._trace.stop()
         recorder = self._recorder
+        in_loop = not recorder.paused and recorder.state is None and not self._controller.session.in_backward()
+        if in_loop and torch.is_grad_enabled() and not self._note_own(output):  # on outputs of another model, such as a teacher's
+            self._trace.unverified = set()
+            return
         if not recorder.paused and torch.is_grad_enabled() and (recorder.armed or self._trace.unverified):
             self._call = private_copy((args, kwargs))
 
@@ -58,12 +111,14 @@ class CriterionCheck:
         """Whether the criterion went through operations that no check on so many samples did."""
         return bool(self._trace.unchecked(self._trace.unverified, samples))
 
-    def check(self, samples: int) -> None:
-        """Compare.
+    def check(self, samples: int) -> bool:
+        """Compare; whether it was called.
 
         Raises:
-            SelfCheckError: a disagreement, or the criterion was not called.
+            SelfCheckError: a disagreement, or the criterion was not called although it has to be.
         """
+        if self._call is None and self._optional:
+            return False
         if self._call is None:
             raise SelfCheckError(
                 "criterion was not called before this step, so it could not be checked. Pass the loss module that the "
@@ -73,13 +128,13 @@ class CriterionCheck:
         with undisturbed(self._criterion), NoRandomness(samples), self._trace.apart():
             whole = self._gradients(call)
             seen = self._trace.unverified
-            if reduction == "mean":
+            if reduction == "mean" and self._is_scalar:  # else it was reduced by someone else, afterwards
                 whole = [g * samples for g in whole]
             for i in some_samples(samples):
                 try:
                     alone = self._gradients(one_sample(call, i, samples, axis))
                 except Exception as error:
-                    raise not_alone(self._what, i, error) from error
+                    raise not_alone(self._what, [i], error) from error
                 for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
                     off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
                     if not off <= tolerance(single.dtype, coarse=False):
@@ -90,6 +145,7 @@ class CriterionCheck:
                             "each sample first, or declare the reduction."
                         )
         self._trace.verify(seen, samples)
+        return True
 
     def _gradients(self, call: tuple[Any, Any]) -> list[Tensor]:
         leaves: list[Tensor] = []
@@ -101,5 +157,7 @@ class CriterionCheck:
             return leaves[-1]
 
         args, kwargs = tree_map(leaf, call)
-        found = torch.autograd.grad(self._criterion(*args, **kwargs).sum(), leaves, allow_unused=True)
+        loss = self._criterion(*args, **kwargs)
+        self._is_scalar = loss.dim() == 0
+        found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]

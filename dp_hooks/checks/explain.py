@@ -167,7 +167,7 @@ def _run(controller: HookController, args: tuple[Any, ...], kwargs: dict[str, An
     model, session = controller.model, controller.session
     device = next((t.device.type for t in (*controller.params, *tensors_of((args, kwargs)))), "cpu")
     call = RecordedCall(model, "", args, kwargs, AmbientContext.current(device))
-    loss = RepeatedCall(call, controller, samples).loss(None)
+    loss = RepeatedCall(call, controller, samples).whole()
     what = f"the model itself ({type(model).__name__})"
     if not loss.requires_grad:
         if controller.params and session.collected is not None and not session.collected.errors:

@@ -1,4 +1,4 @@
-"""RepeatedCall: runs a recorded call again, whole and on single samples, and makes a loss of what comes out."""
+"""RepeatedCall: runs a recorded call again, on all samples or some, and makes a loss of what comes out."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,98 +8,184 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._tree import one_sample, outputs_of
+from .._tree import outputs_of, rows_of, tree_map
 from ..capture.calls.recorded_call import RecordedCall
 from ..capture.controller import HookController
 from ..capture.samples.axis import SampleAxis
 from ..errors import SelfCheckError
-from .compare import tolerance
+from .compare import ValuesDiffer, value_tolerance, values_off
+from .repeat_function import Parts, declared
+
+# How an output enters the loss beside rows of samples.
+SCALAR, LEFT_OUT = "scalar", "left out"
 
 
 class RepeatedCall:
-    """A call of the model on ``samples`` samples that is compared with the same call on one of them."""
+    """A call of the model on ``samples`` samples that is compared with the same call on some of them."""
 
     def __init__(self, call: RecordedCall, controller: HookController, samples: int) -> None:
         """The whole call has to be run first."""
-        self._call = call
+        self.call = call
         self._controller = controller
         self._samples = samples
         self._what = f"{call.name or 'the model'} ({type(call.module).__name__})"
-        # How each output enters the loss: its sample axis, "rows", "scalar", or "left out". Found in the whole run.
-        self._plan: list[int | str] = []
-        # What the whole run returned, to compare with what samples return alone.
-        self._outputs: list[Tensor] = []
+        # How each output enters the loss: where its samples are ("": to be found when some are run), or one of the above.
+        self._plan: list[SampleAxis | str] = []
+        self._outputs: list[Tensor] = []  # what the whole run returned
+        self._parts: list[Parts] = []
+        self.rounding = 0.0  # by how much rounding of the parameters changes the outputs, relative, if that was measured
 
     def __len__(self) -> int:
         """How many outputs the whole run had."""
         return len(self._outputs)
 
-    def loss(self, alone: int | None) -> Tensor:
-        """Run the call again, on the batch or on sample ``alone``, and weight its outputs: a loss for the check.
+    @property
+    def has_rows(self) -> bool:
+        """Whether an output has rows of samples."""
+        return any(role not in (SCALAR, LEFT_OUT) for role in self._plan)
 
-        Args:
-            alone: the number of a sample; None: all of them, which has to come first.
+    @property
+    def has_scalar(self) -> bool:
+        """Whether an output is a loss that the model computes itself."""
+        return SCALAR in self._plan
+
+    def whole(self) -> Tensor:
+        """Run the call again on all samples, with numbers without pattern as gradients of its outputs: a loss for the check."""
+        outputs, count = self._run(None)
+        self._plan = [self._role(i, out) for i, out in enumerate(outputs[:count])]
+        self._plan += [self._axis_of(out, LEFT_OUT) for out in outputs[count:]]
+        self._outputs = [out.detach() for out in outputs]
+        self._parts = [Parts(out, self._samples, self._controller.loss_reduction) for out in self._outputs]
+        scale = 1 / self._samples if self._controller.loss_reduction == "mean" else 1.0
+        return self._total(outputs, lambda out, role: (out * _cotangents(out, self._samples)).sum() * scale, scalars=True)
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Run it on all samples once more; the loss, without scalars, with that of sample ``i`` times ``factors[i]``."""
+
+        def term(out: Tensor, role: SampleAxis | str) -> Tensor:
+            if not isinstance(role, SampleAxis):
+                return out.sum() * 0
+            return (out * _cotangents(out, self._samples) * role.spread(factors.to(out.device, out.dtype), out)).sum()
+
+        return self._total(self._run(None)[0], term, scalars=False)
+
+    def alone(self, i: int) -> Tensor:
+        """Run it on sample ``i`` alone; its part of the loss.
 
         Raises:
-            SelfCheckError: an output that the loss uses cannot be compared, or is another one for the sample alone.
+            SelfCheckError: an output that the loss uses is another one than in the batch, or cannot be compared.
         """
-        call, controller, samples = self._call, self._controller, self._samples
-        axis, args, kwargs = controller.axis, call.args, call.kwargs
-        if alone is not None:
-            args, kwargs = one_sample((args, kwargs), alone, samples, axis)
+        rows = torch.tensor([i])
+        outputs = self._compared(rows, self._run(rows)[0])
+
+        def term(out: Tensor, role: SampleAxis | str, whole: Tensor) -> Tensor:
+            assert isinstance(role, SampleAxis)
+            weights = role.samples(_cotangents(whole, self._samples), self._samples)[i]
+            return (role.samples(out, 1)[0] * weights).sum()
+
+        return self._total(outputs, term, scalars=True, whole=True)
+
+    def compare(self, rows: Tensor) -> None:
+        """Run it on some samples: their outputs have to be what they were in the batch.
+
+        Raises:
+            SelfCheckError: they are not, or cannot be compared.
+        """
+        self._compared(rows, self._run(rows)[0])
+
+    def outputs(self, rows: Tensor | None) -> list[Tensor]:
+        """Run it on some samples (None: all); return all that comes out."""
+        return [out.detach() for out in self._run(rows)[0]]
+
+    def _run(self, rows: Tensor | None) -> tuple[list[Tensor], int]:
+        """Return the outputs, behind them what modules with hooks of the user gave out, and the number of the former."""
+        call = self.call
+        args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
+        if rows is not None:
+            args, kwargs = rows_of((args, kwargs), rows, self._samples, self._controller.axis)
         with call.context.restored(), self._taken_out() as inside:
             outputs = outputs_of(call.module(*args, **kwargs)) + call.left
         outputs = [t for t in outputs if t.is_floating_point()]
-        count, outputs = len(outputs), outputs + inside
-        if alone is None:
-            self._plan = [self._role(i, out) for i, out in enumerate(outputs[:count])]
-            self._plan += [_axis_of(out, samples, axis, "left out") for out in inside]
-            self._outputs = [out.detach() for out in outputs]
-        total = torch.zeros(())
-        last = max((k for k, role in enumerate(self._plan) if role != "left out"), default=-1)
+        return outputs + inside, len(outputs)
+
+    def _used(self, outputs: list[Tensor], first: int) -> list[Tensor]:
+        last = max((k for k, role in enumerate(self._plan) if role != LEFT_OUT), default=-1)
         if len(outputs) <= last:
-            raise self._mixed(alone or 0, f"are {len(self._plan)} tensors, and {len(outputs)} for that sample alone")
-        used = slice(last + 1)  # behind that there may be a list with one for each sample
-        for out, role, whole in zip(outputs[used], self._plan[used], self._outputs[used], strict=True):
-            if role == "left out":
+            raise self._mixed(first, f"are {len(self._plan)} tensors, and {len(outputs)} for that sample alone")
+        return outputs[: last + 1]  # behind that there may be a list with one for each sample
+
+    def _total(self, outputs: list[Tensor], term: Any, *, scalars: bool, whole: bool = False) -> Tensor:
+        total = torch.zeros(())
+        for k, out in enumerate(self._used(outputs, 0)):
+            role = self._plan[k]
+            if role == LEFT_OUT or (role == SCALAR and not scalars):
                 continue
-            term = out.sum()  # a loss that the model computes itself
-            if role != "scalar":
-                weights = _cotangents(whole.shape).to(out.device, out.dtype) / max(1.0, (whole.numel() / samples) ** 0.5)
-                if alone is not None:
-                    weights = self._matching(whole, out.detach(), weights, role, alone)
-                term = (out * weights).sum()
-                if controller.loss_reduction == "mean" and alone is None:
-                    term = term / samples
-            total = total.to(term.device, torch.promote_types(total.dtype, term.dtype)) + term
+            value = out.sum() if role == SCALAR else term(out, role, *([self._outputs[k]] if whole else []))
+            total = total.to(value.device, torch.promote_types(total.dtype, value.dtype)) + value
         return total
 
-    def _matching(self, whole: Tensor, out: Tensor, weights: Tensor, role: int | str, i: int) -> Tensor:
-        """The weights for the rows of sample ``i``, which are those where the whole output is its output alone."""
-        samples = self._samples
-        if isinstance(role, int):
-            self._same_output(whole.narrow(role, i, 1), out, i)
-            return weights.narrow(role, i, 1)
-        fitting = [d for d, size in enumerate(out.shape) if whole.dim() == out.dim() and whole.shape[d] == size * samples]
-        fitting = [d for d in fitting if math.prod(whole.shape) == samples * out.numel()]
-        if not fitting:
-            raise self._mixed(i, f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for that sample alone")
-        ways = [sample_axis for d in fitting for sample_axis in (SampleAxis(d, 1, None), SampleAxis(d, None, 1))]
-        best = min(ways, key=lambda sample_axis: _difference(sample_axis.samples(whole, samples)[i], out))
-        self._same_output(best.samples(whole, samples)[i], out, i)
-        return best.samples(weights, samples)[i]
+    def _compared(self, rows: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        outputs = self._used(outputs, int(rows[0]))
+        for k, out in enumerate(outputs):
+            role, whole = self._plan[k], self._outputs[k]
+            if role == SCALAR and (off := self._parts[k].off(out, rows)) > self._tolerance():
+                halves = f"and of the others, in two halves, is off by {off:.1e} from that of the whole batch"
+                raise self._mixed(int(rows[0]), halves, ValuesDiffer)
+            if role in (SCALAR, LEFT_OUT):
+                continue
+            if role == "":
+                role = self._plan[k] = self._layout(whole, out.detach(), rows)
+            assert isinstance(role, SampleAxis)
+            if not role.fits(out, len(rows)):
+                raise self._mixed(int(rows[0]), _shapes(whole, out))
+            at = rows.to(whole.device)
+            every = role.samples(whole, self._samples)
+            sizes = every.double().flatten(1).norm(dim=1)
+            self._same_output(every[at], role.samples(out.detach(), len(rows)), rows, sizes)
+        return outputs
 
-    def _same_output(self, batched: Tensor, single: Tensor, i: int) -> None:
-        # Needed besides the gradients: a module without a rule is run on single samples by the engine as well.
-        off = _difference(batched, single)
-        if off > tolerance(self._outputs[0].dtype, coarse=self._call.context.autocast is not None):
-            raise self._mixed(i, f"is off by {off:.1e} from its output for that sample alone")
+    def _layout(self, whole: Tensor, out: Tensor, rows: Tensor) -> SampleAxis:
+        """Where the samples are in an output with several rows for each: as in the output for some samples."""
+        n, k = self._samples, len(rows)
+        axes = [d for d in range(out.dim()) if whole.dim() == out.dim() and whole.shape[d] * k == out.shape[d] * n]
+        axes = [d for d in axes if out.numel() * n == whole.numel() * k]
+        if not axes:
+            raise self._mixed(int(rows[0]), _shapes(whole, out))
+        ways = [way for d in axes for way in (SampleAxis(d, 1, None), SampleAxis(d, None, 1))]
+        at = rows.to(whole.device)
+        return min(ways, key=lambda way: _difference(way.samples(whole, n)[at], way.samples(out, k)))
 
-    def _mixed(self, i: int, how: str) -> SelfCheckError:
-        return SelfCheckError(
-            f"{self._what}: its output for sample {i} of the batch {how}; nothing was "
-            "released. Samples mix inside it (batch statistics, attention over the batch axis), or it draws random "
-            "numbers other than dropout and noise. Remedy: replace what mixes them, or freeze and .eval() it."
+    def _same_output(self, batched: Tensor, apart: Tensor, rows: Tensor, sizes: Tensor) -> None:
+        if batched.shape != apart.shape:
+            raise self._mixed(int(rows[0]), _shapes(batched[0], apart[0]))
+        off = values_off(batched, apart, sizes)
+        worst = int(off.argmax())
+        if float(off[worst]) > self._tolerance():
+            where = "for that sample alone" if len(rows) == 1 else f"with {len(rows)} of the {self._samples} samples"
+            raise self._mixed(int(rows[worst]), f"is off by {float(off[worst]):.1e} from its output {where}", ValuesDiffer)
+
+    def measure_rounding(self) -> None:
+        """Run it on all samples once more, with rounded parameters: by how much that changes the outputs is tolerated."""
+        self.rounding = 1e-300
+        for role, whole, out in zip(self._plan, self._outputs, self._run(None)[0], strict=False):
+            if isinstance(role, SampleAxis) and role.fits(out, self._samples):
+                before, now = (role.samples(t.detach(), self._samples) for t in (whole, out))
+            elif role == SCALAR:
+                before, now = (t.detach().reshape(1, -1) for t in (whole, out))
+            else:
+                continue
+            sizes = before.double().flatten(1).norm(dim=1)
+            self.rounding = max(self.rounding, float(values_off(before, now, sizes).max()))
+
+    def _tolerance(self) -> float:
+        coarse = self.call.context.autocast is not None
+        return value_tolerance(self._outputs[0].dtype, coarse=coarse, rounding=self.rounding)
+
+    def _mixed(self, i: int, how: str, kind: type[SelfCheckError] = SelfCheckError) -> SelfCheckError:
+        return kind(
+            f"{self._what}: its output for sample {i} of the batch {how}; nothing was released. Samples mix inside it (batch "
+            "statistics, attention over the batch axis), or it draws random numbers other than dropout and noise."
+            f"{declared(self.has_scalar, self._controller)} Remedy: replace what mixes them, or freeze and .eval() it."
         )
 
     @contextmanager
@@ -113,41 +199,53 @@ class RepeatedCall:
 
         with ExitStack() as stack:
             for module in hooked:
-                if module is not self._call.module:
+                if module is not self.call.module:
                     stack.callback(module.register_forward_hook(collect).remove)
             yield found
 
-    def _role(self, index: int, out: Tensor) -> int | str:
-        samples, axis, reached = self._samples, self._controller.axis, self._call.reached
+    def _role(self, index: int, out: Tensor) -> SampleAxis | str:
+        samples, reached = self._samples, self.call.reached
         if reached and index not in reached:
-            return "left out"
-        along = _axis_of(out, samples, axis, "scalar" if out.numel() == 1 else "")
+            return LEFT_OUT
+        if samples == 1 and out.numel() > 1:
+            return SampleAxis(0, 1, None)
+        along = self._axis_of(out, SCALAR if out.numel() == 1 else "")
         if along != "":
             return along
         if not reached or out.numel() == 0:
-            return "left out"
+            return LEFT_OUT
         if any(size % samples == 0 for size in out.shape):
-            return "rows"
+            return ""
         raise SelfCheckError(
-            f"{self._what}: the loss depends on an output of shape "
-            f"{tuple(out.shape)}, which has no row for each of the {samples} samples (statistics of the batch? chosen tokens?), "
-            "so it could not be compared; nothing was released. Remedy: leave it out of the loss, or train with a @dp_step "
-            "function that returns per-sample losses, which is checked whole."
+            f"{self._what}: the loss depends on an output of shape {tuple(out.shape)}, which has no row for each of the "
+            f"{samples} samples (statistics of the batch? chosen tokens?), so it could not be compared; nothing was released. "
+            "Remedy: leave it out of the loss, or train with a @dp_step function that returns per-sample losses, which is "
+            "checked whole."
         )
 
-
-def _axis_of(out: Tensor, samples: int, axis: int, otherwise: str) -> int | str:
-    # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
-    along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == samples), None)
-    return along if along is not None and out.numel() > 0 else otherwise
-
-
-def _difference(batched: Tensor, single: Tensor) -> float:
-    batched, single = batched.double().nan_to_num(), single.double().nan_to_num()
-    return float((batched - single).norm() / single.norm().clamp(min=1e-12))
+    def _axis_of(self, out: Tensor, otherwise: str) -> SampleAxis | str:
+        # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
+        axis = self._controller.axis
+        along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == self._samples), None)
+        return SampleAxis(along) if along is not None and out.numel() > 0 else otherwise
 
 
-def _cotangents(shape: Sequence[int]) -> Tensor:
-    """Return numbers in (-1, 1) without pattern, the same in every run; not drawn, since draws are replaced here."""
+def _shapes(whole: Tensor, out: Tensor) -> str:
+    return f"has shape {tuple(whole.shape)}, and {tuple(out.shape)} for fewer samples"
+
+
+def _difference(batched: Tensor, apart: Tensor) -> float:
+    batched, apart = batched.double().nan_to_num(), apart.double().nan_to_num()
+    return float((batched - apart).norm() / apart.norm().clamp(min=1e-12))
+
+
+def _cotangents(like: Tensor, samples: int) -> Tensor:
+    """Numbers without pattern in the shape of ``like``, the same in every run; not drawn, since draws are replaced here."""
+    scale: float = max(1.0, (like.numel() / samples) ** 0.5)
+    return without_pattern(like.shape).to(like.device, like.dtype) / scale
+
+
+def without_pattern(shape: Sequence[int]) -> Tensor:
+    """Return numbers in (-1, 1) that are the same in every run."""
     index = torch.arange(math.prod(shape), dtype=torch.float64)
     return ((index * 12.9898 + 1.0).sin() * 43758.5453).frac().reshape(tuple(shape))

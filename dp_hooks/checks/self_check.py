@@ -1,26 +1,29 @@
 """The library checks itself: its per-sample gradients against plain autograd on single samples, before anything is released."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._no_randomness import Draws, NoRandomness
-from .._rerun import ModuleState, undisturbed
+from .._no_randomness import NoRandomness
 from .._tree import tensors_of
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.recorded_call import RecordedCall
-from ..capture.calls.trace import OpTrace, Transition
+from ..capture.calls.trace import OpTrace
 from ..capture.controller import HookController
-from ..errors import DPHooksError, SelfCheckError
+from ..errors import SelfCheckError
 from ..gradients.grad_sample import GradSamples
-from .compare import compare
+from .comparison import Comparison, on_some
 from .criterion import CriterionCheck
 from .padding import PaddingCheck
 from .repeat_call import RepeatedCall
-from .single_samples import back_propagate, not_alone, some_samples
+from .repeat_function import RepeatedFunction
+from .spot_check import SpotCheck
+
+# What is special about a batch that was drawn to be checked anew.
+_SPOT = "spot"
 
 
 class SelfCheck:
@@ -28,8 +31,7 @@ class SelfCheck:
 
     A batch with one sample can only show that values are right, one with several also that samples do not mix:
     neither kind is released before it has been checked once. Random state, buffers, gradients and everything captured
-    for the step in progress are the same afterwards. Cost: one more pass over the batch and up to three over single
-    samples, once.
+    for the step in progress are the same afterwards. Cost: a few passes over the batch, once.
     """
 
     def __init__(
@@ -39,16 +41,28 @@ class SelfCheck:
         params: list[nn.Parameter],
         criterion: nn.Module | None = None,
         padding: PaddingCheck | None = None,
+        spot: SpotCheck | None = None,
+        *,
+        criterion_is_optional: bool = False,
     ) -> None:
         self._controller = controller
         self._model = model
         self._params = params
         self._trace = OpTrace(model.buffers)
         self._recorder = CallRecorder(model, params, self._trace)
-        self._criterion = None if criterion is None else CriterionCheck(criterion, controller, self._recorder)
+        self._criterion = (
+            None if criterion is None else CriterionCheck(criterion, controller, self._recorder, optional=criterion_is_optional)
+        )
         self._padding = padding
-        self._coarse = False  # autocast or half precision is in use
-        self.loss_verified = False
+        self._spot = spot or SpotCheck(0.0, int)
+        self._comparison = Comparison(controller, model, params, self._trace, self._recorder)
+        self._loss_verified = self._whole = False
+        self.model_verified = False  # the model as a whole, not only parts that were called one by one
+
+    @property
+    def loss_verified(self) -> bool:
+        """Whether the loss was checked: a whole train function, or a criterion that was all of the loss in every step."""
+        return self._loss_verified and (self._whole or (self._criterion is not None and self._criterion.is_all))
 
     # ---------------------------------------------------------------- watching
 
@@ -77,9 +91,14 @@ class SelfCheck:
         return self._recorder.whole_function()
 
     def saw_batch(self, batch: Any) -> None:
-        """A batch is handed out: one that shows padding for the first time is checked, too."""
-        if self._padding is not None:
-            self._recorder.situation = "padded" if self._padding.saw_batch(batch) else ""
+        """A batch is handed out: one that shows padding for the first time is checked, too, and later ones at random."""
+        recorder = self._recorder
+        if recorder.situation == _SPOT:
+            recorder.forget(_SPOT)
+        recorder.situation = "padded" if self._padding is not None and self._padding.saw_batch(batch) else ""
+        self._spot.saw_batch(wanted=not self.armed)
+        if self._spot.now:
+            recorder.situation = _SPOT
 
     def new_step(self) -> None:
         """Forget calls recorded before a boundary."""
@@ -100,7 +119,7 @@ class SelfCheck:
         if samples == 0 or recorder.paused:
             return False
         used = recorder.used()
-        if recorder.key(samples) not in recorder.checked or self._new_criterion(samples):
+        if recorder.key(samples) not in recorder.checked or self._new_criterion(samples) or recorder.quiet:
             return True
         return any(self._is_new(call, samples) for call in used)
 
@@ -125,6 +144,9 @@ class SelfCheck:
         """
         try:
             self._check_calls(samples)
+        except SelfCheckError as error:
+            self._spot.complete(error)
+            raise
         finally:
             self.new_step()
 
@@ -137,9 +159,11 @@ class SelfCheck:
                 "forward of one module, or train with a @dp_step function, which is checked whole."
             )
         before = recorder.key(samples) in recorder.checked  # now it is about calls that were not made then
+        with_loss = False
         if self._criterion is not None and (not before or self._new_criterion(samples)):
-            with controller.separate(), self._paused():
-                self._criterion.check(samples)
+            with controller.separate(), self._comparison.paused():
+                with_loss = self._criterion.check(samples)
+        self._comparison.check_quiet(calls, samples)
         if before and not calls:
             return
         if not calls:
@@ -147,56 +171,79 @@ class SelfCheck:
                 "the self-check saw no call into the model before this step, so nothing could be compared. Run the model "
                 "inside the scope, in one process, with gradients enabled."
             )
-        self._check_written()
         outputs, compared = [], False
         for call in calls:
-            self._coarse = call.context.autocast is not None
-            again = RepeatedCall(call, controller, samples)
-            state = call.state or recorder.state
+            self._comparison.coarse = call.context.autocast is not None
+            began, rows = recorder.began(call), self._spot.rows(samples)
             what = call.name or "the model"
-            compared |= self._compare(samples, partial(again.loss, None), again.loss, what, call.transitions, call.draws, state)
+            again = RepeatedCall(call, controller, samples) if rows is None else on_some(call, controller, samples, rows)
+            count = samples if rows is None else len(rows)
+            some = partial(on_some, again.call, controller, count)
+            compared |= self._comparison.run(count, again, what, call.transitions, call.draws, began, some)
             outputs.append(len(again))
         if not compared:
             raise SelfCheckError(
                 "no output of the model could be compared in the self-check: none has a row per sample or is a scalar loss. "
                 "Remedy: declare the sample axis (batch_first), or train with a @dp_step function, which is checked whole."
             )
-        if not before:
-            self.loss_verified = self._criterion is not None and samples > 1
+        if not before and (samples > 1 or not self.model_verified):
+            self._loss_verified = with_loss and samples > 1
         self._check_padding(calls, samples)
+        self.model_verified |= samples > 1 and any(not call.name for call in calls)
         self._passed(samples, calls, outputs)
 
     def _has_rows(self, call: RecordedCall, samples: int) -> bool:
         axis = self._controller.axis
         return any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of((call.args, call.kwargs)))
 
-    def check_loss(self, samples: int, whole: Callable[[], Tensor], alone: Callable[[int], Tensor]) -> None:
+    def check_loss(self, samples: int, run: Callable[[Tensor | None], Tensor]) -> None:
         """Check a whole train function, loss included.
 
         Args:
             samples: n.
-            whole: runs on the batch and returns its loss, reduced as the scope declares.
-            alone: runs on sample i alone and returns its loss as a scalar.
+            run: runs on samples of these numbers (None: on all), and returns their losses or one, reduced as the scope declares.
 
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
+        try:
+            self._check_loss(samples, run)
+        except SelfCheckError as error:
+            self._spot.complete(error)
+            raise
+
+    def _check_loss(self, samples: int, run: Callable[[Tensor | None], Tensor]) -> None:
         taken, recorder = self._trace.unverified, self._recorder
         if not self.armed and not self._trace.unchecked(taken, samples):
             return  # another call than then: it is compared alone, by check_calls
-        self._check_written()
-        self._coarse = any(call.context.autocast is not None for call in recorder.calls)
-        if not self._compare(samples, whole, alone, "the train function", taken, self._trace.draws, recorder.state):
+        self._comparison.coarse = any(call.context.autocast is not None for call in recorder.calls)
+        coarse = self._comparison.coarse
+        chosen, drawn = self._spot.rows(samples), self._trace.draws
+
+        def some(rows: Tensor | None) -> RepeatedFunction:
+            among = rows if chosen is None or rows is None else chosen[rows]
+            among = chosen if among is None else among
+            if among is None:
+                return RepeatedFunction(run, self._controller, samples, coarse=coarse)
+            return RepeatedFunction(
+                lambda part: run(among if part is None else among[part]), self._controller, len(among), coarse=coarse
+            )
+
+        count = samples if chosen is None else len(chosen)
+        if not self._comparison.run(count, some(None), "the train function", taken, drawn, recorder.began(None), some):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
             )
         self._check_padding(recorder.calls, samples)
         self._passed(samples, recorder.calls, [0] * len(recorder.calls))
-        self.loss_verified = samples > 1 or self.loss_verified
+        self._loss_verified = samples > 1 or self._loss_verified
+        self._whole = True
+        self.model_verified = samples > 1 or self.model_verified
 
     def _passed(self, samples: int, calls: list[RecordedCall], outputs: list[int]) -> None:
         recorder = self._recorder
+        self._spot.passed()
         keys = {recorder.key(samples), recorder.key(1)}
         for key in keys | {(key[0], "", *key[2:]) for key in keys}:
             recorder.checked.add(key)
@@ -206,131 +253,10 @@ class SelfCheck:
 
     def _check_padding(self, calls: list[RecordedCall], samples: int) -> None:
         controller = self._controller
-        if self._padding is None or not self._recorder.situation:
+        if self._padding is None or self._recorder.situation != "padded":
             return
         for call in calls:
-            without = NoRandomness(samples)
-            with controller.separate(), self._paused(), undisturbed(self._model), without, self._trace.apart():
+            with self._comparison.apart(NoRandomness(samples), self._recorder.began(call)) as begin:
                 controller.disable_hooks()
-                try:
-                    _begin_again(without, call.state or self._recorder.state, None)
-                    self._padding.check(call, samples, call.name or "the model")
-                finally:
-                    controller.enable_hooks()
-
-    def _check_written(self) -> None:
-        """Refuse models that wrote what they saw of private samples to buffers or frozen parameters."""
-        written = self._recorder.written
-        if written is not None and (names := written.since()):
-            raise SelfCheckError(
-                f"{', '.join(names)}: written during the forward pass, from private samples and without noise, and part of "
-                "the state dict. Remedy: call .eval() on the module that does it, or take it out of the model."
-            )
-
-    # ---------------------------------------------------------------- one comparison
-
-    def _compare(
-        self,
-        samples: int,
-        whole: Callable[[], Tensor],
-        alone: Callable[[int], Tensor],
-        what: str,
-        transitions: set[Transition],
-        draws: Draws | None,
-        state: ModuleState | None,
-    ) -> bool:
-        """Compare; whether there was anything to compare.
-
-        Args:
-            samples: n.
-            whole: runs on the batch and returns the loss.
-            alone: runs on sample i.
-            what: for messages.
-            transitions: what the pass in question went through; the check has to go there, too.
-            draws: what it drew: where random numbers led it another way than constants do, the check follows.
-            state: that of the model when it began: counters and caches of the model are no reason to go another way.
-        """
-        without = NoRandomness(samples)
-        if not self._compared(without, whole, alone, what, state):
-            return False
-        if samples > 1 and without.noisy:  # which may choose the samples that are mixed
-            self._compared(NoRandomness(samples, varied=True), whole, alone, what, state)
-        if self._unseen(transitions, samples) and draws is not None:
-            self._compared(NoRandomness(samples, draws=draws), whole, alone, what, state)
-        if left := self._unseen(transitions, samples):
-            places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
-            raise SelfCheckError(
-                f"{what}: run again on the same batch, it did not do the same as before (in {', '.join(places[:4])}), so "
-                "that could not be checked; nothing was released. Remedy: let branches depend on inputs, attributes, or random "
-                "numbers from torch, random or numpy's global generators only."
-            )
-        return True
-
-    def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
-        left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
-        self._trace.verify(transitions - left, samples)
-        if left:
-            classes = {name: type(module) for name, module in self._model.named_modules()}
-            left = self._trace.verify_alike(left, samples, classes)
-        return left
-
-    def _compared(
-        self,
-        without: NoRandomness,
-        whole: Callable[[], Tensor],
-        alone: Callable[[int], Tensor],
-        what: str,
-        state: ModuleState | None,
-    ) -> bool:
-        controller, samples = self._controller, without.samples
-        assert samples is not None
-        picked = some_samples(samples)
-        with controller.separate(), self._paused(), undisturbed(self._model), without, self._trace.apart():
-            _begin_again(without, state, None)
-            loss = whole()
-            seen = self._trace.unverified
-            if not loss.requires_grad:
-                return False
-            back_propagate(loss, [controller.session.anchor, *controller.params])
-            found = controller.take()
-            if found is None or found.samples != samples:
-                return False  # a call on something else than the batch of this step
-            controller.disable_hooks()
-            try:
-                expected = []
-                for i in picked:
-                    _begin_again(without, state, i)
-                    expected.append(self._reference(alone, i, what))
-            finally:
-                controller.enable_hooks()
-            compare(found, picked, expected, self._params, controller, what, coarse=self._coarse)
-        self._trace.verify(seen, samples)
-        return True
-
-    def _reference(self, alone: Callable[[int], Tensor], i: int, what: str) -> dict[nn.Parameter, Tensor]:
-        for p in self._model.parameters():
-            p.grad = None
-        try:
-            loss = alone(i)
-            if loss.requires_grad:
-                back_propagate(loss, self._params)
-        except DPHooksError:
-            raise
-        except Exception as error:
-            raise not_alone(what, i, error) from error
-        return {p: p.grad.to_dense() if p.grad.is_sparse else p.grad for p in self._params if p.grad is not None}
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Calls of a check are not recorded."""
-        self._recorder.paused = True
-        try:
-            yield
-        finally:
-            self._recorder.paused = False
-
-
-def _begin_again(without: NoRandomness, state: ModuleState | None, alone: int | None) -> None:
-    without.begin_again(alone)
-    if state is not None:
-        state.put_back()
+                begin(None)
+                self._padding.check(call, samples, call.name or "the model")

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from ..capture.calls.gradient_tap import Tap
 from ..errors import SelfCheckError
 
 _ALONE = 3  # how many samples of a batch are run alone. All of them are in the batched run that they are compared with.
@@ -19,11 +21,12 @@ def some_samples(samples: int) -> list[int]:
     return sorted({0, samples - 1, *between})
 
 
-def not_alone(what: str, i: int, error: Exception) -> SelfCheckError:
-    """The error for a sample that cannot be run alone."""
+def not_alone(what: str, numbers: list[int], error: Exception) -> SelfCheckError:
+    """The error for samples that cannot be run without the others."""
+    which = f"sample {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} of the samples"
     return SelfCheckError(
-        f"{what}: sample {i} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
-        "the model and the loss must work on a batch of one; an input that all samples share must not have "
+        f"{what}: {which} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
+        "the model and the loss must work on a batch of any size, also of one; an input that all samples share must not have "
         "as many rows as the batch has samples."
     )
 
@@ -34,19 +37,22 @@ def back_propagate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     ``Tensor.backward`` would switch function modes off, and dropout would be back in what checkpointing runs again.
     Reentrant checkpointing allows only a backward pass to everything.
     """
-    inputs = () if _has_reentrant_checkpoint(loss) else tuple(leaf for leaf in leaves if leaf.requires_grad)
+    reentrant = any(name.startswith("CheckpointFunction") for name in custom_functions(loss))
+    inputs = () if reentrant else tuple(leaf for leaf in leaves if leaf.requires_grad)
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, inputs, allow_unreachable=True, accumulate_grad=True
     )
 
 
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+def custom_functions(loss: Tensor) -> set[str]:
+    """Return the names of the custom autograd functions of users that ``loss`` comes from."""
+    found: set[str] = set()
     seen, stack = set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if "CheckpointFunction" in type(node).__name__:
-                return True
+            if isinstance(node, BackwardCFunction) and type(node)._forward_cls is not Tap:
+                found.add(type(node).__name__)
             stack += [parent for parent, _ in node.next_functions]
-    return False
+    return found

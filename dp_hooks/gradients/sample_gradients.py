@@ -65,7 +65,9 @@ class SampleGradients:
         if len(outer_products) == len(uses):
             return ghost_norms.sq_norms(outer_products)
         parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
-        return torch.cat([*parts, param.new_zeros(0, dtype=torch.promote_types(param.dtype, torch.float32))])
+        if not parts:
+            return sum_of_squares(param.detach().new_zeros(0, 1))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
@@ -92,7 +94,11 @@ class SampleGradients:
         total: Tensor | None = None
         for term in self._terms[param]:
             for value in self._summands(term, param, factor, rows):
-                total = value.to(dtype) if total is None else total.add_(value)
+                if total is None:  # the gradient of a sum is expanded, that of a conjugate is lazy: neither can be written to
+                    total = value.to(dtype).resolve_conj()
+                    total = total.contiguous() if 0 in total.stride() else total
+                else:
+                    total.add_(value)
         return torch.zeros_like(param, dtype=dtype) if total is None else total  # None: no sample at all
 
     def _summands(self, term: Term, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> list[Tensor]:

@@ -99,15 +99,16 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``
         and ``self_check``. The options of adaptive clipping may also be given one by one, as Opacus has them
         (``target_unclipped_quantile=0.5, ...``). ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned
-        unchanged there, since ordinary losses work, and unused in other modes. ``wrap_model`` and ``rand_on_empty`` are there for
-        compatibility, and refused if True: this engine never wraps, and its empty batches have no row.
+        unchanged there, since ordinary losses work; if it is a module and the loop calls it, the self-check covers it in every
+        mode. ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused if True: this engine never wraps, and
+        its empty batches have no row.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
 
         Raises:
             InvalidArgumentError: an argument that cannot be used.
-            UnsupportedModelError: the model cannot be trained privately; lists every offending module.
+            UnsupportedModelError: the model cannot be trained privately; names the first three offending modules.
         """
         return self._open(**_given(locals()))
 
@@ -167,7 +168,11 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
                 raise bad("clipping_options", kwargs["clipping_options"], remedy)
             kwargs["clipping_options"] = options
         own = {"accountant": self.accountant, "secure_mode": self.secure_mode, "grad_sample_mode": grad_sample_mode}
-        scope = private_training(module, optimizer, data_loader, **own, **kwargs)
+        loss = nn.CrossEntropyLoss() if criterion is None and grad_sample_mode == "ghost" else criterion
+        scope = private_training(
+            module, optimizer, data_loader, criterion=loss if isinstance(loss, nn.Module) else None, **own, **kwargs
+        )
+        scope.criterion_is_optional = True  # as in Opacus, where only "ghost" needs the one that is returned
         if self.dataset is not None and self.dataset is not data_loader.dataset:
             warnings.warn(
                 "this engine was used with another dataset object before. Its accountant adds all steps up as if they "
@@ -178,7 +183,6 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         self._scopes.append(scope)
         self.dataset = data_loader.dataset
         if grad_sample_mode == "ghost":
-            loss = nn.CrossEntropyLoss() if criterion is None else criterion
             return module, private_optimizer, loss, private_loader
         return module, private_optimizer, private_loader
 

@@ -34,6 +34,7 @@ class PrivacyReport:
     loss_verified: bool
     grad_sample_mode: str
     epsilon_remark: str = ""
+    model_verified: bool = False
     collate: str = ""
     relation: str = RELATION
     not_covered: tuple[str, ...] = NOT_COVERED
@@ -58,6 +59,7 @@ class PrivacyReport:
             ("private steps", str(self.steps)),
             ("dataset, batch", f"{self.dataset_size} examples, {self.expected_batch_size:g} expected per batch"),
             ("gradients", f'mode "{self.grad_sample_mode}"'),
+            ("model", "verified" if self.model_verified else "not checked as a whole (parts only, or no step yet)"),
             ("collate", f"not verified: {self.collate}" if self.collate else "verified: a row is made of one example"),
             ("loss", "verified" if self.loss_verified else "not checked (pass criterion=..., or train with @dp_step)"),
         ]

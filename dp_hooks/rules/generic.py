@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._tree import differentiable, join, split
+from .._tree import as_real, differentiable, join, split
 from ..errors import UnsupportedModelError
 from .embedding import bag_grad_samples, has_flat_ids
 from .normalisation import feature_norm
@@ -43,6 +43,7 @@ def _batch_axes(call: Call, tensors: list[Tensor]) -> list[int | None]:
 def contraction(outputs: Any, grads: list[Tensor | None]) -> Tensor:
     """Return ``sum(output * grad)`` over all outputs: its gradient is the vector-Jacobian product.
 
+    Complex numbers count as pairs of real ones, as in PyTorch: the gradient of ``Re(sum(output * conj(grad)))`` is ``grad``.
     Behind the last output that got a gradient there may be any number of others: a list with one for each sample.
     """
     found = differentiable(outputs)
@@ -52,7 +53,8 @@ def contraction(outputs: Any, grads: list[Tensor | None]) -> Tensor:
     found, grads = found[: last + 1], grads[: last + 1]
     if any(grad is not None and grad.shape != out.shape for out, grad in zip(found, grads, strict=True)):
         raise RuntimeError("the repeated call returned tensors of other shapes than the first one")
-    terms = [(out * grad.to(out.dtype)).sum() for out, grad in zip(found, grads, strict=True) if grad is not None]
+    pairs = [(out, grad.to(out.dtype)) for out, grad in zip(found, grads, strict=True) if grad is not None]
+    terms = [(as_real(out) * as_real(grad)).sum() for out, grad in pairs]
     return torch.stack(terms).sum()
 
 

@@ -91,7 +91,7 @@ class RuleTable:
         return GENERIC if self._generic_only else self._special(module)
 
     def _special(self, module: nn.Module) -> Rule:
-        if self.owns_subtree(module) or "forward" in vars(module):
+        if self.owns_subtree(module) or "forward" in vars(module) or any(p.is_complex() for p in module.parameters(recurse=False)):
             return GENERIC
         names = {name for name, _ in module.named_parameters(recurse=False)}
         for cls in type(module).__mro__:

@@ -65,4 +65,10 @@ def _scaler_in_use() -> bool:
 
 
 def _scalers() -> list[torch.amp.GradScaler]:
-    return [held for held in gc.get_objects() if issubclass(type(held), torch.amp.GradScaler)]
+    kinds = _with_subclasses(torch.amp.GradScaler)
+    return [held for held in gc.get_referrers(*kinds) if type(held) in kinds]  # every object refers to its class
+
+
+def _with_subclasses(kind: type) -> list[type]:
+    below: list[type] = kind.__subclasses__()
+    return [kind, *(one for each in below for one in _with_subclasses(each))]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .._validate import non_negative
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
-from ..errors import ScopeError, UnsupportedModelError
+from ..errors import ScopeError, UnsupportedModelError, some_of
 from ..privacy.accounting.meter import PrivacyMeter
 from ..privacy.noise.gaussian import GaussianNoise
 from ..privacy.noise.standard_deviation import standard_deviation
@@ -244,7 +244,7 @@ class PrivateOptimizer(WrappedOptimizer):
         for p in unmanaged:
             p.grad = None  # it is of private samples, and without noise
         if unmanaged:
-            names = ", ".join(self._controller.name_of(p) for p in unmanaged[:8])
+            names = some_of([self._controller.name_of(p) for p in unmanaged])
             raise UnsupportedModelError(
                 f"{names}: became trainable after the scope began, so gradients were neither clipped nor noised. "
                 "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
@@ -313,7 +313,7 @@ class PrivateOptimizer(WrappedOptimizer):
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         if params and not bool(torch.isfinite(torch.stack([sums[p].sum().to(params[0].device) for p in params])).all()):
-            names = ", ".join([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p]).all())][:3])
+            names = some_of([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p]).all())])
             raise ScopeError(
                 f"the clipped sum of {names} is not finite, although samples with NaN or infinite gradients are left out: "
                 "nothing was released. Look for NaN or infinite values in the weights."
@@ -339,9 +339,9 @@ class PrivateOptimizer(WrappedOptimizer):
         new = [p for p in unused if p not in self._mentioned]
         if new:
             self._mentioned.update(new)
-            names = ", ".join(self._controller.name_of(p) for p in new[:8])
+            names = some_of([self._controller.name_of(p) for p in new])
             warnings.warn(
-                f"the loss did not reach {names}{', ...' if len(new) > 8 else ''}: such parameters get noise but no signal. "
+                f"the loss did not reach {names}: such parameters get noise but no signal. "
                 "Freeze them with requires_grad_(False) before entering the scope.",
                 stacklevel=5,
             )

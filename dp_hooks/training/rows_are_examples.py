@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._rerun import checking, is_copy
-from .._tree import outputs_of
+from .._tree import outputs_of, tensors_of
 from .._validate import bad
 from ..capture.calls.backward_passes import BackwardPasses
 from ..errors import ScopeError
@@ -88,19 +88,32 @@ class Rows:
 
     # ---------------------------------------------------------------- what the model sees
 
-    def before_call(self, inputs: list[Tensor], passes: BackwardPasses) -> None:
-        """An outermost call with gradients begins, on ``inputs``; ``passes`` are the backward passes since the last boundary.
+    def before_call(self, arguments: tuple[tuple[Any, ...], dict[str, Any]], passes: BackwardPasses) -> None:
+        """An outermost call with gradients begins, with ``arguments``; ``passes`` are the backward passes since the last boundary.
 
         Raises:
             ScopeError: the inputs are of another batch than the one that gradients would be taken for.
         """
         if checking():  # of another model, which calls this one
             return
+        inputs = tensors_of(arguments)
+        self._check_lists(*arguments)
         if self.part is None:
             self._check_foreign(inputs, passes)
         elif len(self._unused) > 1:
             self._check_whose(inputs)
         self.used()
+
+    def _check_lists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        n = self.expected
+        for value in (v for v in (*args, *kwargs.values()) if n and isinstance(v, (list, tuple))):
+            tensors = [t for t in value if isinstance(t, Tensor)]
+            if len(tensors) == len(value) == n and not all(n in t.shape[:2] for t in tensors):
+                raise ScopeError(
+                    f"the model was given a list of {n} tensors, one for each example, so none of them has a row for each, and "
+                    "single examples cannot be told apart. Remedy: let the collate function stack them to one tensor (pad or "
+                    "resize them to one size), and let the model take that."
+                )
 
     def _check_whose(self, inputs: list[Tensor]) -> None:
         *earlier, present = self._unused

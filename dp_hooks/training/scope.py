@@ -11,11 +11,12 @@ from opacus.accountants import IAccountant
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .._validate import bad, boolean, fraction, one_of, positive_int
+from .._validate import bad, boolean, fraction, one_of, positive_int, probability
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
 from ..checks.padding import PaddingCheck
 from ..checks.self_check import SelfCheck
+from ..checks.spot_check import SpotCheck
 from ..distributed.world import processes
 from ..errors import ScopeError
 from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
@@ -99,6 +100,8 @@ class PrivateTraining:
         self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
             is released, at the cost of a few passes, once. Under ``@dp_step`` the train function and its loss are
             included. False trusts the engine blindly.
+        spot_check_rate: the probability with which a later batch is checked anew, on a few of its samples, since values alone
+            may make samples mix at any time. Drawn from fresh entropy; an error says which steps were not looked at. 0: never.
         criterion: the loss module of a bare loop. The self-check then covers it, too: its gradient on the batch must be
             that of single samples, reduced as declared.
         check_collate: on entering, collate a few examples of the dataset in several ways: each row of a batch has to be made of one
@@ -112,10 +115,11 @@ class PrivateTraining:
         controller: the :class:`~dp_hooks.HookController` (None before entering).
         accountant: the Opacus accountant that is charged.
         noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
+        criterion_is_optional: whether ``criterion`` may stay unused; the loss counts as not checked then.
 
     Raises:
         InvalidArgumentError: an argument that cannot be used, before anything is attached or spent.
-        UnsupportedModelError: lists every module and parameter that cannot be trained privately.
+        UnsupportedModelError: modules or parameters cannot be trained privately; names the first three.
         SelfCheckError: from the first ``opt.step()``, if the self-check disagrees.
     """
 
@@ -142,6 +146,7 @@ class PrivateTraining:
         secure_mode: bool = False,
         noise_generator: torch.Generator | None = None,
         self_check: bool = True,
+        spot_check_rate: float = 0.005,
         criterion: nn.Module | None = None,
         check_collate: bool = True,
         ledger: None = None,
@@ -170,12 +175,14 @@ class PrivateTraining:
             raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
         self._noise = GaussianNoise(noise_generator)
         self._wants_check = boolean("self_check", self_check)
+        self._spot_check_rate = probability("spot_check_rate", spot_check_rate)
         self._wants_collate_check = boolean("check_collate", check_collate)
         self._collate = CollateFacts("not checked")
         self._padding: PaddingCheck | None = None
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
         self._criterion = criterion
+        self.criterion_is_optional = False
         if ledger is not None:
             raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
         self._noise.check_devices({p.device for p in self._params})
@@ -248,7 +255,12 @@ class PrivateTraining:
             if self._wants_check:
                 fields = [field for field in self._collate.padded if field.value is not None]
                 self._padding = PaddingCheck(fields, controller.axis, bool(fields))
-                self.self_check = SelfCheck(controller, self.model, self._params, self._criterion, self._padding)
+                meter = self._meter  # not the scope, which ends when nobody refers to it any more
+                spot = SpotCheck(self._spot_check_rate, lambda: meter.steps)
+                optional = self.criterion_is_optional
+                self.self_check = SelfCheck(
+                    controller, self.model, self._params, self._criterion, self._padding, spot, criterion_is_optional=optional
+                )
                 self.self_check.watch(stack)
             optimizer = PrivateOptimizer(
                 self._original_optimizer,
@@ -353,6 +365,7 @@ class PrivateTraining:
             dataset_size=plan.examples,
             foreign_steps=self._meter.foreign_steps,
             collate=self._collate.remark or self._padding_remark(),
+            model_verified=self.self_check is not None and self.self_check.model_verified,
             loss_verified=self.self_check is not None and self.self_check.loss_verified,
             grad_sample_mode=self.grad_sample_mode,
         )

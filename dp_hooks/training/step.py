@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec, TypeVar
 
-from .._tree import one_sample, private_copy, tensors_of, tree_map
+from .._tree import private_copy, rows_of, tensors_of, tree_map
 from .._validate import bad, boolean, one_of
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
@@ -184,11 +184,7 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
 def _self_check(check: SelfCheck, controller: HookController, run: Callable[[Any], Tensor], batch: Any, how: str) -> None:
     samples, axis = controller.samples, controller.axis
     with controller.reduced_by(how):
-        check.check_loss(
-            samples,
-            lambda: _reduced(run(private_copy(batch)), how),
-            lambda i: _reduced(run(private_copy(one_sample(batch, i, samples, axis))), how),
-        )
+        check.check_loss(samples, lambda rows: run(private_copy(batch if rows is None else rows_of(batch, rows, samples, axis))))
 
 
 def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:

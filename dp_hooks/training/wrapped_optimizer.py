@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .._validate import bad
-from ..errors import ScopeError
+from ..errors import ScopeError, some_of
 
 _HOOKS = tuple(
     f"_optimizer_{method}_{when}_hooks" for method in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
@@ -103,11 +103,10 @@ def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
     managed = {id(p) for p in params}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in managed]
     if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise bad(
             "optimizer",
             type(optimizer).__name__,
-            f"{', '.join(left[:3])}{more} can be trained, but the optimizer does not hold them: they would get no gradient "
+            f"{some_of(left)} can be trained, but the optimizer does not hold them: they would get no gradient "
             "inside the scope, and another optimizer could not train them. Freeze them (requires_grad_(False)), or give them to "
             "this optimizer.",
         )

@@ -9,7 +9,7 @@ from dp_hooks import HookController, errors
 
 from .. import laws
 from ..cases import N, param
-from ..cases.followed import MISLEADING, Product, head, linear
+from ..cases.followed import ALIKE, MISLEADING, Product, head, linear
 from ..cases.models import D, T, vision
 from ..models import Net, randn
 from ..reference import by_name, losses_of, rows_by_backward, sample_grads
@@ -47,6 +47,20 @@ def test_a_misleading_first_batch(name, mode):
                 continue
             right += 1
     assert right > 0
+
+
+@pytest.mark.parametrize("mode", laws.MODES, ids=str)
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_first_batch_whose_rows_are_alike(name, mode):
+    """The order of samples is found where the first batch, or zeros in the model, do not show it, for this batch and the next."""
+    make, first = ALIKE[name]
+    model = make().double()
+    with laws.attached(model, mode) as controller:
+        for batch in ([first], [randn(3, 5, 4)], [randn(2, 6 if "values" not in name else 5, 4)]):
+            controller.disable_hooks()
+            expected = sample_grads(model, losses_of, *batch)
+            controller.enable_hooks()
+            laws.agrees(controller, mode, lambda batch=batch: losses_of(model, *batch), expected)
 
 
 def transformer():

@@ -65,7 +65,7 @@ BROKEN_RULES = {
     "zero": changed(lambda g: 0 * g),
     "sign": changed(lambda g: -g),
     "samples swapped": changed(lambda g: g.roll(1, 0)),
-    "two samples swapped": changed(lambda g: g[[1, 0, *range(2, len(g))]]),
+    "two samples swapped": changed(lambda g: g[[*reversed(range(len(g[:2]))), *range(2, len(g))]]),
     "samples in reverse": changed(lambda g: g.flip(0)),
     "last sample forgotten": changed(lambda g: torch.cat([g[:-1], 0 * g[-1:]])),
     "average over samples": changed(lambda g: g.mean(0, keepdim=True).expand_as(g)),

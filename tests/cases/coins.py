@@ -70,7 +70,7 @@ SWITCHES = {
     "an index made of constants": _of_constants,
     "inside a module without parameters": _inside_a_child,
     "a factor that was zero": between(lambda h, on: (h - (0.5 if on else 0.0) * h.mean(0)).mean(1)),
-    "a factor that was very small": between(lambda h, on: (h - (0.6 if on else 1e-7) * h.mean(0)).mean(1)),
+    "a factor that was very small": between(lambda h, on: (h - (0.6 if on else 1e-10) * h.mean(0)).mean(1)),
     "a factor of numpy": between(lambda h, on: (h - numpy.float32(0.5 if on else 0.0) * h.mean(0)).mean(1)),
     "the axis of a mean": between(lambda h, on: (h - h.mean(0 if on else 1, keepdim=True)).square().mean(1)),
     "an equation": between(lambda h, on: torch.einsum("ntd,ksd->nd" if on else "ntd,nsd->nd", h, h)),

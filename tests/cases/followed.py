@@ -76,6 +76,63 @@ def projected_table(s, x):
     return torch.einsum("ntd,pd->ntp", h, table).softmax(-1) @ table
 
 
+def vector_products(s, x):
+    """Attention pooling: matrices of the batch times vectors, from both sides, and products of several axes."""
+    scores = x @ s.query + s.key @ x.mT + torch.mv(x.flatten(0, 1), s.query).view(x.shape[:2]) + torch.inner(x, s.key)
+    pooled = (scores.softmax(1)[..., None] * x).sum(1)
+    return torch.tensordot(pooled[:, None], s.table, dims=([1, 2], [0, 1])) + torch.add(pooled, s.key, out=None)
+
+
+def written_by_another(s, x):
+    """Numbers of parameters are written into what came from others, and into views of it, after it was used as well."""
+    e = s.e * 1
+    before = x + e
+    e[0] = s.q
+    e[1].copy_(s.r)
+    e[2:].mul_(s.q).addcmul_(s.q, s.r)
+    after = F.linear(x, e)
+    e.index_add_(0, torch.tensor([0, 3]), torch.stack([s.r, s.q]))
+    return torch.cat([before, after, x * e], -1)
+
+
+def spectral(s, x):
+    """Complex parameters: of a spectral layer, of a complex linear one, and a rotation."""
+    spectrum = torch.fft.rfft(x, dim=1) * s.filter
+    x = torch.fft.irfft(spectrum, n=4, dim=1) + s.turn(x.to(torch.complex128)).abs()
+    return torch.view_as_real(x * s.phase.conj() + torch.polar(s.length, s.angle)).flatten(2)
+
+
+def complex_products(s, x):
+    return torch.einsum("nti,tio->nto", torch.fft.rfft(x, dim=1), s.w).abs()
+
+
+def complex_param(*shape):
+    return nn.Parameter(torch.randn(*shape, dtype=torch.complex128))
+
+
+def spectral_net():
+    turn = nn.Linear(4, 4, dtype=torch.complex128)
+    return Net(spectral, filter=complex_param(3, 4), turn=turn, phase=complex_param(4), length=param(4), angle=param(4))
+
+
+def summed_alone(s, x):
+    """As in ActNorm: parameters scale the rows, and their sum is added to each."""
+    return ((x + s.shift) * s.scale.exp()).tanh() - s.scale.sum() + x.new_zeros(len(x), 1, 1)
+
+
+def jvp(s, x):
+    return torch.func.jvp(lambda z: s.l(z).tanh(), (x,), (torch.ones_like(x),))[1] * s.g
+
+
+TRANSFORMS = {
+    "vmap": lambda s, x: torch.func.vmap(lambda row: s.l(row) * s.g)(x),
+    "vmap-of-tokens": lambda s, x: torch.func.vmap(s.l, in_dims=1, out_dims=1)(x) * s.g,
+    "energy": lambda s, x: torch.func.grad(lambda z: (s.l(z).tanh() * s.g).sum())(x),
+    "jvp": jvp,
+    "functional-call": lambda s, x: torch.func.functional_call(s.l, dict(s.l.named_parameters()), (x * s.g,)),
+}
+
+
 def experts(s, x, chosen):
     """Raw expert weights and tokens routed to them by their values."""
     out = torch.zeros_like(x)
@@ -358,6 +415,12 @@ FOLLOWED = [
     net(
         "projected-table", projected_table, rows(6, 4), table=lambda: nn.Embedding(5, 4), norm=lambda: nn.LayerNorm(4), proj=linear
     ),
+    net("vector-products", vector_products, rows(4, 4), query=(4,), key=(4,), table=(1, 4, 4)),
+    net("written-by-another", written_by_another, rows(4, 4), e=(4, 4), q=(4,), r=(4,)),
+    case("spectral", spectral_net, rows(4, 4), empty=False),  # the FFT of MKL takes no empty batch
+    case("complex-products", lambda: Net(complex_products, w=complex_param(3, 4, 2)), rows(4, 4), empty=False),
+    net("summed-alone", summed_alone, rows(4, 4), shift=(4,), scale=(4,)),
+    *(case(f"torch-func-{name}", lambda fn=fn: Net(fn, l=linear(), g=param(4)), rows(3, 4)) for name, fn in TRANSFORMS.items()),
     net("windows", windows, rows(4, 4, 4), proj=linear, norm=lambda: nn.LayerNorm(4), bias=(4, 4), conv=lambda: nn.Conv1d(4, 4, 1)),
     net(
         "experts",
@@ -526,4 +589,50 @@ MISLEADING = {
         f"{size}-positions": (with_positions(size), lambda size=size: [[randn(n, size, 4)] for n in (3, size, 1)])
         for size in (5, 7, 11, 35)
     },
+}
+
+
+def swapped(fn):
+    """Run ``fn`` on tokens in the order ``[T * n, d]``, time first."""
+
+    def forward(s, x):
+        flat = fn(s, x.transpose(0, 1).flatten(0, 1))
+        return flat.unflatten(0, (x.shape[1], len(x))).transpose(0, 1)
+
+    return forward
+
+
+def learned_queries(s, x):
+    """Attention of learned queries, time first, over values that are all alike, as in the first layer of DETR's decoder."""
+    q = s.queries.unsqueeze(1).expand(-1, len(x), -1)
+    hidden = s.m(q, q, torch.full_like(q, 0.0))[0]
+    return s.head((hidden.transpose(0, 1) + s.a(x)).tanh())
+
+
+def zero(layer):
+    """The layer with weights of zero."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+# Models, and a first batch in which the order of the samples cannot be told from the numbers.
+ALIKE = {
+    "nearly constant": (
+        lambda: Net(swapped(lambda s, x: s.b(s.a(x).tanh() * s.g)), a=linear(), b=linear(), g=param(4)),
+        1000 + 0.01 * randn(3, 5, 4),
+    ),
+    "blank": (
+        lambda: Net(swapped(lambda s, x: s.b(s.a(x).tanh() * s.g)), a=linear(), b=linear(), g=param(4)),
+        torch.zeros(3, 5, 4, dtype=torch.float64),
+    ),
+    "zero branch": (
+        lambda: Net(swapped(lambda s, x: x + s.z(s.a(x) * s.g)), a=linear(), z=zero(linear()), g=param(4)),
+        randn(3, 5, 4),
+    ),
+    "zero gain": (lambda: Net(swapped(lambda s, x: x + s.a(x * s.g)), a=linear(), g=nn.Parameter(torch.zeros(4))), randn(3, 5, 4)),
+    "values alike": (
+        lambda: Net(learned_queries, m=nn.MultiheadAttention(4, 2), a=linear(), head=linear(), queries=param(5, 4)),
+        randn(3, 5, 4),
+    ),
 }

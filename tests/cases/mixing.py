@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from ..models import Net, randn
 from . import case, made
@@ -131,7 +130,6 @@ MIXING = [
         parts(lambda s, x: s.b(s.m(x, x, x)[0]), m=partial(nn.MultiheadAttention, D, 1), b=linear),
         tokens,
     ),
-    case("spectral norm", lambda: nn.Sequential(spectral_norm(linear()), nn.Tanh(), linear()), tokens),
     case("owner that centres", parts(lambda s, x: s.b((x - x.mean(0)) * s.w), w=(D,), b=linear), tokens),
     case("shared weight scaled by the batch", parts(lambda s, x: s.b(x * (s.w * x.detach().mean())), w=(D,), b=linear), tokens),
 ]

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from ..models import Net
@@ -98,6 +99,7 @@ SOUND = {
         around(lambda s, x: (s.inner(x), s.inner(x).detach().mean())),
         of(lambda m, x: m(x)[0]),
     ),
+    "spectral norm": (lambda: nn.Sequential(spectral_norm(linear()), nn.Tanh(), linear()), losses_of),
     "centred in itself": (between(lambda h: h - h.mean(1, keepdim=True)), losses_of),
     "layer norm": (chain(partial(nn.LayerNorm, D)), losses_of),
     "samples permuted and put back": (between(lambda h: h.flip(0).tanh().flip(0)), losses_of),

@@ -28,7 +28,7 @@ METHODS = (
     "is_compatible validate get_compatible_module"
 ).split()
 
-# What differs on purpose. The criterion is only used in mode "ghost", where None stands for Opacus's CrossEntropyLoss();
+# What differs on purpose. A criterion that is given is checked, and in mode "ghost" None stands for Opacus's CrossEntropyLoss();
 # the model is never wrapped; is_compatible and validate do not need what they do not look at.
 DIFFERENT_DEFAULTS = {
     *product(("make_private", "make_private_with_epsilon"), ("criterion", "wrap_model")),
@@ -54,6 +54,47 @@ def test_every_public_method_of_opacus_is_there() -> None:
     """No public method of the installed Opacus engine is missing."""
     public = {name for name in dir(opacus.PrivacyEngine) if not name.startswith("_")}
     assert public - set(dir(PrivacyEngineHookBased)) == set()
+
+
+LOSSES = {
+    "called": (lambda criterion, out, y: criterion(out, y), True),
+    "not called": (lambda criterion, out, y: nn.functional.cross_entropy(out, y), False),
+    "with another term": (lambda criterion, out, y: criterion(out, y) + out.square().mean(), False),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_criterion_of_the_engine_is_checked_if_it_is_called(case: str, mode: str) -> None:
+    """The report calls the loss verified if the criterion was called and was all of it; it may also stay unused, as in Opacus."""
+    loss, verified = LOSSES[case]
+    model, criterion = text_model(), nn.CrossEntropyLoss()
+    with PrivacyEngineHookBased() as engine:
+        _, opt, *_, loader = make(engine, model, grad_sample_mode=mode, criterion=criterion, poisson_sampling=False)
+        for x, y in loader:
+            opt.zero_grad()
+            loss(criterion, model(x), y).backward()
+            opt.step()
+        assert engine._scopes[0].report().loss_verified == verified
+    assert not has_hooks(criterion)
+
+
+def test_a_criterion_that_mixes_samples_is_refused_by_the_engine() -> None:
+    """So is one that is reduced otherwise than declared; calls on the outputs of another model do not count."""
+
+    class Centred(nn.CrossEntropyLoss):
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return super().forward(out - out.mean(0), y)
+
+    for criterion in (Centred(), nn.CrossEntropyLoss(reduction="sum")):
+        model, teacher = text_model(), text_model()
+        with PrivacyEngineHookBased() as engine:
+            _, opt, _, loader = make(engine, model, grad_sample_mode="ghost", criterion=criterion, poisson_sampling=False)
+            x, y = next(iter(loader))
+            criterion(model(x), y).backward()
+            criterion(teacher(x[:2]), y[:2])
+            with pytest.raises(UnsupportedModelError, match="criterion"):
+                opt.step()
 
 
 @each_mode

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...errors import ScopeError, UnsupportedModelError
+from ...errors import ScopeError, UnsupportedModelError, bullets, some_of
 from ...gradients.terms import Term
 
 
@@ -25,7 +25,7 @@ class Refusals:
         if len(self.errors) == 1:
             raise self.errors[0][0]
         if self.errors:
-            listing = "\n".join(f"  - {error}" for error, _ in self.errors)
+            listing = bullets([str(error) for error, _ in self.errors])
             raise UnsupportedModelError(f"the model cannot be trained privately, for {len(self.errors)} reasons:\n{listing}")
 
 
@@ -87,7 +87,7 @@ class BackwardPasses:
         if self.samples is not None:
             sizes.add(self.samples)
         if len(sizes) > 1:
-            listing = ", ".join(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes)[:8])
+            listing = some_of(sorted(f"{name or 'the model'}: {n}" for name, n in finished.sizes))
             raise ScopeError(
                 f"different numbers of samples ({sorted(sizes)}) met in one step ({listing}). Backward passes between two "
                 "steps must be over the same samples, one row each: generated rows beside those of the loader have to be as many "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from ..._rerun import AmbientContext, ModuleState
 from ..._tree import private_copy
+from .carried_state import CarriedState
+from .forward_frame import call_in, forward_around
 from .recorded_call import RecordedCall, kind_of
 from .trace import OpTrace
-from .written import Written
 
 LIMIT = 64  # how many outermost calls are remembered: those of one step, in practice one or two
 
@@ -22,6 +24,7 @@ class CallRecorder:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], trace: OpTrace) -> None:
         self._model = model
         self._params = params
+        self._names = {id(module): name for name, module in model.named_modules()}
         self._device = next((p.device.type for p in self._params), "cpu")
         self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
         # Whose state is let go at the next step, kept or not: it holds what the call before left in attributes.
@@ -30,23 +33,33 @@ class CallRecorder:
         self.checked: set[tuple[Any, ...]] = set()  # states of the model that a check has covered
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
+        self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
         self.situation = ""  # what else is special about the present batch
         self.paused = False  # whether nothing is recorded, since a check is running calls
         # While a whole function is to be checked, attributes of the model at its start; calls need none then.
         self.state: ModuleState | None = None
+        self.carried: CarriedState | None = None
         self.new_step()
 
     def new_step(self) -> None:
         """Forget calls recorded before a boundary."""
         for call in self._recorded:
-            call.state = None
+            call.state = call.carried = None
         self._recorded.clear()
         self.calls: list[RecordedCall] = []  # those of the present step that a check may have to look at
         self._views = []
+        self._frame: FrameType | None = None  # of a forward method that was called past the hooks
         self.overflowed = False  # whether there were more than LIMIT
         self.came_back = False  # whether a backward pass came to any call
-        self.written: Written | None = None  # buffers and frozen parameters before the first of the calls
+        self.quiet: list[RecordedCall] = []  # calls without gradients that left something in the model
         self.trace.unverified = set()
+
+    def forget(self, situation: str | None = None) -> None:
+        """What was checked so far (in a situation) says nothing any more, such as where samples turn out to be elsewhere."""
+        keys = {key for key in self.checked if situation in (None, key[1])}
+        self.checked -= keys
+        self.covered = {known: outputs for known, outputs in self.covered.items() if known[0] not in keys}
+        self.harmless = {known for known in self.harmless if known[0] not in keys}
 
     def key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
@@ -65,14 +78,49 @@ class CallRecorder:
         kind, key = kind_of(name, args, kwargs), self.key(2)
         new = (key, kind) not in self.covered
         if new:
-            if not self.calls:
-                self.written = Written(self._model, frozen=True)
             args, kwargs = private_copy((args, kwargs))
         call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, new)
+        if name and self.state is None:
+            self._begin_around(module, key)
         if self.state is None:
-            call.state = ModuleState(self._model)
+            call.state, call.carried = ModuleState(self._model), CarriedState(self._model) if new else None
             self._recorded.add(call)
         return call
+
+    def _begin_around(self, module: nn.Module, key: Any) -> None:
+        """A part of the model is called: by a forward method that was called past the hooks, it may be."""
+        frame = forward_around(module, self._names)
+        if frame is None or frame is self._frame:  # by the second part called in it, its inputs may be other ones
+            return
+        self._frame = frame
+        owner, args, kwargs = call_in(frame)
+        name = self._names[id(owner)]
+        kind = ("forward", *kind_of(name, args, kwargs))
+        if (key, kind) in self.covered or any(call.kind == kind for call in self.calls):
+            return
+        args, kwargs = private_copy((args, kwargs))
+        call = RecordedCall(owner, name, args, kwargs, AmbientContext.current(self._device), key, kind, True, around=True)
+        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
+        self._recorded.add(call)
+        self._keep(call)
+
+    def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
+        """An outermost call in training mode begins, without gradients: it may leave something in the model all the same."""
+        kind, key = kind_of(name, args, kwargs), self.key(2)
+        if self.paused or self.state is not None or (key, kind) in self.harmless:
+            return None
+        args, kwargs = private_copy((args, kwargs))
+        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, with_gradients=False)
+        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
+        return call
+
+    def end_quiet(self, call: RecordedCall) -> None:
+        """It is over."""
+        before, now = call.carried, CarriedState(self._model)
+        if before is not None and (now.stored_unlike(before) or now.attributes_unlike(before)):
+            self.quiet.append(call)
+        else:
+            self.harmless.add((call.key, call.kind))
 
     def end(self, call: RecordedCall) -> list[Tensor]:
         """The call is over; return what it left in attributes of the model: it can be used in a loss like its outputs."""
@@ -107,13 +155,18 @@ class CallRecorder:
         for call, index, alias, version in views:
             if alias._version != version:  # which it shares with the output, changed in place
                 self.reached(call, index)
-        return [call for call in self.calls if call.reached] if self.came_back else self.calls
+        return [call for call in self.calls if call.reached or call.around] if self.came_back else self.calls
+
+    def began(self, call: RecordedCall | None) -> tuple[ModuleState | None, CarriedState | None]:
+        """What the model was when ``call``, or the function around it, began."""
+        own = call is not None and call.state is not None
+        return (call.state, call.carried) if call is not None and own else (self.state, self.carried)
 
     @contextmanager
     def whole_function(self) -> Iterator[None]:
         """A function is recorded that runs the model: it is run again as a whole, from its start."""
-        self.state = ModuleState(self._model)
+        self.state, self.carried = ModuleState(self._model), CarriedState(self._model) if self.armed else None
         try:
             yield
         finally:
-            self.state = None
+            self.state = self.carried = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..._no_randomness import Draws
 from ..._rerun import AmbientContext, ModuleState
 from ..._tree import tensors_of
+from .carried_state import CarriedState
 from .trace import Transition
 
 
@@ -26,6 +27,9 @@ class RecordedCall:
     reached: set[int] = field(default_factory=set)  # numbers of the outputs that a backward pass came from
     transitions: set[Transition] = field(default_factory=set)  # operations it went through that no check did
     draws: Draws | None = None  # the random numbers that can have decided which way it took
+    around: bool = False  # whether it is a forward method around the calls that were seen, and is checked beside them
+    with_gradients: bool = True  # whether it was made with gradients enabled
+    carried: CarriedState | None = None  # what the model held when it began, where that is asked for
     state: ModuleState | None = None  # attributes of the model when it began
 
     @property

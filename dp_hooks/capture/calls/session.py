@@ -82,7 +82,10 @@ class Session:
         self.recorder: CallRecorder | None = None  # keeps calls, if a check wants them
         self.collected: Refusals | None = None  # refusals, where one wants to see them all; None: they are raised
         # Told the inputs of every outermost call with gradients, and may refuse it.
-        self.before_call: Callable[[list[Tensor], BackwardPasses], None] | None = None
+        self.before_call: Callable[[tuple[Any, Any], BackwardPasses], None] | None = None
+        # Told each output of outermost calls, and what a backward pass brings to it.
+        self.on_output: Callable[[ModelCall, int, Tensor], None] | None = None
+        self.on_arrival: Callable[[ModelCall, int, Tensor], None] | None = None
         # Told how many samples a backward pass on the present batch was over, and may refuse that.
         self.check_rows: Callable[[int], None] | None = None
 
@@ -178,7 +181,7 @@ class Session:
             kept = dict(vars(self))
             self.reset()
             self.sink, self.call, self.outer_task = other, ModelCall(), torch._C._current_graph_task_id()
-            self.before_call = self.check_rows = None
+            self.before_call = self.check_rows = self.on_output = self.on_arrival = None
             try:
                 yield
             finally:

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,6 +218,12 @@ class OpTrace:
         self._note((name, where, kinds, named))
         for target in (first, kwargs.get("out") if kwargs else None):
             self._constants.pop(id(target), None)  # it may have been written to
+
+    def note_written(self, names: Sequence[str]) -> None:
+        """The call that is over wrote to buffers: whether of what is in the samples, a check has to find out."""
+        transition = ("", None, ("written", *names))
+        if transition not in self._known:
+            self.unverified.add(transition)
 
     def is_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Whether all tensors among the arguments are constant; of some functions only shape and type count."""

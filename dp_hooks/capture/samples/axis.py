@@ -1,6 +1,6 @@
 """Where the samples are in a tensor: which axis counts them, and in which order when the axis counts more than them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,6 +16,13 @@ class SampleAxis:
     axis: int
     outer: int | None = 1
     inner: int | None = 1
+    # Whether this is the only order that fits what was seen; not so where all rows are alike.
+    sure: bool = field(default=True, compare=False)
+
+    def agrees(self, other: "SampleAxis | None") -> bool:
+        """Whether both may be the same: one that is not sure only tells which axis it is."""
+        doubt = other is not None and self.axis == other.axis and not (self.sure and other.sure)
+        return self == other or doubt
 
     def covers(self, other: "SampleAxis | None") -> bool:
         """Whether what is laid out like ``other`` is so here, too: one row per sample is a number of tokens as well."""

@@ -13,7 +13,7 @@ from ..._tree import join, split, tensors_of
 from ..calls.gradient_tap import Grads, Make, tap
 from ..calls.session import Session
 from .axis import SampleAxis
-from .tracked import TrackedTensor, is_float, on_values
+from .tracked import TrackedTensor, is_float, on_values, works_in_place
 from .tracked_gradients import BatchedOp, BatchedOpGradients, TrackedGradients, sum_to
 from .tracked_value import TrackedParameter, TrackedValue, names_of, refused
 from .uses import UseLayout, guessed
@@ -47,10 +47,8 @@ class BatchedUse:
             out = self._expand_first()
             if out is not None:
                 return out
-        name = getattr(self.func, "__name__", "")
-        in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
-        if in_place or name == "__setitem__" or "out" in self.skeleton[1]:  # the result may never be looked at
-            raise refused(self._roots, f"{name} writes it into a tensor in place")
+        if works_in_place(self.func) or self.skeleton[1].get("out") is not None:  # the result may never be looked at
+            raise refused(self._roots, f"{self.func.__name__} writes it into a tensor in place")
         return self._record()
 
     def _expand_first(self) -> Any | None:
@@ -81,7 +79,7 @@ class BatchedUse:
         tensors, tracked = self.tensors, self._tracked
         if self.name == "scaled_dot_product_attention" and min(tracked) >= 3:
             return (*tensors[0].shape[:-1], tensors[1].shape[-2])
-        if self.name in MATRIX_PRODUCTS and all(t.dim() > 2 for i, t in enumerate(tensors) if i not in tracked):
+        if self.name in MATRIX_PRODUCTS and all(t.dim() > (1 if i in tracked else 2) for i, t in enumerate(tensors)):
             return (*torch.broadcast_shapes(*(t.shape[:-2] for t in tensors)), 1, 1)
         return tuple(torch.broadcast_shapes(*(t.shape for t in tensors))) if self.name in BROADCASTS else None
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..._operations import DATA_SHAPED, KEEPS_TARGET, PADDED_TO, RESHAPES, SORTS, TO_PYTHON
+from ..._operations import CONSTANTS, DATA_SHAPED, KEEPS_TARGET, PADDED_TO, RESHAPES, SORTS, TO_PYTHON
 from ..._tree import tensors_of, tree_map
 from ...errors import UnsupportedModelError
 from .axis import SampleAxis
 from .custom_functions import custom_forwards
-from .tracked import is_float, plain
+from .tracked import in_transform, is_float, plain
 from .uses import BYPASSED, MIXED, ROUTED, UNCLEAR, UseLayout
 
 _COMPARED = 1 << 16  # how many rows of a large axis are compared to find out in which order it holds the samples
@@ -45,6 +45,9 @@ class Probe(TorchFunctionMode):
     # What the samples share is marked where it is first laid out for each of them, so that it shows when rows of it end up with
     # other samples. They hold the same values there, but gradients go back to the row they came from.
     mark_first: bool = False
+    # Constants that the model makes, and outputs of modules that are the same for all samples, are made others for the first one,
+    # so that they tell the order of samples.
+    tell_apart: bool = False
     uses: dict[Any, list[UseLayout]] = field(default_factory=dict)  # what was seen, by key, in order
     frames: list[Frame] = field(default_factory=list)  # the calls of modules
     out_of_order: list[Frame] = field(default_factory=list)  # those out of which rows came in no order, first the inner ones
@@ -52,6 +55,7 @@ class Probe(TorchFunctionMode):
     _given: list[Tensor] = field(default_factory=list)
     _open: list[Frame] = field(default_factory=list)
     _marked: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _orders: dict[int, int] = field(default_factory=dict)  # for rows per sample, the order that was the only one to fit elsewhere
     _numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -69,6 +73,8 @@ class Probe(TorchFunctionMode):
             self._note_read(tensors)
         elif name not in PADDED_TO:
             self._note_numbers(tensors, out)
+        if self.tell_apart and name in CONSTANTS and isinstance(out, Tensor):
+            out = self._with_first_unlike(out)
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop)]
@@ -89,6 +95,8 @@ class Probe(TorchFunctionMode):
 
     def sample_axis(self, tensor: Tensor, marks: bool = True) -> tuple[SampleAxis | None, str | None]:
         """Return the layout of ``tensor`` (None: no sample axis) and a reason why there is none where one should be."""
+        if in_transform():
+            return None, BYPASSED
         if marks and tensor in self._marked:
             return None, ROUTED
         found = [axis for axis, size in enumerate(tensor.shape) if size and size % self.rows == 0]
@@ -102,10 +110,15 @@ class Probe(TorchFunctionMode):
             return SampleAxis(axis), None
         if any(frame.ragged for frame in self._open):
             return None, ROUTED  # as many rows as a number says that was read from the batch
-        for outer in (1, ratio, *range(2, ratio)):
-            if ratio % outer == 0 and self._in_order(tensor, axis, outer, ratio // outer):
-                return SampleAxis(axis, None if outer == ratio else outer, None if outer == 1 else ratio // outer), None
-        return None, UNCLEAR
+        orders = (outer for outer in (1, ratio, *range(2, ratio)) if ratio % outer == 0)
+        fits = [outer for outer in orders if self._in_order(tensor, axis, outer, ratio // outer)]
+        if not fits:
+            return None, UNCLEAR
+        usual, sure = self._orders.get(ratio, fits[0]), len(fits) == 1
+        outer = usual if usual in fits else fits[0]
+        if sure:
+            self._orders[ratio] = outer
+        return SampleAxis(axis, None if outer == ratio else outer, None if outer == 1 else ratio // outer, sure), None
 
     def _in_order(self, tensor: Tensor, axis: int, outer: int, inner: int) -> bool:
         """Whether the rows after the first, which all hold the same sample, hold the same numbers."""
@@ -149,16 +162,43 @@ class Probe(TorchFunctionMode):
     def with_first_marked(self, leaf: Any) -> Any:
         """A tensor in which all samples have the same rows, with other ones for the first sample; else ``leaf`` as it is."""
         tensor = plain(leaf)
-        if not self.mark_first or not is_float(tensor) or tensor.is_complex() or not tensor.numel():
+        return self._with_first_unlike(tensor) if self.mark_first else tensor
+
+    def _with_first_unlike(self, tensor: Tensor) -> Tensor:
+        if not is_float(tensor) or tensor.is_complex() or not tensor.numel():
             return tensor
         sample_axis, _ = self.sample_axis(tensor)
         with torch._C.DisableTorchFunction():
             if sample_axis is None or not bool(tensor.isfinite().all()):
                 return tensor
-            wave = torch.linspace(1, 2, tensor.shape[-1], device=tensor.device, dtype=tensor.dtype).sin()
             first = torch.zeros(self.rows, device=tensor.device, dtype=tensor.dtype)
             first[0] = 0.1 * float(tensor.abs().max()) or 0.1
-            return tensor + sample_axis.spread(first, tensor) * (wave if tensor.dim() > 1 else 1)
+            return tensor + sample_axis.spread(first, tensor) * (wave(tensor) if tensor.dim() > 1 else 1)
+
+    def told_apart(self, output: Any) -> Any | None:
+        """What a module gave out, with other numbers for the first sample where all are alike; None: as it is."""
+        if not self.tell_apart:
+            return None
+        changed: list[Tensor] = []
+
+        def visit(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and self._is_alike(leaf):
+                changed.append(leaf)
+                return self._with_first_unlike(leaf)
+            return leaf
+
+        out = tree_map(visit, output)
+        return out if changed else None
+
+    def _is_alike(self, tensor: Tensor) -> bool:
+        """Whether the first sample has the rows of the others."""
+        if type(tensor) is not Tensor or not tensor.is_floating_point() or not tensor.numel() or in_transform():
+            return False
+        at, _ = self.sample_axis(tensor, marks=False)
+        if at is None or at != SampleAxis(at.axis):
+            return False
+        first, *_, last = tensor.detach().unbind(at.axis)
+        return float((first - last).nan_to_num().abs().max()) <= 1e-3 * float(tensor.nan_to_num().abs().max())
 
     def note(self, key: Any, use: UseLayout) -> None:
         """Keep ``use``."""
@@ -294,6 +334,11 @@ class Probe(TorchFunctionMode):
             ordered = (frame for frame in reversed(use.frames) if frame.clean and frame.batched)
             found += [frame for frame in ordered if {*use.params} <= {*frame.module.parameters()}][:1]
         return found
+
+
+def wave(like: Tensor) -> Tensor:
+    """Return numbers of the size of 1 that differ along the last axis of ``like``."""
+    return torch.linspace(1, 2, like.shape[-1], device=like.device, dtype=like.dtype).sin()
 
 
 def gradients_wanted(probe: Probe | None) -> bool:

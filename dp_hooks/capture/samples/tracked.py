@@ -32,6 +32,24 @@ def attribute_of(function: Any) -> str:
     return str(getattr(getattr(function, "__self__", None), "__name__", ""))
 
 
+def works_in_place(function: Any) -> bool:
+    """Whether a torch function writes into its first argument, as far as its name tells."""
+    raw = getattr(function, "__name__", "")
+    if raw.endswith("__"):
+        return raw == "__setitem__" or (raw.startswith("__i") and raw not in ("__invert__", "__iter__", "__int__", "__index__"))
+    return raw.endswith("_")
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is running, such as ``vmap``, inside of which tensors are not what they look like."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def same_storage(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are in the same memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+
+
 class TrackedTensor(torch.Tensor):
     """A tensor that all samples share, computed from parameters only; hands each operation on it to who tracks it."""
 
@@ -47,7 +65,7 @@ class TrackedTensor(torch.Tensor):
             # What a custom function returned gets its history after the fact: autograd adds it to the same object.
             with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
                 if self.requires_grad:
-                    found = TrackedValue(self.as_subclass(torch.Tensor), found.roots, custom=True)
+                    found = TrackedValue(self.as_subclass(torch.Tensor), found.memory, custom=True)
                     self.content = found
         return found
 

@@ -1,8 +1,9 @@
 """TrackedValue: a tensor that all samples share, with the small graph that leads from parameters to it."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,36 @@ class TrackedParameter:
 
 
 @dataclass(eq=False)
-class TrackedValue:
-    """A tensor that all samples share, computed from the parameters in ``roots`` by ordinary autograd operations.
+class Memory:
+    """What a tensor and its views share: what is written into one of them is in all."""
 
-    ``keeps_norm``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
+    roots: dict[int, TrackedParameter] = field(default_factory=dict)  # the parameters behind it, by identity
+    is_written: bool = False  # whether something was written into it since it was made
+    tensors: list[weakref.ref[Tensor]] = field(default_factory=list)  # the tracked tensors in it
+
+
+@dataclass(eq=False)
+class TrackedValue:
+    """A tensor that all samples share, computed from the parameters behind ``memory`` by ordinary autograd operations.
+
+    ``rearranges``: it holds numbers of one parameter, each at most once, so that gradients of both have the same norm.
     ``custom``: custom autograd functions made it, whose backward need not be linear: sums are not taken before it.
     """
 
     value: Tensor
-    roots: tuple[TrackedParameter, ...]
-    keeps_norm: bool = False
+    memory: Memory
+    rearranges: bool = False
     custom: bool = False
+
+    @property
+    def roots(self) -> tuple[TrackedParameter, ...]:
+        """The parameters that it was computed from."""
+        return tuple(self.memory.roots.values())
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether its gradients have the norm of those of the parameter behind it."""
+        return self.rearranges and not self.memory.is_written
 
     @property
     def is_parameter(self) -> bool:
@@ -71,6 +91,11 @@ class TrackedValue:
         """``scale`` times that, in at least float32; before it where the way back need not be linear."""
         before, after = (scale, 1.0) if self.custom else (1.0, scale)
         return scaled(self.rows_to_parameter(param, scaled(grads, before)), after)
+
+
+def roots_of(values: Iterable[TrackedValue]) -> dict[int, TrackedParameter]:
+    """The parameters behind some values, by identity."""
+    return {id(root.param): root for value in values for root in value.roots}
 
 
 def names_of(roots: Sequence[TrackedParameter]) -> str:

@@ -1,7 +1,8 @@
 """Parameters used outside a layer rule: they are followed until they meet the batch, where the sample axis comes from."""
 
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ from ..calls.session import Session
 from .batched_op import BatchedUse
 from .custom_functions import arguments_of_functions
 from .probe import Probe, gradients_wanted
-from .tracked import TrackedTensor, attribute_of, is_float, name_of, on_values
-from .tracked_value import TrackedParameter, TrackedValue, names_of
+from .tracked import TrackedTensor, attribute_of, in_transform, is_float, name_of, on_values, same_storage, works_in_place
+from .tracked_value import Memory, TrackedParameter, TrackedValue, names_of, roots_of
 from .uses import UNSTEADY, UNTRIED, SampleAxes, UseLayout, guessed
 
 _RETRIES = 8  # how often a pass that meets something new is tried again from the start; several times where it tosses coins
@@ -40,7 +41,7 @@ class Tracker:
         leaf = param.detach()
         if self.probe is None:
             leaf.requires_grad_().register_post_accumulate_grad_hook(lambda leaf: self._leaked(name, param, leaf))
-        content = TrackedValue(leaf, (TrackedParameter(param, leaf, name),))
+        content = TrackedValue(leaf, Memory({id(param): TrackedParameter(param, leaf, name)}))
         with torch.enable_grad():
             return self._follow(leaf.as_subclass(TrackedTensor), content, hash((name, outside)))
 
@@ -52,6 +53,7 @@ class Tracker:
         """Follow ``tensor`` from now on, also an ordinary one that a shared one was written into."""
         tensor.__class__ = TrackedTensor
         vars(tensor).update(session=self.session, operate=self.apply, label=label, _content=content)
+        content.memory.tensors.append(weakref.ref(tensor))
         return cast(TrackedTensor, tensor)
 
     def untrack(self, tree: Any) -> Any:
@@ -97,6 +99,9 @@ class Tracker:
         if raw in METADATA or name == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if self.probe is not None and in_transform():
+            self._note_bypassed(tracked)
+            return on_values(func, skeleton, tensors)
         constant = name == "detach" or name.startswith("new_") or name.endswith("_like")
         wanted = bool(inside) or gradients_wanted(self.probe)
         if constant or not wanted or (name in ASKS_ONLY and not isinstance(tensors[0], TrackedTensor)):
@@ -153,7 +158,7 @@ class Tracker:
                 return tensors
         return []
 
-    def _note_bypassed(self, arguments: list[Tensor]) -> None:
+    def _note_bypassed(self, arguments: Sequence[Tensor]) -> None:
         """Keep that a custom autograd function takes gradients straight to its arguments, past all that is followed."""
         if self.probe is not None:
             tracked = [t for t in arguments if isinstance(t, TrackedTensor)]
@@ -212,16 +217,32 @@ class Tracker:
         sample_axes = tuple(guessed(t, self.session.axis, self.session.call.rows) for t in others)
         return UseLayout(inputs=sample_axes, outputs=None, shared=not any(sample_axes))
 
+    def _write(self, memory: Memory, tracked: list[TrackedTensor]) -> None:
+        """Tensors are about to be written into ``memory``: what they come from is behind all that is in it, from here on."""
+        memory.roots |= roots_of(t.content for t in tracked)
+        memory.is_written = True
+        if self.probe is not None:
+            return
+        memory.tensors = [ref for ref in memory.tensors if ref() is not None]
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+            for tensor in [ref() for ref in memory.tensors]:
+                assert isinstance(tensor, TrackedTensor)
+                before = tensor.content
+                tensor.content = replace(before)
+                before.value = before.value.clone()  # for uses so far, gradients of which go back past what is written
+
     def _shared_result(self, func: Any, args: Any, kwargs: Any, tracked: list[TrackedTensor], name: str) -> Any:
         """Run an operation all of whose operands are shared; the result is tracked as well."""
+        if works_in_place(func) and isinstance(args[0], TrackedTensor):
+            self._write(args[0].content.memory, tracked)
         with torch._C.DisableTorchFunctionSubclass(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             out = func(*args, **kwargs)
-        roots = tuple({id(root.param): root for t in tracked for root in t.content.roots}.values())
+        roots = roots_of(t.content for t in tracked)
         label = (name, *(t.label for t in tracked))
         target: Any = args[0] if args else None
         plain = isinstance(target, Tensor) and not isinstance(target, TrackedTensor) and is_float(target)
         if plain and (out is target or name == "setitem") and (self.probe is not None or target.requires_grad):
-            self._follow(target, TrackedValue(target.as_subclass(torch.Tensor), roots), hash(label))
+            self._follow(target, TrackedValue(target.as_subclass(torch.Tensor), Memory(roots)), hash(label))
             return out
         position = iter(range(1 << 30))
         inside = not torch.is_grad_enabled()  # only what a custom function does is followed then
@@ -233,8 +254,11 @@ class Tracker:
             if self.probe is None and not leaf.requires_grad and not inside:
                 return leaf
             keeps_norm = self.probe is None and not custom and _rearranges(name, args, kwargs, tracked)
+            viewed = (t.content.memory for t in tracked if leaf._is_view() and same_storage(leaf, t.content.value))
+            memory = next(viewed, None) or Memory(roots)
+            memory.roots |= roots
             own = tracked[0].label if is_dropout(name) else hash((label, next(position)))  # probes run without dropout
-            return self._follow(leaf.as_subclass(TrackedTensor), TrackedValue(leaf, roots, keeps_norm, custom), own)
+            return self._follow(leaf.as_subclass(TrackedTensor), TrackedValue(leaf, memory, keeps_norm, custom), own)
 
         return tree_map(wrap, out)
 

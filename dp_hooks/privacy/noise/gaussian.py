@@ -95,7 +95,7 @@ class GaussianNoise:
                 total.mul_(scale)
             return
         blocks: list[Tensor] = []
-        for total in totals:
+        for total in map(_parts, totals):
             flat = _flat(total) if total.device.type == "cpu" else None
             if flat is None:
                 (generator,) = self._generators(total.device, 1)
@@ -139,6 +139,11 @@ class GaussianNoise:
             torch.add(draw, total, alpha=scale, out=total)
         else:
             total.copy_(draw.add_(total, alpha=scale))
+
+
+def _parts(total: Tensor) -> Tensor:
+    """Return a view of real and imaginary parts, each of which gets noise of its own; a real tensor as it is."""
+    return torch.view_as_real(total) if total.is_complex() else total
 
 
 def _flat(tensor: Tensor) -> Tensor | None:

@@ -189,6 +189,17 @@ def test_float64_parameters_get_noise_drawn_in_float64() -> None:
     assert (noise != noise.float().double()).double().mean() > 0.99
 
 
+def test_both_parts_of_complex_numbers_get_noise_of_their_own() -> None:
+    """A complex parameter is as many real numbers as it has parts: each has the full standard deviation, without correlation."""
+    total = torch.zeros(200, 100, dtype=torch.complex64).T  # not contiguous
+    GaussianNoise(drawn(3)).add_([total], 2.0, 0.5)
+    parts = torch.view_as_real(total).reshape(-1, 2)
+    assert (parts.std(0) - 1.0).abs().max() < 0.03
+    assert abs(float((parts[:, 0] * parts[:, 1]).mean())) < 0.03
+    with pytest.raises(RuntimeError):  # what is conjugated lazily would get noise in a copy
+        GaussianNoise(drawn(3)).add_([total.conj()], 2.0)
+
+
 def test_noise_reaches_parameters_in_any_memory_layout() -> None:
     """A transposed (non-contiguous) tensor gets noise in all its places."""
     total = torch.zeros(100, 200).T

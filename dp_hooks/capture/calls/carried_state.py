@@ -1,0 +1,106 @@
+"""CarriedState: what a model carries from one batch to the next, in buffers, frozen parameters and attributes."""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._rerun import same_values, write_back
+
+_OWN = frozenset(vars(nn.Module())) | {"__getstate__", "__deepcopy__"}
+_CONTAINERS = (list, tuple, dict, set, deque)
+# Longer containers are data, and objects of other classes are left alone.
+_LONGEST = 256
+
+
+class CarriedState:
+    """Values, as they were when this was made, of all buffers, frozen parameters and attributes of a module and its descendants."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Keep copies; the objects themselves are kept as well, to write into them again."""
+        self._stored: dict[str, tuple[Any, Any]] = {}  # by name: an object, and its values
+        self._attributes: dict[str, tuple[Any, Any, Callable[[Any], None]]] = {}
+        for prefix, m in module.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            for name, tensor in m._buffers.items():
+                if tensor is not None:
+                    self._stored[dot + name] = (tensor, tensor.detach().clone())
+            for name, param in m._parameters.items():
+                if param is not None and not param.requires_grad:
+                    self._stored[dot + name] = (param, param.detach().clone())
+            for name, value in vars(m).items():
+                if name not in _OWN and _is_value(value):
+                    self._attributes[dot + name] = (value, _copied(value), _setter(m, name))
+
+    def put_back(self) -> None:
+        """Write all values back."""
+        with torch.no_grad():
+            for tensor, value in self._stored.values():
+                write_back(tensor, value)
+            for object_, value, put in self._attributes.values():
+                if isinstance(object_, Tensor) and not object_.requires_grad and object_.shape == value.shape:
+                    write_back(object_, value)
+                    put(object_)
+                else:
+                    put(_copied(value))
+
+    def stored_unlike(self, other: "CarriedState") -> list[str]:
+        """Names of buffers and frozen parameters that hold something else in ``other``."""
+        return _unlike({k: v for k, (_, v) in self._stored.items()}, {k: v for k, (_, v) in other._stored.items()})
+
+    def attributes_unlike(self, other: "CarriedState") -> list[str]:
+        """Names of attributes that hold something else in ``other``, or are in one of them only."""
+        return _unlike({k: v[1] for k, v in self._attributes.items()}, {k: v[1] for k, v in other._attributes.items()})
+
+
+def _setter(module: nn.Module, name: str) -> Callable[[Any], None]:
+    return lambda value: vars(module).__setitem__(name, value)
+
+
+def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [name for name in {**one, **other} if name not in one or name not in other or not _alike(one[name], other[name])]
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, _CONTAINERS):  # recurrent layers keep a list of their parameters
+        return len(value) <= _LONGEST and all(_is_value(v) for v in (value.values() if isinstance(value, dict) else value))
+    return (not isinstance(value, nn.Parameter) and isinstance(value, (Tensor, int, float, complex, str, type(None)))) or _is_array(
+        value
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "dtype")
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()} if type(value) is dict else copy.copy(value)
+    if isinstance(value, deque):
+        return deque((_copied(item) for item in value), value.maxlen)
+    if type(value) in (list, tuple, set):
+        return type(value)(_copied(item) for item in value)
+    return copy.copy(value) if isinstance(value, _CONTAINERS) or _is_array(value) else value
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and same_values(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(_alike(a, b) for a, b in zip(one, other, strict=True))
+    if _is_array(one):
+        return bool(one.shape == other.shape and (one == other).all())
+    if isinstance(one, (int, float, complex, str, set)):
+        return bool(one == other) or (one != one and other != other)
+    return True  # objects of other classes: not known

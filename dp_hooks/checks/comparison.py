@@ -1,0 +1,329 @@
+"""Comparison: how a call, or a train function, is compared with itself on some of its samples, and with plain autograd."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._no_randomness import TRIALS, Draws, NoRandomness
+from .._rerun import ModuleState, undisturbed
+from .._tree import rows_of, tensors_of
+from ..capture.calls.call_recorder import CallRecorder
+from ..capture.calls.carried_state import CarriedState
+from ..capture.calls.recorded_call import RecordedCall
+from ..capture.calls.trace import OpTrace, Transition
+from ..capture.controller import HookController
+from ..capture.samples.rows_of_inputs import rows_of_inputs
+from ..capture.samples.tracked_value import FAILS
+from ..errors import DPHooksError, SelfCheckError, some_of
+from ..gradients.sample_gradients import SampleGradients
+from .compare import ValuesDiffer, compare, compare_sums, rounded
+from .repeat_call import RepeatedCall, without_pattern
+from .repeat_function import RepeatedFunction
+from .single_samples import back_propagate, custom_functions, not_alone, some_samples
+
+Repeated = RepeatedCall | RepeatedFunction
+# What the model was when a call began.
+Began = tuple[ModuleState | None, CarriedState | None]
+Begin = Callable[[Tensor | None], None]
+# Samples that are enough to see whether a number drawn for the whole batch makes them mix.
+_HANDFUL = 8
+
+
+class Comparison:
+    """Runs the model aside, on all samples of a batch and on some, and compares what comes out, gradients, and what is left behind.
+
+    Attributes:
+        coarse: whether autocast or half precision is in use.
+    """
+
+    def __init__(
+        self, controller: HookController, model: nn.Module, params: list[nn.Parameter], trace: OpTrace, recorder: CallRecorder
+    ) -> None:
+        self._controller, self._model, self._params = controller, model, params
+        self._trace, self._recorder = trace, recorder
+        self.coarse = False
+
+    def run(
+        self,
+        samples: int,
+        again: Repeated,
+        what: str,
+        transitions: set[Transition],
+        draws: Draws | None,
+        began: Began,
+        some: Callable[[Tensor], Repeated],
+    ) -> bool:
+        """Compare; whether there was anything to compare.
+
+        Args:
+            samples: n.
+            again: runs on all samples or some.
+            what: for messages.
+            transitions: what the pass in question went through; the check has to go there, too.
+            draws: what it drew: where random numbers led it another way than constants do, the check follows.
+            began: the state of the model when it began: counters and caches of the model are no reason to go another way.
+            some: the same on a smaller batch.
+        """
+        without = NoRandomness(samples)
+        if not self._compared(without, again, what, began):
+            return False
+        if samples > 1 and without.noisy:  # which may choose the samples that are mixed
+            self._compared(NoRandomness(samples, varied=True), again, what, began)
+        if self._unseen(transitions, samples) and draws is not None:
+            self._compared(NoRandomness(samples, draws=draws), again, what, began)
+        if samples > 1 and without.gates:
+            self._try_gates(min(samples, _HANDFUL), some, what, draws, began)
+        if left := self._unseen(transitions, samples):
+            places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
+            raise SelfCheckError(
+                f"{what}: run again on the same batch, it did not do the same as before (in {some_of(places)}), so "
+                "that could not be checked; nothing was released. Remedy: let branches depend on inputs, attributes, or random "
+                "numbers from torch, random or numpy's global generators only."
+            )
+        return True
+
+    def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
+        left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
+        self._trace.verify(transitions - left, samples)
+        if left:
+            classes = {name: type(module) for name, module in self._model.named_modules()}
+            left = self._trace.verify_alike(left, samples, classes)
+        return left
+
+    def _compared(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
+        controller, samples = self._controller, without.samples
+        assert samples is not None
+        with self.apart(without, began) as begin:
+            begin(None)
+            loss = again.whole()
+            seen = self._trace.unverified
+            if not loss.requires_grad:  # a part without parameters, called by itself: it may mix all the same
+                controller.disable_hooks()
+                self._check_state(samples, begin, again, what)
+                self._compare_values(samples, begin, again, what)
+                self._trace.verify(seen, samples)
+                return again.has_rows
+            back_propagate(loss, [controller.session.anchor, *controller.params])
+            found = controller.take()
+            if found is None or found.samples != samples:
+                return False  # a call on something else than the batch of this step
+            controller.disable_hooks()
+            self._check_state(samples, begin, again, what)
+            self._compare_values(samples, begin, again, what)
+            if again.has_scalar or not _all_finite(found):
+                self._compare_alone(samples, begin, again, found, what)
+            else:
+                factors = without_pattern((samples,)).to(loss.device)
+                factors = factors.sign() * (0.25 + 0.75 * factors.abs())
+                begin(None)
+                plain = again.weighted(factors)
+                expected = self._gradients(plain)
+                try:
+                    compare_sums(found, factors, expected, self._params, controller, what, coarse=self.coarse)
+                except SelfCheckError:
+                    if not custom_functions(plain):  # which may do anything with the gradients of several samples
+                        raise
+                    self._compare_alone(samples, begin, again, found, what)
+        self._trace.verify(seen, samples)
+        return True
+
+    @contextmanager
+    def apart(self, without: NoRandomness, began: Began) -> Iterator[Callable[[Tensor | None], None]]:
+        """Run the model in the block without a trace; what is given begins a run on some samples (None: all) as the call began."""
+        controller, model, (state, carried) = self._controller, self._model, began
+        with controller.separate(), self.paused(), undisturbed(model), without, self._trace.apart():
+            now = CarriedState(model)
+            if state is not None:
+                state.put_back()
+            start = carried or CarriedState(model)
+
+            def begin(some: Tensor | None) -> None:
+                without.begin_again(some)
+                if state is not None:
+                    state.put_back()
+                start.put_back()
+
+            try:
+                yield begin
+            finally:
+                start.put_back()
+                now.put_back()
+                controller.enable_hooks()
+
+    def _compare_values(self, samples: int, begin: Begin, again: Repeated, what: str) -> None:
+        """What comes out for a sample must not depend on who else is in the batch: halves of it are run, and a sample alone."""
+        for rows in _parts(samples):
+            try:
+                self._compare_some(rows, begin, again)
+            except DPHooksError:
+                raise
+            except FAILS:  # it may count on the order of the samples: sequences sorted by length
+                _apart_from_others(partial(self._compare_some, begin=begin, again=again), rows.sort().values, what)
+
+    def _compare_some(self, rows: Tensor, begin: Begin, again: Repeated) -> None:
+        begin(rows)
+        try:
+            again.compare(rows)
+        except ValuesDiffer:
+            if again.rounding:  # was measured
+                raise
+            with rounded(self._model.parameters()):
+                begin(None)
+                again.measure_rounding()
+            begin(rows)
+            again.compare(rows)
+
+    def _check_state(self, samples: int, begin: Begin, again: Repeated, what: str) -> None:
+        """What a batch leaves behind in the model must not reach the next one, nor the state dict.
+
+        The call is run on two halves of the batch, each from the same state. Where that leaves different things behind, they are of
+        the samples: buffers are part of the state dict, and of attributes it is tried whether another call depends on them.
+        """
+        if samples < 2:
+            return
+        first, second = _halves(samples)
+        left = []
+        for rows in (first, second[: len(first)]):
+            begin(rows)
+            before = CarriedState(self._model)
+            _apart_from_others(again.outputs, rows, what)
+            left.append(CarriedState(self._model))
+            if not left[0].stored_unlike(before) and not left[0].attributes_unlike(before):
+                return
+        found = []
+        for start in left:
+            begin(first)
+            start.put_back()
+            found.append(again.outputs(first))
+        self._compare_left(left, found, what)
+
+    def check_quiet(self, calls: list[RecordedCall], samples: int) -> None:
+        """The same for calls without gradients: what they leave behind must not reach the calls with gradients."""
+        recorder, axis = self._recorder, self._controller.axis
+        for quiet in recorder.quiet:
+            rows = rows_of_inputs(tensors_of((quiet.args, quiet.kwargs)), axis) or 0
+            if rows < 2:
+                continue
+            left: list[CarriedState] = []
+            found: list[list[Tensor]] = []
+            first, second = _halves(rows)
+            for part in (first, second[: len(first)]):
+                with self.apart(NoRandomness(rows), (quiet.state, quiet.carried)) as begin, torch.no_grad():
+                    self._controller.disable_hooks()
+                    begin(part)
+                    args, kwargs = rows_of((quiet.args, quiet.kwargs), part, rows, axis)
+                    with quiet.context.restored():
+                        quiet.module(*args, **kwargs)
+                    left.append(CarriedState(self._model))
+                    with torch.enable_grad():
+                        found.append([out for call in calls for out in RepeatedCall(call, self._controller, samples).outputs(None)])
+            self._compare_left(left, found, quiet.name or "the model")
+            recorder.harmless.add((quiet.key, quiet.kind))
+        recorder.quiet = []
+
+    def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str) -> None:
+        """Two calls on other samples left two things behind, and then the same call gave what was ``found``."""
+        first, second = left
+        if names := first.stored_unlike(second):
+            raise SelfCheckError(
+                f"{some_of(names)}: written during the forward pass, from private samples and without noise, and part of "
+                "the state dict, as buffers and frozen parameters are. Remedy: call .eval() on the module that does it (an "
+                "observer, running statistics), or take it out of the model."
+            )
+        names = first.attributes_unlike(second)
+        for one, other in zip(*found, strict=True) if names else ():
+            if one.shape != other.shape or not torch.allclose(one.double(), other.double(), 1e-3, 1e-6, equal_nan=True):
+                raise SelfCheckError(
+                    f"{what}: what comes out depends on {some_of(names)}, where an earlier batch left something of its "
+                    "samples: an example would have a part in later batches, too, where nothing bounds it. Nothing was released. "
+                    "Remedy: keep no statistics, queues or states between batches, or reset them at the beginning of every "
+                    "forward pass."
+                )
+
+    def _try_gates(self, samples: int, some: Callable[[Tensor], Repeated], what: str, draws: Draws | None, began: Began) -> None:
+        """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
+        ways = [NoRandomness(samples, trial=trial) for trial in range(1, TRIALS)]
+        if draws is not None and draws.numbers:
+            ways.append(NoRandomness(samples, draws=draws))
+        for without in ways:
+            again = some(torch.arange(samples))
+            with self.apart(without, began) as begin:
+                self._controller.disable_hooks()
+                begin(None)
+                again.whole()
+                self._compare_values(samples, begin, again, what)
+            if again.has_scalar:  # of which values alone do not tell much
+                self._compared(without, again, what, began)
+
+    def _compare_alone(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
+        """A loss over the whole batch is compared by the gradients of single samples."""
+        picked, expected = some_samples(samples), []
+        for i in picked:
+            begin(torch.tensor([i]))
+            try:
+                expected.append(self._gradients(again.alone(i)))
+            except DPHooksError:
+                raise
+            except Exception as error:
+                raise not_alone(what, [i], error) from error
+        compare(found, picked, expected, self._params, self._controller, what, coarse=self.coarse)
+
+    def _gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Gradients by plain autograd."""
+        for p in self._model.parameters():
+            p.grad = None
+        if loss.requires_grad:
+            back_propagate(loss, self._params)
+        found = {p: p.grad.to_dense() if p.grad.is_sparse else p.grad for p in self._params if p.grad is not None}
+        for p in found:  # the next run begins without any
+            p.grad = None
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls of a check are not recorded."""
+        self._recorder.paused = True
+        try:
+            yield
+        finally:
+            self._recorder.paused = False
+
+
+def _apart_from_others(run: Callable[[Tensor], Any], rows: Tensor, what: str) -> Any:
+    try:
+        return run(rows)
+    except DPHooksError:
+        raise
+    except Exception as error:
+        raise not_alone(what, rows.tolist(), error) from error
+
+
+def on_some(call: RecordedCall, controller: HookController, samples: int, rows: Tensor) -> RepeatedCall:
+    """Return ``call``, which was on ``samples`` samples, as a call on some of them only."""
+    args, kwargs = rows_of((call.args, call.kwargs), rows, samples, controller.axis)
+    return RepeatedCall(replace(call, args=args, kwargs=kwargs), controller, len(rows))
+
+
+def _all_finite(found: SampleGradients) -> bool:
+    return all(bool(torch.isfinite(norms).all()) for norms in found.sq_norms(found.params).values())
+
+
+def _parts(samples: int) -> list[Tensor]:
+    """Two halves of the batch, in which neighbours are parted, and a sample alone."""
+    if samples == 1:
+        return []
+    first, second = _halves(samples)
+    parts = [first, second.flip(0)]  # which also shows where a sample's rows depend on its place among the others
+    return parts if samples <= 2 else [*parts, first[:1]]
+
+
+def _halves(samples: int) -> list[Tensor]:
+    """Two halves of the batch, of any samples, but in order: a model may count on it (sequences sorted by length)."""
+    order = random.Random(samples).sample(range(samples), samples)
+    return [torch.tensor(sorted(part), dtype=torch.long) for part in (order[: samples // 2], order[samples // 2 :])]

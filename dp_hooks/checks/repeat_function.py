@@ -1,0 +1,124 @@
+"""RepeatedFunction: runs a train function again, on all samples of its batch or some."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..capture.controller import HookController
+from ..errors import SelfCheckError
+from .compare import ValuesDiffer, value_tolerance, values_off
+
+
+class Parts:
+    """A loss over a batch has to be made up of the losses over its two halves."""
+
+    def __init__(self, whole: Tensor, samples: int, reduction: str) -> None:
+        """``whole`` is the loss over all ``samples``."""
+        self._whole, self._samples, self._reduction = whole, samples, reduction
+        self._found: dict[tuple[int, ...], Tensor] = {}
+
+    def off(self, loss: Tensor, rows: Tensor) -> float:
+        """Take the loss over samples; how far the sum of two halves is off, once both are there."""
+        self._found[tuple(sorted(rows.tolist()))] = loss.detach()
+        if len(self._found) != 2 or sum(map(len, self._found)) != self._samples:
+            return 0.0
+        shares = [len(half) / self._samples if self._reduction == "mean" else 1.0 for half in self._found]
+        terms = [share * part.double().sum() for share, part in zip(shares, self._found.values(), strict=True)]
+        whole = self._whole.double().sum()
+        scale = torch.stack([whole.abs(), *(term.abs() for term in terms)]).max().clamp(min=1e-12)
+        return float(((terms[0] + terms[1] - whole) / scale).nan_to_num().abs())
+
+
+def declared(scalar: bool, controller: HookController) -> str:
+    """Return a sentence for errors about a loss that is one number for the whole batch."""
+    return f" Or loss_reduction={controller.loss_reduction!r} is not how the loss is reduced." if scalar else ""
+
+
+class RepeatedFunction:
+    """A train function on ``samples`` samples that is compared with the same function on some of them.
+
+    It returns losses ``[n]``, or a scalar reduced as the controller says.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor | None], Tensor], controller: HookController, samples: int, *, coarse: bool = False
+    ) -> None:
+        """``run`` is given the numbers of the samples to run on (None: all); ``coarse``: it computes in half precision."""
+        self._run = run
+        self.coarse, self.rounding = coarse, 0.0
+        self._controller = controller
+        self._samples = samples
+        self._loss = torch.zeros(())
+        self._parts = Parts(self._loss, samples, "sum")
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a loss for each sample."""
+        return self._loss.dim() == 1
+
+    @property
+    def has_scalar(self) -> bool:
+        """Whether there is one loss only."""
+        return self._loss.dim() == 0
+
+    def whole(self) -> Tensor:
+        """The loss of all samples, reduced."""
+        loss = self._run(None)
+        self._loss = loss.detach()
+        self._parts = Parts(self._loss, self._samples, self._controller.loss_reduction)
+        return self._reduced(loss)
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """The sum of all losses, each times its factor."""
+        loss = self._run(None)
+        return (loss * factors.to(loss.device, loss.dtype)).sum()
+
+    def alone(self, i: int) -> Tensor:
+        """The loss of sample ``i``."""
+        return self._reduced(self._run(torch.tensor([i])))
+
+    def compare(self, rows: Tensor) -> None:
+        """The losses of some samples have to be what they were in the batch.
+
+        Raises:
+            SelfCheckError: they are not.
+        """
+        loss = self._run(rows).detach()
+        if self._loss.dim() == 0:
+            if (error := self._parts.off(loss, rows)) > self._tolerance():
+                halves = f"and of the others, in two halves, is off by {error:.1e} from the loss of the whole batch"
+                raise self._mixed(int(rows[0]), halves, ValuesDiffer)
+            return
+        whole = self._loss[rows.to(self._loss.device)]
+        if loss.shape != whole.shape:
+            raise self._mixed(int(rows[0]), f"has shape {tuple(loss.shape)} for {len(rows)} samples")
+        off = values_off(whole[:, None], loss[:, None], self._loss.abs())
+        if float(off.max()) > self._tolerance():
+            which = int(rows[int(off.argmax())])
+            raise self._mixed(which, f"is off by {float(off.max()):.1e} from its loss with {len(rows)} samples", ValuesDiffer)
+
+    def measure_rounding(self) -> None:
+        """Run it on all samples once more, with rounded parameters: by how much that changes the losses is tolerated."""
+        loss, whole = (t.reshape(-1, 1).double() for t in (self._run(None).detach(), self._loss))
+        self.rounding = max(1e-300, float(values_off(whole, loss, whole.abs()).max()))
+
+    def _tolerance(self) -> float:
+        return value_tolerance(self._loss.dtype, coarse=self.coarse, rounding=self.rounding)
+
+    def outputs(self, rows: Tensor | None) -> list[Tensor]:
+        """Run it on some samples (None: all); return the loss."""
+        return [self._run(rows).detach()]
+
+    def _reduced(self, loss: Tensor) -> Tensor:
+        return loss if loss.dim() == 0 else loss.mean() if self._controller.loss_reduction == "mean" else loss.sum()
+
+    def _mixed(self, i: int, how: str, kind: type[SelfCheckError] = SelfCheckError) -> SelfCheckError:
+        return kind(
+            f"the train function: its loss for sample {i} of the batch {how}; nothing was released. Samples mix in it (a "
+            "threshold or a mean over the batch, hardest samples only, batch statistics), or random numbers decide for all of "
+            f"them.{declared(self.has_scalar, self._controller)} Remedy: let the loss of a sample depend on that sample alone."
+        )

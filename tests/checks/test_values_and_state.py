@@ -1,0 +1,325 @@
+"""The self-check by values: halves of the batch, gates drawn at random, state carried between batches, calls past the hooks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dp_hooks import checking, dp_step, errors
+
+from .. import laws
+from ..models import Net, build, loader_of, moved, randn, scope_over, values
+from ..reference import losses_of
+
+N, D = 16, 4
+
+
+def two_layers(between):
+    """Two layers; ``between(self, h)`` stands between them."""
+    return Net(lambda s, x: s.b(between(s, s.a(x))), a=nn.Linear(D, 5), b=nn.Linear(5, 3)).double()
+
+
+def refusal(model, losses=losses_of, mode=None):
+    """What a first step on one batch is refused with; None if it is taken."""
+    mode = laws.MODE["ghost"] if mode is None else mode
+    return laws.released(model, [randn(N, D)], laws.step_in(mode, losses), mode)
+
+
+def easiest_left_out(model, x):
+    losses = losses_of(model, x)
+    return losses * (losses >= losses.detach().sort().values[len(x) // 10])
+
+
+def neighbours(model, x):
+    x = x.clone()
+    if len(x) > 6:
+        x[5] = x[5] + x[6]
+    return losses_of(model, x)
+
+
+GATES = {
+    "uniform": lambda x: (torch.rand(1) < 0.3).double(),
+    "uniform, rarely": lambda x: (torch.rand(()) < 0.05).double(),
+    "normal": lambda x: (torch.randn(1) > 1.0).double(),
+    "bernoulli": lambda x: torch.bernoulli(torch.full((1,), 0.2)).double(),
+    "beta": lambda x: torch.distributions.Beta(0.4, 0.4).sample().double(),
+    "integer": lambda x: torch.randint(0, 2, (1,)).double(),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_mixing_behind_a_number_drawn_for_the_whole_batch_is_refused(gate):
+    """Whatever is drawn, gates are tried open and closed; without mixing behind them they are no reason to refuse."""
+    centred = two_layers(lambda s, h: (h - GATES[gate](h) * h.mean(0)).tanh())
+    assert "mix" in str(refusal(centred)).lower()
+    assert refusal(two_layers(lambda s, h: (h + GATES[gate](h) * h.sin()).tanh())) is None
+
+
+def test_noise_for_each_sample_is_no_reason_to_refuse():
+    """Draws with a row for each sample, dropout, and layers dropped sample by sample pass."""
+
+    def between(s, h):
+        keep = (torch.rand(len(h), 1) < 0.7).double() / 0.7
+        return F.dropout(h + keep * (h + 0.1 * torch.randn_like(h)).tanh(), 0.3)
+
+    assert refusal(two_layers(between)) is None
+
+
+@pytest.mark.parametrize("losses", [easiest_left_out, neighbours], ids=["easiest left out", "two rows"])
+def test_mixing_of_few_samples_is_refused_wherever_they_are(losses):
+    """Every row of the first batch is compared, in halves of the batch, and not only some of them."""
+    assert "mix" in str(refusal(build("mlp"), losses, laws.MODE["two-pass"])).lower()
+
+
+def test_losses_weighted_by_themselves_pass():
+    """A weight that depends on the sample's own loss only couples nothing."""
+
+    def focal(model, x):
+        losses = losses_of(model, x)
+        return losses * (1 - torch.exp(-losses.detach())) ** 2
+
+    assert refusal(build("mlp"), focal, laws.MODE["two-pass"]) is None
+
+
+def deep():
+    torch.manual_seed(0)
+    layers = [part for k in range(10) for part in (nn.Linear(D if k == 0 else 96, 96), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(96, 3))
+
+
+def test_units_that_switch_by_rounding_are_no_reason_to_refuse():
+    """Gradients are taken from the same forward pass, so that a deep float32 network with ReLU passes after ordinary steps, too."""
+    model, x = deep(), randn(N, D).float()
+    ordinary = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        ordinary.zero_grad()
+        losses_of(model, x).mean().backward()
+        ordinary.step()
+    assert laws.released(model, [x]) is None
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
+def test_one_per_cent_of_a_gradient_is_found_in_float32(mode, monkeypatch):
+    """A rule that is off by 1 % is refused, in single precision."""
+    from dp_hooks.gradients.sample_gradients import SampleGradients
+
+    sound = SampleGradients.weighted_sums
+
+    def faulty(self, factors, finite, *, consume=False):
+        return {p: 1.01 * total for p, total in sound(self, factors, finite, consume=consume).items()}
+
+    model = build("mlp").float()
+    assert laws.released(model, [randn(N, D).float()], mode=laws.MODE[mode]) is None
+    monkeypatch.setattr(SampleGradients, "weighted_sums", faulty)
+    assert isinstance(laws.released(model, [randn(N, D).float()], mode=laws.MODE[mode]), errors.SelfCheckError)
+
+
+# ---------------------------------------------------------------- state
+
+
+class Carrying(nn.Module):
+    """Two layers, and ``keep(self, h)`` between them, which may keep something in ``self.kept``."""
+
+    def __init__(self, keep, kept, buffer=False):
+        super().__init__()
+        self.a, self.b, self.keep = nn.Linear(D, 5), nn.Linear(5, 3), keep
+        if buffer:
+            self.register_buffer("kept", kept)
+        else:
+            self.kept = kept
+        self.double()
+
+    def forward(self, x):
+        return self.b(self.keep(self, self.a(x)).tanh())
+
+
+def mean_of_tensor(s, h):
+    h, s.kept = h - s.kept, 0.5 * s.kept + 0.5 * h.detach().mean(0)
+    return h
+
+
+def mean_in_place(s, h):
+    out = h - s.kept.clone()
+    s.kept.lerp_(h.detach().mean(0), 0.5)
+    return out
+
+
+def mean_of_number(s, h):
+    h, s.kept = h - s.kept, 0.5 * s.kept + 0.5 * float(h.detach().mean())
+    return h
+
+
+def queue(s, h):
+    h = h - s.kept[-1] if s.kept else h
+    s.kept.append(h.detach().mean(0))
+    return h
+
+
+def bins(s, h):
+    s.kept += torch.histc(h.detach(), 40, -3, 3).long()
+    return h
+
+
+def counter(s, h):
+    s.kept = s.kept + 1
+    return h * (1 + 0.01 * float(s.kept))
+
+
+def counter_in_place(s, h):
+    s.kept += 1
+    return h
+
+
+def last(s, h):
+    s.kept = h.detach()
+    return h
+
+
+CARRIED = {
+    "mean in a tensor": (mean_of_tensor, torch.zeros(5).double(), False),
+    "mean changed in place": (mean_in_place, torch.zeros(5).double(), False),
+    "mean in a number": (mean_of_number, 0.0, False),
+    "queue": (queue, [], False),
+    "mean in a buffer": (mean_in_place, torch.zeros(5), True),
+    "exact counts in a buffer": (bins, torch.zeros(40, dtype=torch.long), True),
+}
+HARMLESS = {
+    "counter": (counter, 0, False),
+    "counter in a buffer": (counter_in_place, torch.zeros((), dtype=torch.long), True),
+    "last features, unread": (last, None, False),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_what_is_carried_from_batch_to_batch_is_refused(case):
+    """Statistics that reach the next batch, or stay in the state dict, are refused by name."""
+    keep, kept, buffer = CARRIED[case]
+    model = Carrying(keep, kept, buffer)
+    assert "kept" in str(refusal(model))
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_state_that_does_not_depend_on_samples_or_is_not_read_passes(case):
+    """Counters, also ones that change what comes out, and attributes that nothing reads end up as without a check."""
+    keep, kept, buffer = HARMLESS[case]
+    model = Carrying(keep, kept, buffer)
+    assert refusal(model) is None
+    assert model.kept.shape == (N, 5) if case.startswith("last") else int(model.kept) == 1
+
+
+def test_a_buffer_that_follows_the_weights_only_passes():
+    """Spectral norm writes vectors in every training pass, none of which depends on a sample."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(D, 5))
+    assert refusal(nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)).double()) is None
+
+
+def test_a_pass_without_gradients_may_not_leave_statistics_either():
+    """A buffer or attribute written under no_grad is found at the next step; logging in training mode is not in the way."""
+
+    def keep(s, h):
+        if not torch.is_grad_enabled():
+            s.kept = h.mean(0)
+        return h - s.kept
+
+    def losses(model, x):
+        with torch.no_grad():
+            model(x)
+        return losses_of(model, x)
+
+    for buffer in (True, False):
+        assert "kept" in str(refusal(Carrying(keep, torch.zeros(5).double(), buffer), losses))
+    assert refusal(build("mlp"), losses) is None
+
+
+# ---------------------------------------------------------------- calls past the hooks, and claims
+
+
+def test_a_part_without_parameters_that_mixes_is_refused_when_the_loop_calls_it():
+    """What stands between two parts may be a module of the model without parameters: it is compared by its outputs."""
+
+    def losses(model, x):
+        return F.cross_entropy(model.b(model.c(model.a(x))), torch.arange(len(x)) % 3, reduction="none")
+
+    def parts(middle):
+        return Net(None, a=nn.Linear(D, 5), c=middle, b=nn.Linear(5, 3)).double()
+
+    assert "mix" in str(refusal(parts(Net(lambda s, h: h - h.mean(0))), losses)).lower()
+    assert refusal(parts(nn.Tanh()), losses) is None
+
+
+class Encoder(Net):
+    def logits(self, x):
+        return self.forward(x)
+
+
+CALLS = {"forward": lambda m, x: m.forward(x), "method": lambda m, x: m.logits(x)}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_forward_method_called_past_the_hooks_is_checked(call):
+    """``model.forward(x)`` is compared like ``model(x)``: refused if it mixes, and right if not."""
+
+    def encoder(mix):
+        return Encoder(lambda s, x: s.b(mix(s.a(x)).tanh()), a=nn.Linear(D, 5), b=nn.Linear(5, 3)).double()
+
+    def losses(model, x):
+        return F.cross_entropy(CALLS[call](model, x), torch.arange(len(x)) % 3, reduction="none")
+
+    assert "mix" in str(refusal(encoder(lambda h: h - h.mean(0)), losses)).lower()
+    assert refusal(encoder(lambda h: h), losses) is None
+
+
+def steps(model, criterion, loss, count=1):
+    """The scope after ``count`` passes with ``loss(model, criterion, x, y)``."""
+    x, y = randn(N, D), torch.arange(N) % 3
+    scope = scope_over(model, loader=loader_of([x, y]), max_grad_norm=1.0, criterion=criterion, poisson_sampling=True)
+    with scope as (opt, loader):
+        for k in range(count):
+            for a, b in loader:
+                opt.zero_grad()
+                loss(model, criterion, a, b, k).backward()
+                opt.step()
+    return scope
+
+
+LOSSES = {
+    "all of it": (lambda m, c, x, y, k: c(m(x), y), True),
+    "half of it": (lambda m, c, x, y, k: 0.5 * c(m(x), y), True),
+    "through another dtype": (lambda m, c, x, y, k: c(m(x).float().view(-1, 3), y), True),
+    "another term": (lambda m, c, x, y, k: c(m(x), y) + (m(x) * m(x).detach().mean(0)).sum(), False),
+    "another term on the same outputs": (
+        lambda m, c, x, y, k: (lambda out: c(out, y) + (out * out.detach().mean(0)).mean())(m(x)),
+        False,
+    ),
+    "another term later": (lambda m, c, x, y, k: (lambda out: c(out, y) + k * out.square().mean())(m(x)), False),
+    "parts only": (lambda m, c, x, y, k: c(m[2](m[1](m[0](x))), y), False),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_loss_is_called_verified_only_if_the_criterion_is_all_of_it(case):
+    """What arrives at the model's outputs is compared with what the criterion alone brings, in every step."""
+    loss, verified = LOSSES[case]
+    report = steps(build("mlp"), nn.CrossEntropyLoss(), loss, count=2).report()
+    assert report.loss_verified == verified
+    assert report.model_verified == (case != "parts only")
+
+
+def test_checking_is_true_while_the_library_runs_a_function_for_itself():
+    """A train function that counts its runs can tell its own steps from those of the self-check."""
+    runs = []
+
+    @dp_step
+    def step(model, batch):
+        runs.append(checking())
+        return losses_of(model, *batch)
+
+    model = build("mlp")
+    start = values(model)
+    with scope_over(model, loader=loader_of([randn(N, D)]), max_grad_norm=1.0, poisson_sampling=True) as (_, loader):
+        for _ in range(2):
+            for batch in loader:
+                step(model, batch)
+    assert runs.count(False) == 2
+    assert True in runs
+    assert any(bool(m.any()) for m in moved(start, model))

@@ -1,0 +1,420 @@
+"""Small changes to the package, each of which the test suite has to notice.
+
+Run by hand: ``python -m tests.seeded_bugs`` tries all, ``python -m tests.seeded_bugs 3 7`` some of them. Each is made in a copy of
+the repository, in which the tests named with it are run and, if they pass, the whole suite (not with ``--fast``).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOISE, CLIPPING = "tests/privacy/noise tests/training", "tests/privacy/clipping tests/training"
+RULES, SAMPLING = "tests/rules tests/gradients", "tests/privacy/sampling"
+ACCOUNTS, CHECKS = "tests/privacy/accounting tests/training", "tests/checks tests/whole/test_faults.py"
+
+# What it is, the file in the package, what stands there, what is put in its place, and the tests that should notice.
+BUGS = [
+    (
+        "noise times 0.95",
+        "privacy/noise/standard_deviation.py",
+        "return noise_multiplier * sensitivity",
+        "return 0.95 * noise_multiplier * sensitivity",
+        NOISE,
+    ),
+    (
+        "noise not scaled by the sensitivity",
+        "privacy/noise/standard_deviation.py",
+        "return noise_multiplier * sensitivity",
+        "return noise_multiplier",
+        NOISE,
+    ),
+    (
+        "noise divided twice",
+        "training/optimizer.py",
+        "for p in params], std, scale)",
+        "for p in params], std * scale, scale)",
+        NOISE,
+    ),
+    (
+        "the same noise for every tensor",
+        "privacy/noise/gaussian.py",
+        "        draw.normal_(0.0",
+        "        generator.manual_seed(3)\n        draw.normal_(0.0",
+        NOISE,
+    ),
+    (
+        "bound times 1.01",
+        "privacy/clipping/fixed.py",
+        "return (bound / norms).clamp(max=1.0)",
+        "return (1.01 * bound / norms).clamp(max=1.0)",
+        CLIPPING,
+    ),
+    (
+        "small gradients are scaled up",
+        "privacy/clipping/fixed.py",
+        "return (bound / norms).clamp(max=1.0)",
+        "return bound / norms",
+        CLIPPING,
+    ),
+    (
+        "squared norm taken for the norm",
+        "privacy/clipping/norms.py",
+        "total = stacked.sum(0).sqrt()",
+        "total = stacked.sum(0)",
+        CLIPPING,
+    ),
+    (
+        "norm of the largest parameter only",
+        "privacy/clipping/norms.py",
+        "total = stacked.sum(0).sqrt()",
+        "total = stacked.amax(0).sqrt()",
+        CLIPPING,
+    ),
+    (
+        "sensitivity of the largest group",
+        "privacy/clipping/fixed.py",
+        "return math.sqrt(sum(bound * bound for bound in self.bounds))",
+        "return max(self.bounds)",
+        CLIPPING,
+    ),
+    (
+        "automatic clipping without gamma",
+        "privacy/clipping/fixed.py",
+        "return self._bound / (norms + self.gamma)",
+        "return self._bound / norms",
+        CLIPPING,
+    ),
+    (
+        "count of adaptive clipping for free",
+        "privacy/clipping/adaptive.py",
+        "return noise_multiplier / math.sqrt((1 - share) * (1 + share))",
+        "return noise_multiplier",
+        CLIPPING,
+    ),
+    (
+        "count of adaptive clipping without noise",
+        "privacy/clipping/adaptive.py",
+        "if noise_multiplier > 0:\n            noise.add_",
+        "if noise_multiplier < 0:\n            noise.add_",
+        CLIPPING,
+    ),
+    (
+        "samples that are not finite count",
+        "privacy/clipping/norms.py",
+        "self.finite = self.joint.isfinite()",
+        "self.finite = torch.ones_like(self.joint, dtype=torch.bool)",
+        CLIPPING,
+    ),
+    (
+        "release of what is not finite",
+        "training/optimizer.py",
+        "if params and not bool(torch.isfinite(",
+        "if False and params and not bool(torch.isfinite(",
+        "tests/training tests/whole/test_traps.py",
+    ),
+    (
+        "rate times 0.9",
+        "privacy/sampling/scheme.py",
+        "return self.sample_rate if self.poisson else 1.0",
+        "return 0.9 * self.sample_rate if self.poisson else 1.0",
+        ACCOUNTS,
+    ),
+    (
+        "drawn at 1.1 times the rate",
+        "privacy/sampling/poisson.py",
+        "(uniform < self.sample_rate)",
+        "(uniform < 1.1 * self.sample_rate)",
+        SAMPLING,
+    ),
+    (
+        "drawn in float32",
+        "privacy/sampling/poisson.py",
+        "dtype=torch.float64, generator",
+        "dtype=torch.float32, generator",
+        SAMPLING,
+    ),
+    (
+        "rate from whole batches",
+        "privacy/sampling/scheme.py",
+        "loader.batch_size / examples, float(loader.batch_size)",
+        "1 / len(loader), float(loader.batch_size)",
+        SAMPLING,
+    ),
+    (
+        "divisor truncated to an integer",
+        "privacy/sampling/scheme.py",
+        "return SamplingPlan(examples, rate, rate * examples,",
+        "return SamplingPlan(examples, rate, float(int(rate * examples)),",
+        SAMPLING + " tests/training",
+    ),
+    (
+        "divided by the drawn size",
+        "training/optimizer.py",
+        "scale = 1 / self.expected_batch_size",
+        "scale = 1 / max(1, self.physical_batch.size if self.physical_batch else 1)",
+        "tests/training",
+    ),
+    ("no charge", "training/optimizer.py", "        self._meter.charge_step(foreign=foreign)\n", "", ACCOUNTS),
+    (
+        "no charge for empty batches",
+        "training/optimizer.py",
+        "        self._meter.charge_step(foreign=foreign)\n",
+        "        empty or self._meter.charge_step(foreign=foreign)\n",
+        ACCOUNTS,
+    ),
+    (
+        "foreign steps charged at the loader's rate",
+        "privacy/accounting/meter.py",
+        "charge(self.accountant, self.noise_multiplier, 1.0)",
+        "charge(self.accountant, self.noise_multiplier, self.charged_rate)",
+        ACCOUNTS,
+    ),
+    (
+        "a pass in order is not charged",
+        "privacy/accounting/meter.py",
+        "        charge(self.accountant, self.noise_multiplier, self.charged_rate)\n        self._pass_sigma",
+        "        self._pass_sigma",
+        ACCOUNTS,
+    ),
+    (
+        "budget may be overdrawn by one",
+        "privacy/accounting/meter.py",
+        "return max(0, self._allowed - own)",
+        "return max(0, self._allowed - own + 1)",
+        ACCOUNTS,
+    ),
+    (
+        "budget is not checked for foreign steps",
+        "privacy/accounting/meter.py",
+        "if not self._allows_one_more(1.0):",
+        "if False:",
+        ACCOUNTS,
+    ),
+    (
+        "epsilon of no noise is finite",
+        "privacy/accounting/opacus.py",
+        "if any(sigma == 0 for sigma, _, _ in history):",
+        "if False:",
+        ACCOUNTS,
+    ),
+    (
+        "sigma rounded up in long histories",
+        "privacy/accounting/upper_bound.py",
+        "math.floor(math.log2(sigma)",
+        "math.ceil(math.log2(sigma)",
+        ACCOUNTS,
+    ),
+    (
+        "upper bound with twice delta",
+        "privacy/accounting/upper_bound.py",
+        "_renyi_epsilon(history, delta))",
+        "_renyi_epsilon(history, 2 * delta))",
+        ACCOUNTS,
+    ),
+    (
+        "no noise for parameters without gradient",
+        "training/optimizer.py",
+        "self._noise.add_([sums[p] for p in params], std, scale)",
+        "self._noise.add_([sums[p] for p in params if bool(sums[p].any())], std, scale)",
+        NOISE,
+    ),
+    (
+        "parts of a logical batch overwrite each other",
+        "training/clipped_sum.py",
+        "self._totals[p].add_(total) if p in self._totals else total",
+        "total",
+        "tests/training",
+    ),
+    (
+        "each part is released",
+        "training/optimizer.py",
+        "finishes = batch is None or batch.last",
+        "finishes = True",
+        "tests/training",
+    ),
+    (
+        "the sum of a batch left early stays",
+        "training/optimizer.py",
+        "        if part.index == 0:\n            self._sum.clear()\n",
+        "        if part.index == 0:\n            pass\n",
+        "tests/training",
+    ),
+    ("no cleanup", "training/scope.py", "            stack.callback(controller.cleanup)\n", "", "tests/training tests/capture"),
+    (
+        "summed gradients are left in p.grad",
+        "capture/calls/session.py",
+        "            param.grad = None\n            self.running_pass()",
+        "            self.running_pass()",
+        "tests/capture tests/training",
+    ),
+    ("cross terms halved", "rules/ghost_norms.py", "(a, b, 2 * a.scale * b.scale)", "(a, b, a.scale * b.scale)", RULES),
+    ("blocks of long sequences without cross terms", "rules/outer.py", "(one, two, 2 * weight)]", "(one, two, 0 * weight)]", RULES),
+    ("rounding of Gram norms not added", "rules/ghost_norms.py", "    total = total + slack\n", "", RULES),
+    (
+        "padding rows counted",
+        "rules/embedding.py",
+        "    if padding is not None:\n        g = g.masked_fill",
+        "    if False:\n        g = g.masked_fill",
+        RULES,
+    ),
+    ("mean of bags over all ids", "rules/embedding.py", "counted.sum(1, keepdim=True).clamp(min=1)", "ids.shape[1]", RULES),
+    (
+        "bias of the first token only",
+        "rules/linear.py",
+        "_as_tokens(wide(call.grad), _tokens(call)).sum(1)",
+        "_as_tokens(wide(call.grad), _tokens(call))[:, 0]",
+        RULES,
+    ),
+    (
+        "bias of convolutions averaged",
+        "rules/convolution.py",
+        'out["bias"] = wide(call.grad).flatten(2).sum(2)',
+        'out["bias"] = wide(call.grad).flatten(2).mean(2)',
+        RULES,
+    ),
+    (
+        "groups of convolutions mixed",
+        "rules/convolution.py",
+        'if "weight" not in call.names or layer.groups > 1:',
+        'if "weight" not in call.names:',
+        RULES,
+    ),
+    (
+        "eps of layer norm forgotten",
+        "rules/normalisation.py",
+        "layer.normalized_shape, eps=layer.eps) if",
+        "layer.normalized_shape) if",
+        RULES,
+    ),
+    (
+        "the mean over the batch is not undone",
+        "capture/calls/session.py",
+        'return float(samples) if self.loss_reduction == "mean" else 1.0',
+        "return 1.0",
+        RULES + " tests/capture",
+    ),
+    (
+        "a use of a parameter forgotten",
+        "gradients/sample_gradients.py",
+        "                    total.add_(value)\n",
+        "                    pass\n",
+        RULES,
+    ),
+    (
+        "self-check never runs",
+        "checks/self_check.py",
+        "        if samples == 0 or recorder.paused:\n            return False",
+        "        return False",
+        CHECKS,
+    ),
+    ("self-check of values off", "checks/comparison.py", "        for rows in _parts(samples):", "        for rows in []:", CHECKS),
+    (
+        "self-check of gradients lax",
+        "checks/compare.py",
+        "_SAME_PASS = {torch.float64: 1e-5, torch.float32: 5e-4}",
+        "_SAME_PASS = {torch.float64: 2e-1, torch.float32: 2e-1}",
+        CHECKS,
+    ),
+    (
+        "state between batches not looked at",
+        "checks/comparison.py",
+        "        if samples < 2:\n            return\n        first, second",
+        "        if samples < 99:\n            return\n        first, second",
+        CHECKS,
+    ),
+    ("gates not tried", "checks/comparison.py", "if samples > 1 and without.gates:", "if False:", CHECKS),
+    (
+        "spot checks never drawn",
+        "checks/spot_check.py",
+        "self.now = wanted and _ENTROPY.random() < self._rate",
+        "self.now = False",
+        CHECKS,
+    ),
+    (
+        "criterion is always all of the loss",
+        "checks/criterion.py",
+        "return self._off is not None and float(self._off) < _OTHER_TERMS",
+        "return True",
+        CHECKS,
+    ),
+    (
+        "number of rows not compared",
+        "training/rows_are_examples.py",
+        "if expected is None or samples == expected:",
+        "if True:",
+        "tests/training tests/whole/test_programs.py",
+    ),
+    (
+        "batches read ahead not noticed",
+        "training/rows_are_examples.py",
+        "        elif len(self._unused) > 1:\n",
+        "        elif False:\n",
+        "tests/training tests/whole/test_programs.py",
+    ),
+    (
+        "collate functions may mix",
+        "training/scope.py",
+        "if self._wants_collate_check:",
+        "if False:",
+        "tests/privacy/sampling tests/whole/test_programs.py",
+    ),
+    (
+        "padding not looked at",
+        "checks/padding.py",
+        "            if off > tolerance(",
+        "            if False and off > tolerance(",
+        CHECKS,
+    ),
+    (
+        "hooks on parameters allowed",
+        "capture/validate.py",
+        "if not all(isinstance(hook, LeakHook) for hook in hooks):",
+        "if False:",
+        "tests/training tests/capture",
+    ),
+    (
+        "generators survive a fork",
+        "privacy/noise/gaussian.py",
+        "if os.getpid() != self._process:",
+        "if False:",
+        "tests/training tests/privacy/noise",
+    ),
+]
+
+
+def survives(number: int, *, whole_suite: bool = True) -> bool:
+    """Make change ``number`` in a copy, and run tests; whether all of them pass."""
+    what, file, old, new, tests = BUGS[number]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "*.egg-info"))
+        path = copy / "dp_hooks" / file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{what}: {text.count(old)} places in {file}"
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        for selected in (tests.split(), *([[]] if whole_suite else [])):
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected]
+            if subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, check=False).returncode == 1:
+                return False
+    return True
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(copy)}
+
+
+if __name__ == "__main__":
+    chosen = [int(number) for number in sys.argv[1:] if number.isdigit()] or range(len(BUGS))
+    alive = []
+    for number in chosen:
+        began = time.monotonic()
+        alive += [BUGS[number][0]] if (survived := survives(number, whole_suite="--fast" not in sys.argv)) else []
+        print(
+            f"{number:3} {'SURVIVES' if survived else 'noticed'}  {BUGS[number][0]}  ({time.monotonic() - began:.0f} s)", flush=True
+        )
+    print(f"{len(alive)} of {len(chosen)} survive: {alive}")
