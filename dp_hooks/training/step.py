@@ -50,6 +50,10 @@ def dp_step(fn: Any = None, /, *, reduction: Reduction = "auto", two_pass: bool 
     accountant and steps the optimizer. A physical part of a larger logical batch is only added up until the last
     part; for an empty batch, where there is nothing to run ``fn`` on, noise alone is released.
 
+    At a first step, on another way through the model and in spot checks the self-check runs ``fn`` several times more, on parts
+    of the batch; the model and the generators are put back afterwards, but not what ``fn`` does elsewhere (counters, logs).
+    :func:`dp_hooks.checking` is True in those runs.
+
     Args:
         fn: a plain function. It returns per-sample losses ``[n]`` (recommended: nothing can be coupled through the
             reduction) or a scalar.

@@ -197,6 +197,43 @@ def autocast_losses(model: nn.Module, *batch: Any) -> Tensor:
     return out.float().square().flatten(1).sum(1)
 
 
+def under_autocast(run: Run, batch: Any) -> None:
+    run.opt.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run.backward(batch)
+        run.opt.step()
+
+
+def by_list(run: Run, batch: Any) -> None:
+    losses(run.model, list(batch[0])).mean().backward()
+    run.opt.step()
+
+
+def made_sparse(run: Run, batch: Any) -> None:
+    losses(run.model, batch[0].to_sparse_coo()).mean().backward()
+    run.opt.step()
+
+
+def made_nested(run: Run, batch: Any) -> None:
+    nested = torch.nested.nested_tensor([x[: 1 + i] for i, x in enumerate(batch[0])], layout=torch.jagged)
+    torch.nested.to_padded_tensor(run.model(nested), 0.0).square().flatten(1).sum(1).mean().backward()
+    run.opt.step()
+
+
+def packed() -> nn.Module:
+    """A recurrent network over sequences that the loader sorted by length, as PyTorch wants them by default."""
+
+    def forward(s: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        _, (hidden, _) = s.r(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+        return s.head(hidden[-1])
+
+    return Net(forward, r=nn.LSTM(D, 3, batch_first=True), head=nn.Linear(3, 2))
+
+
+def sequences() -> list[Tensor]:
+    return [randn(N, T, D), torch.arange(N, 0, -1) + 1]
+
+
 def own_loss(run: Run, batch: Any) -> None:
     run.model(*batch)["loss"].backward()
     run.opt.step()
@@ -291,6 +328,11 @@ OBEYED = {
         "kept-on-cpu",
         "checkpoint, and the rest kept on the CPU",
     ],
+    "G27": ["vector-products"],
+    "G28": ["written-by-another"],
+    "G29": ["spectral", "complex-products"],
+    "G30": ["vector-products"],
+    "G31": ["torch-func-vmap", "torch-func-energy", "torch-func-jvp"],
     "G18": ["routed", "flattened-tokens", "windows", "time-first-lstm"],
     "G19": ["low-rank-additions", "peft", "weight-norm"],
     "G21": ["checkpoint of the last layers, reentrant"],
@@ -357,6 +399,21 @@ TRAPS: dict[str, Trap] = {
         with_loss, tokens, step=own_loss, options={"loss_reduction": "sum"}, refused="loss_reduction='sum'"
     ),
     "G20 autocast": Trap(mlp, lambda: [torch.randn(N, T, D)], losses=autocast_losses, dtype=torch.float32, tolerance=5e-3),
+    "N4 backward under autocast": Trap(
+        mlp, lambda: [torch.randn(N, T, D)], step=under_autocast, losses=autocast_losses, dtype=torch.float32, tolerance=5e-3
+    ),
+    "N7 a parameter that is also summed alone": Trap(
+        lambda: Net(lambda s, x: (x * s.g.exp()).tanh() + s.g.sum(), g=param(D)), tokens
+    ),
+    "R8 a list of tensors": Trap(
+        lambda: Net(lambda s, x: s.net(torch.stack(list(x)) if isinstance(x, list) else x), net=mlp()),
+        tokens,
+        step=by_list,
+        refused="list of",
+    ),
+    "V7 sparse": Trap(mlp, lambda: [randn(N, D)], step=made_sparse, refused="sparse tensor"),
+    "V7 nested": Trap(mlp, tokens, step=made_nested, refused="nested tensor"),
+    "V7 sequences sorted by length": Trap(packed, sequences),
     "G20 gradient scaler": Trap(mlp, tokens, step=scaled, refused="GradScaler"),
     "G20 gradient scaler, unscaled": Trap(mlp, tokens, step=partial(scaled, unscale=True), refused="GradScaler"),
     "G20 gradient scaler, switched off": Trap(mlp, tokens, step=partial(scaled, unscale=True, enabled=False)),
@@ -386,7 +443,7 @@ TRAPS: dict[str, Trap] = {
 
 # Two passes are taken by train functions only, never by loops.
 each_mode = pytest.mark.parametrize("mode", [mode for mode in laws.MODES if not mode.two_pass], ids=str)
-NUMBERS = {f"G{k}" for k in range(1, 27)} | {"P6", "P9", "L9"}
+NUMBERS = {f"G{k}" for k in range(1, 32)} | {"P6", "P9", "L9", "N4", "N7", "R8", "V7"}
 
 
 def train(trap: Trap, run: Run) -> None:

@@ -1,5 +1,6 @@
 """Operations in which tracked tensors meet the batch: from there on every sample has a row of its own."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,12 @@ class BatchedUse:
                     return None
                 wide[i] = value.reshape(own).expand(*own[: at.axis], shape[at.axis], *own[at.axis + 1 :])
             dtype = None
-            if all(t.dim() == 0 for t in self._tracked.values()):  # numbers leave the dtype of the others as it is
-                dtype = next((t.dtype for t in self.tensors if not isinstance(t, TrackedTensor) and is_float(t)), None)
+            if all(t.dim() == 0 for t in self._tracked.values()):  # numbers leave the precision of the others as it is
+                other = next((t for t in self.tensors if not isinstance(t, TrackedTensor) and is_float(t)), None)
+                numbers = [t.content.value for t in self._tracked.values()]
+                dtype = (
+                    None if other is None else functools.reduce(torch.promote_types, (torch.result_type(v, other) for v in numbers))
+                )
         for i, t in self._tracked.items():
             wide[i] = self._one_row_per_sample(wide[i], t.content, at, n)
             wide[i] = wide[i] if dtype is None else wide[i].to(dtype)

@@ -110,6 +110,9 @@ class Tracker:
             return self._shared_result(func, args, kwargs, tracked, name)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention(*args, **kwargs)
+        if func is torch.functional.broadcast_tensors:  # of which some may come back as they are
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+            return tuple(t.expand(shape) for t in tensors)
         others = [t for t in tensors if not isinstance(t, TrackedTensor)]
         if name in ASKS_FOR_TYPE and len(others) == 1:  # it only asks for the type
             return tensors[0].to(others[0].device, others[0].dtype)
