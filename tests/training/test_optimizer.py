@@ -235,3 +235,15 @@ def test_stepping_after_the_end_is_an_error() -> None:
     opt.zero_grad()
     assert_same(values(model), after)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.75])
+def test_the_mean_is_over_the_expected_number_of_examples_which_need_not_be_whole(rate):
+    """With ``sample_rate`` given the clipped sum is divided by ``q N`` (1.5 or 4.5 of six examples), never by a rounded number."""
+    run = Run(poisson_sampling=True, accountant="rdp", sample_rate=rate)
+    with run as (model, opt, loader):
+        x, y = next(batch for _ in range(50) for batch in loader if len(batch[1]))
+        opt.zero_grad()
+        backward(model, x, y)
+        opt.step()
+    run.assert_moved(run.rows(x, y), divided_by=6 * rate)
