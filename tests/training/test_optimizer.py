@@ -47,8 +47,8 @@ def test_it_is_a_torch_optimizer_with_the_groups_of_the_original() -> None:
 @pytest.mark.parametrize("moment", ["before backward", "before step", "after step"])
 def test_a_deep_copy_is_an_ordinary_optimizer(moment: str, mode: str) -> None:
     """A copy has class, groups and state of the original, steps freely, and leaves the private one working."""
-    class_step = torch.optim.SGD.step
     with Run(optimizer=with_momentum, grad_sample_mode=mode) as (model, opt, loader):
+        class_step = torch.optim.SGD.step  # PyTorch itself wraps it when the first optimizer of a process is made
         x, y = next(iter(loader))
         copied = copy.deepcopy(opt) if moment == "before backward" else None
         backward(model, x, y)
