@@ -34,6 +34,10 @@ def set_seeds(seed: int) -> None:
     ``torch.manual_seed`` would look for devices, which takes longer than a small model, and seed those that come later, too.
     """
     torch.default_generator.manual_seed(seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
@@ -101,7 +105,7 @@ class NoRandomness(TorchFunctionMode):
     def begin_again(self, some: Tensor | None = None) -> None:
         """A run begins, on all samples or on ``some``: seeds are set, and what is repeated begins at its start."""
         self._note_others()
-        set_seeds(self.trial)
+        _seed_others(self.trial)
         self._seed(0)
         self._put_generators_back()
         self._coins, self._next, self._count, self._asked, self._some = 0, 0, 0, 0, some

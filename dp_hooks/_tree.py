@@ -160,21 +160,17 @@ def rows_of(batch: Any, rows: Tensor, samples: int, axis: int) -> Any:
     """Return some samples of ``batch``: whatever counts ``samples`` along ``axis`` is cut to ``rows``."""
     if len(rows) == 1:
         return one_sample(batch, int(rows[0]), samples, axis)
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples:
-            return leaf.index_select(axis, rows.to(leaf.device))
-        return leaf
-
-    return tree_map(cut, batch)
+    return _cut(batch, samples, axis, lambda leaf: leaf.index_select(axis, rows.to(leaf.device)))
 
 
 def one_sample(batch: Any, i: int, samples: int, axis: int) -> Any:
     """Return sample ``i`` of ``batch`` as a batch of one: whatever counts ``samples`` along ``axis`` is cut."""
+    return _cut(batch, samples, axis, lambda leaf: leaf.narrow(axis, i, 1))
 
+
+def _cut(batch: Any, samples: int, axis: int, take: Callable[[Tensor], Tensor]) -> Any:
     def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples:
-            return leaf.narrow(axis, i, 1)
-        return leaf
+        counts = isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples
+        return take(leaf) if counts else leaf
 
     return tree_map(cut, batch)

@@ -26,32 +26,34 @@ N = 8
 Mix = Callable[[Tensor], Tensor]
 
 
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(D, D),
+    "no bias": lambda: nn.Linear(D, D, bias=False),
+    "norm": lambda: nn.LayerNorm(D),
+    "conv": lambda: nn.Conv1d(D, D, 3, padding=1),
+    "grouped conv": lambda: nn.Conv1d(D, D, 1, groups=2),
+    "groups": lambda: nn.GroupNorm(2, D),
+    "gru": lambda: nn.GRU(D, D, batch_first=True),
+    "lstm, time first": lambda: nn.LSTM(D, D),
+    "attention": lambda: nn.MultiheadAttention(D, 2, batch_first=True),
+    "encoder": lambda: nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True),
+    "flattened": lambda: nn.Linear(D, D),
+    "time first": lambda: nn.Linear(D, D),
+    "bottleneck": lambda: nn.Sequential(nn.Linear(D, 2), nn.ReLU(), nn.Linear(2, D)),
+    "shared": lambda: nn.Linear(D, D),
+}
+SHAPES = {"gain": (D,), "positions": (T, D), "query": (D,), "matrix": (D, D), "low rank": (D, 2)}  # of a parameter of its own
+
+
 class Block(nn.Module):
     """Tokens ``[n, T, D]`` to tokens, by one of many kinds of layer; ``mix`` is applied to what comes out."""
 
     def __init__(self, kind: str, mix: Mix | None) -> None:
         super().__init__()
         self.kind, self.mix = kind, mix
-        make: dict[str, Callable[[], nn.Module]] = {
-            "linear": lambda: nn.Linear(D, D),
-            "no bias": lambda: nn.Linear(D, D, bias=False),
-            "norm": lambda: nn.LayerNorm(D),
-            "conv": lambda: nn.Conv1d(D, D, 3, padding=1),
-            "grouped conv": lambda: nn.Conv1d(D, D, 1, groups=2),
-            "groups": lambda: nn.GroupNorm(2, D),
-            "gru": lambda: nn.GRU(D, D, batch_first=True),
-            "lstm, time first": lambda: nn.LSTM(D, D),
-            "attention": lambda: nn.MultiheadAttention(D, 2, batch_first=True),
-            "encoder": lambda: nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True),
-            "flattened": lambda: nn.Linear(D, D),
-            "time first": lambda: nn.Linear(D, D),
-            "bottleneck": lambda: nn.Sequential(nn.Linear(D, 2), nn.ReLU(), nn.Linear(2, D)),
-            "shared": lambda: nn.Linear(D, D),
-        }
-        self.layer = make.get(kind, nn.Identity)()
-        if kind in ("gain", "positions", "query", "matrix", "low rank"):
-            shapes = {"gain": (D,), "positions": (T, D), "query": (D,), "matrix": (D, D), "low rank": (D, 2)}
-            self.p = nn.Parameter(0.5 * torch.randn(shapes[kind]))
+        self.layer = MAKERS.get(kind, nn.Identity)()
+        if kind in SHAPES:
+            self.p = nn.Parameter(0.5 * torch.randn(SHAPES[kind]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.out_of(x)
@@ -94,14 +96,7 @@ OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matrix": lambda p, x: torch.einsum("ntd,de->nte", x, p),
     "low rank": lambda p, x: x + x @ p @ p.mT,
 }
-LAYERS = [
-    *"linear,no bias,norm,conv,grouped conv,groups,gru,lstm; time first,attention,encoder,flattened,time first".replace(
-        ";", ""
-    ).split(","),
-    *"bottleneck shared gain positions query matrix".split(),
-    "low rank",
-]
-LAYERS[LAYERS.index("lstm time first")] = "lstm, time first"
+LAYERS = [*MAKERS, *OWN]
 
 
 class State(nn.Module):
@@ -281,7 +276,7 @@ class Program:
             each = self.each(self.call(model, batch[0]), batch[1])
             return self.reduced(each) if self.loop == "scalar function" else each
 
-        whole = dp_step(function, two_pass=self.loop == "two passes") if "two" in self.loop else dp_step(function)
+        whole = dp_step(function, two_pass=self.loop == "two passes")
         waiting: list[Any] = []
         for x, y in loader:
             if self.loop in ("function", "scalar function", "two passes"):

@@ -36,14 +36,15 @@ def tolerance(dtype: torch.dtype, *, coarse: bool) -> float:
     return COARSE if coarse else TOLERANCE.get(dtype, COARSE)
 
 
-def values_off(whole: Tensor, apart: Tensor, all_sizes: Tensor) -> Tensor:
-    """How far the values of samples ``[k, ...]`` in a batch are from those in a smaller one, relative: ``[k]``.
+def values_off(batch: Tensor, rows: Tensor | slice, apart: Tensor) -> Tensor:
+    """How far values of the samples ``rows`` of ``batch`` ``[n, ...]`` are from those ``apart`` ``[k, ...]``, relative: ``[k]``.
 
-    ``all_sizes`` are the norms of the values of all samples; small values are compared with those.
+    Small values are compared with the size of those of all samples.
     """
-    whole, apart = (as_real(t.detach()).double().nan_to_num().flatten(1) for t in (whole, apart))
-    floor = _FLOOR * all_sizes.double().nan_to_num().square().mean().sqrt().clamp(min=1e-12)
-    off: Tensor = (whole - apart).norm(dim=1) / apart.norm(dim=1).maximum(floor)
+    batch, apart = (as_real(t.detach()).double().flatten(1) for t in (batch, apart))
+    floor = _FLOOR * batch.norm(dim=1).nan_to_num().square().mean().sqrt().clamp(min=1e-12)
+    apart = apart.nan_to_num()
+    off: Tensor = (batch[rows].nan_to_num() - apart).norm(dim=1) / apart.norm(dim=1).maximum(floor)
     return off
 
 
@@ -120,7 +121,7 @@ def compare(
     picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
     own = {p: norm[usable] for p, norm in own.items()}
     rows = rows[usable]
-    dtype = torch.promote_types(reached[0].dtype, torch.float32)
+    dtype = _sum_dtype(reached[0])
     factors = torch.zeros(found.samples, device=device, dtype=dtype)
     factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
     sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
@@ -129,7 +130,7 @@ def compare(
     for p in reached:
         scale = torch.maximum(own[p], 1e-4 * total.to(own[p])).sqrt().clamp(min=1e-30)
         have = found.grads(p, rows.to(p.device)) if p in sums else None
-        want_sum = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        want_sum = torch.zeros_like(p, dtype=_sum_dtype(p))
         squares = []
         for k, gradients in enumerate(expected):  # one after the other: of a large parameter each is large
             want = gradients.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
@@ -221,8 +222,7 @@ def _sum_dtype(param: Tensor) -> torch.dtype:
 
 def _square(gradient: Tensor) -> Tensor:
     """The squared norm of one gradient, as a float64."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_sum_dtype(gradient))
     return norm.double().square()
 
 

@@ -138,10 +138,7 @@ class RepeatedCall:
             assert isinstance(role, SampleAxis)
             if not role.fits(out, len(rows)):
                 raise self._mixed(int(rows[0]), _shapes(whole, out))
-            at = rows.to(whole.device)
-            every = role.samples(whole, self._samples)
-            sizes = every.double().flatten(1).norm(dim=1)
-            self._same_output(every[at], role.samples(out.detach(), len(rows)), rows, sizes)
+            self._same_output(role.samples(whole, self._samples), role.samples(out.detach(), len(rows)), rows)
         return outputs
 
     def _layout(self, whole: Tensor, out: Tensor, rows: Tensor) -> SampleAxis:
@@ -155,10 +152,10 @@ class RepeatedCall:
         at = rows.to(whole.device)
         return min(ways, key=lambda way: _difference(way.samples(whole, n)[at], way.samples(out, k)))
 
-    def _same_output(self, batched: Tensor, apart: Tensor, rows: Tensor, sizes: Tensor) -> None:
-        if batched.shape != apart.shape:
-            raise self._mixed(int(rows[0]), _shapes(batched[0], apart[0]))
-        off = values_off(batched, apart, sizes)
+    def _same_output(self, batch: Tensor, apart: Tensor, rows: Tensor) -> None:
+        if batch.shape[1:] != apart.shape[1:]:
+            raise self._mixed(int(rows[0]), _shapes(batch[0], apart[0]))
+        off = values_off(batch, rows.to(batch.device), apart)
         worst = int(off.argmax())
         if float(off[worst]) > self._tolerance():
             where = "for that sample alone" if len(rows) == 1 else f"with {len(rows)} of the {self._samples} samples"
@@ -174,8 +171,7 @@ class RepeatedCall:
                 before, now = (t.detach().reshape(1, -1) for t in (whole, out))
             else:
                 continue
-            sizes = before.double().flatten(1).norm(dim=1)
-            self.rounding = max(self.rounding, float(values_off(before, now, sizes).max()))
+            self.rounding = max(self.rounding, float(values_off(before, slice(None), now).max()))
 
     def _tolerance(self) -> float:
         coarse = self.call.context.autocast is not None

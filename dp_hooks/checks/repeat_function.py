@@ -93,18 +93,17 @@ class RepeatedFunction:
                 halves = f"and of the others, in two halves, is off by {error:.1e} from the loss of the whole batch"
                 raise self._mixed(int(rows[0]), halves, ValuesDiffer)
             return
-        whole = self._loss[rows.to(self._loss.device)]
-        if loss.shape != whole.shape:
+        if loss.shape != rows.shape:
             raise self._mixed(int(rows[0]), f"has shape {tuple(loss.shape)} for {len(rows)} samples")
-        off = values_off(whole[:, None], loss[:, None], self._loss.abs())
+        off = values_off(self._loss[:, None], rows.to(loss.device), loss[:, None])
         if float(off.max()) > self._tolerance():
             which = int(rows[int(off.argmax())])
             raise self._mixed(which, f"is off by {float(off.max()):.1e} from its loss with {len(rows)} samples", ValuesDiffer)
 
     def measure_rounding(self) -> None:
         """Run it on all samples once more, with rounded parameters: by how much that changes the losses is tolerated."""
-        loss, whole = (t.reshape(-1, 1).double() for t in (self._run(None).detach(), self._loss))
-        self.rounding = max(1e-300, float(values_off(whole, loss, whole.abs()).max()))
+        whole, loss = (t.reshape(-1, 1) for t in (self._loss, self._run(None)))
+        self.rounding = max(1e-300, float(values_off(whole, slice(None), loss).max()))
 
     def _tolerance(self) -> float:
         return value_tolerance(self._loss.dtype, coarse=self.coarse, rounding=self.rounding)

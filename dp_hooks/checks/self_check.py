@@ -220,17 +220,17 @@ class SelfCheck:
         coarse = self._comparison.coarse
         chosen, drawn = self._spot.rows(samples), self._trace.draws
 
-        def some(rows: Tensor | None) -> RepeatedFunction:
-            among = rows if chosen is None or rows is None else chosen[rows]
-            among = chosen if among is None else among
-            if among is None:
-                return RepeatedFunction(run, self._controller, samples, coarse=coarse)
+        def on(among: Tensor) -> RepeatedFunction:
             return RepeatedFunction(
                 lambda part: run(among if part is None else among[part]), self._controller, len(among), coarse=coarse
             )
 
+        def some(rows: Tensor) -> RepeatedFunction:
+            return on(rows if chosen is None else chosen[rows])
+
+        again = RepeatedFunction(run, self._controller, samples, coarse=coarse) if chosen is None else on(chosen)
         count = samples if chosen is None else len(chosen)
-        if not self._comparison.run(count, some(None), "the train function", taken, drawn, recorder.began(None), some):
+        if not self._comparison.run(count, again, "the train function", taken, drawn, recorder.began(None), some):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."

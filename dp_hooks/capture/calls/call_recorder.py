@@ -98,21 +98,35 @@ class CallRecorder:
         kind = ("forward", *kind_of(name, args, kwargs))
         if (key, kind) in self.covered or any(call.kind == kind for call in self.calls):
             return
-        args, kwargs = private_copy((args, kwargs))
-        call = RecordedCall(owner, name, args, kwargs, AmbientContext.current(self._device), key, kind, True, around=True)
-        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
+        call = self._copied(owner, name, args, kwargs, key, kind, around=True)
         self._recorded.add(call)
         self._keep(call)
+
+    def _copied(
+        self,
+        module: nn.Module,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Any,
+        kind: Any,
+        *,
+        around: bool = False,
+        with_gradients: bool = True,
+    ) -> RecordedCall:
+        """A call with copies of its inputs, and of what the model carries now."""
+        args, kwargs = private_copy((args, kwargs))
+        context = AmbientContext.current(self._device)
+        call = RecordedCall(module, name, args, kwargs, context, key, kind, True, around=around, with_gradients=with_gradients)
+        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
+        return call
 
     def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
         """An outermost call in training mode begins, without gradients: it may leave something in the model all the same."""
         kind, key = kind_of(name, args, kwargs), self.key(2)
         if self.paused or self.state is not None or (key, kind) in self.harmless:
             return None
-        args, kwargs = private_copy((args, kwargs))
-        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, with_gradients=False)
-        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
-        return call
+        return self._copied(module, name, args, kwargs, key, kind, with_gradients=False)
 
     def end_quiet(self, call: RecordedCall) -> None:
         """It is over."""
@@ -159,8 +173,9 @@ class CallRecorder:
 
     def began(self, call: RecordedCall | None) -> tuple[ModuleState | None, CarriedState | None]:
         """What the model was when ``call``, or the function around it, began."""
-        own = call is not None and call.state is not None
-        return (call.state, call.carried) if call is not None and own else (self.state, self.carried)
+        if call is None or call.state is None:
+            return self.state, self.carried
+        return call.state, call.carried
 
     @contextmanager
     def whole_function(self) -> Iterator[None]:

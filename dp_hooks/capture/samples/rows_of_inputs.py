@@ -19,7 +19,7 @@ def refuse_without_rows(inputs: Sequence[Tensor], axis: int, name: str) -> None:
     Raises:
         UnsupportedModelError: an input is nested (jagged), or it is sparse and counts samples.
     """
-    what, rows = name or "the model", None
+    what, rows = name or "the model", rows_of_inputs(inputs, axis)
     for t in inputs:
         if t.is_nested:
             raise UnsupportedModelError(
@@ -27,11 +27,8 @@ def refuse_without_rows(inputs: Sequence[Tensor], axis: int, name: str) -> None:
                 "Remedy: pad it, torch.nested.to_padded_tensor(x, 0.0), in the collate function or before the call, and give the "
                 "model a mask."
             )
-        if t.dim() > axis:
-            rows = t.shape[axis] if rows is None else rows
-            if t.layout != torch.strided and t.shape[axis] == rows:
-                raise UnsupportedModelError(
-                    f"{what}: an input is a sparse tensor ({t.layout}) that counts samples, and single samples cannot be taken "
-                    "out of it. Remedy: x.to_dense() in the collate function or before the call; for bags of words, ids and "
-                    "nn.EmbeddingBag."
-                )
+        if t.layout != torch.strided and t.dim() > axis and t.shape[axis] == rows:
+            raise UnsupportedModelError(
+                f"{what}: an input is a sparse tensor ({t.layout}) that counts samples, and single samples cannot be taken out of "
+                "it. Remedy: x.to_dense() in the collate function or before the call; for bags of words, ids and nn.EmbeddingBag."
+            )
