@@ -39,10 +39,10 @@ def tolerance(dtype: torch.dtype, *, coarse: bool) -> float:
 def values_off(batch: Tensor, rows: Tensor | slice, apart: Tensor) -> Tensor:
     """How far values of the samples ``rows`` of ``batch`` ``[n, ...]`` are from those ``apart`` ``[k, ...]``, relative: ``[k]``.
 
-    Small values are compared with the size of those of all samples.
+    Small values are compared with the size of those of all samples that are finite.
     """
     batch, apart = (as_real(t.detach()).double().flatten(1) for t in (batch, apart))
-    floor = _FLOOR * batch.norm(dim=1).nan_to_num().square().mean().sqrt().clamp(min=1e-12)
+    floor = _FLOOR * batch.norm(dim=1).nan_to_num(0.0, 0.0).square().mean().sqrt().clamp(min=1e-12)
     apart = apart.nan_to_num()
     off: Tensor = (batch[rows].nan_to_num() - apart).norm(dim=1) / apart.norm(dim=1).maximum(floor)
     return off

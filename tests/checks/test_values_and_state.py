@@ -355,3 +355,23 @@ def test_a_jump_of_gradients_by_rounding_is_no_reason_to_refuse(mode, dtype, wro
     for moved_by, want in zip(moved(start, model), expected.values(), strict=True):
         torch.testing.assert_close(moved_by, want / N, rtol=1e-4, atol=1e-6)
     assert len(runs) == wrong + 1
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_infinite_output_or_loss_does_not_hide_that_others_mix(dtype, by_function):
+    """One record with infinite values in the first batch is no measure for the values of the others."""
+    dtype = getattr(torch, dtype)
+
+    def mixed(s, x):
+        h = s.a(x)
+        return torch.cat([h[:5], h[5:] + 0.1 * h[5:].detach().mean(0)]).exp()
+
+    x = randn(N, D).to(dtype)
+    model = Net(mixed, a=nn.Linear(D, 5)).to(dtype)
+    x[0] = 1e5 * model.a.weight.detach().sum(0)  # exp overflows in it
+    mode = laws.MODE["two-pass" if by_function else "ghost"]
+    error = laws.released(model, [x], laws.step_in(mode, lambda m, x: m(x).sum(1)), mode)
+    assert bool(model(x)[0].isinf().any())
+    assert error is not None
+    assert "is off by" in str(error)
