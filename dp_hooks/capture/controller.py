@@ -108,7 +108,7 @@ class HookController:
                 attach(hooked.module, functools.partial(calls.before, hooked), functools.partial(calls.after, hooked))
             for name, module in self.model.named_modules():
                 if hasattr(module, "track_running_stats"):
-                    attach(module, functools.partial(outer.guard, name), None)
+                    attach(module, functools.partial(outer.guard, name), outer.straighten)
             for name, module in self.model.named_modules():
                 if self._module_hooks.accepts(module):
                     attach(module, functools.partial(outer.enter, name), outer.leave, outer=True)

@@ -26,6 +26,8 @@ _VALUES = {torch.float64: 1e-6, torch.float32: 2e-5}
 _FLOOR = 0.05
 # How many times the change of values that rounding of the parameters makes they may differ: for models that enlarge rounding.
 _TIMES_ROUNDING = 30
+# The same for gradients, which jump: they may differ by so many times that change, and not by more than a part of themselves.
+_TIMES_JUMP, _LARGEST_JUMP = 3, 0.6
 _FEW = 16  # of so few samples all norms are looked at
 # How much too small the norm of a sample's whole gradient may be: it is what keeps its contribution below the bound.
 _NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
@@ -58,18 +60,18 @@ class ValuesDiffer(SelfCheckError):
 
 
 @contextmanager
-def rounded(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Change parameters by some units in the last place; they are not seen to have changed."""
-    with torch.no_grad():
-        kept = [(p, p.detach().clone()) for p in params if p.is_floating_point()]
-        try:
-            for p, _ in kept:
-                signs = torch.arange(p.numel(), device=p.device).remainder(2).mul(2).sub(1).reshape(p.shape)
-                p.data.mul_(1 + 4 * torch.finfo(p.dtype).eps * signs.to(p.dtype))
-            yield
-        finally:
-            for p, before in kept:
-                p.data.copy_(before)
+def rounded(params: Iterable[nn.Parameter], *, coarse: bool = False) -> Iterator[None]:
+    """Change parameters by some units in the last place (``coarse``: of bfloat16); they are not seen to have changed."""
+    kept = [(p, p.detach().clone()) for p in params if p.is_floating_point()]
+    try:
+        for p, _ in kept:
+            signs = torch.arange(p.numel(), device=p.device).remainder(2).mul(2).sub(1).reshape(p.shape)
+            size = torch.finfo(torch.bfloat16).eps / 2 if coarse else 4 * torch.finfo(p.dtype).eps
+            p.data.mul_(1 + size * signs.to(p.dtype))
+        yield
+    finally:
+        for p, before in kept:
+            p.data.copy_(before)
 
 
 def compare(
@@ -81,6 +83,7 @@ def compare(
     what: str,
     *,
     coarse: bool,
+    jump: float = 0.0,
 ) -> None:
     """Compare per-sample gradients, norms and a weighted sum with what single samples gave.
 
@@ -92,6 +95,7 @@ def compare(
         controller: for names.
         what: for messages.
         coarse: autocast or half precision is in use.
+        jump: by how much rounding changes the gradients of single samples, see :func:`jump_of`.
 
     Raises:
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
@@ -142,7 +146,7 @@ def compare(
         off_norm = (own[p].sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
         missing[p] = (own[p] - have_norm).to(device)
         error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
-        if error > tolerance(p.dtype, coarse=coarse):
+        if error > max(tolerance(p.dtype, coarse=coarse), min(_TIMES_JUMP * jump, _LARGEST_JUMP)):
             worst.append((error, controller.name_of(p)))
     if not worst and not coarse:
         short = float((torch.stack(list(missing.values())).sum(0) / total.clamp(min=1e-60)).max()) / 2
@@ -150,6 +154,17 @@ def compare(
             worst.append((short, controller.name_of(max(missing, key=lambda p: float(missing[p].sum())))))
     if worst:
         _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
+
+
+def jump_of(expected: list[dict[nn.Parameter, Tensor]], again: list[dict[nn.Parameter, Tensor]]) -> float:
+    """The largest change, relative, of a parameter's gradient between two runs on the same samples."""
+    largest = 0.0
+    for before, after in zip(expected, again, strict=True):
+        whole = sum(float(_square(g)) for g in before.values())
+        for p in before.keys() & after.keys():
+            scale = max(float(_square(before[p])), 1e-4 * whole, 1e-60)
+            largest = max(largest, (float(_square(before[p] - after[p])) / scale) ** 0.5)
+    return largest
 
 
 def compare_sums(
@@ -176,6 +191,7 @@ def compare_sums(
         controller: for names.
         what: for messages.
         coarse: autocast or half precision is in use.
+        jump: by how much rounding changes the gradients of single samples, see :func:`jump_of`.
 
     Raises:
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.

@@ -22,7 +22,7 @@ from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..capture.samples.tracked_value import FAILS
 from ..errors import DPHooksError, SelfCheckError, some_of
 from ..gradients.sample_gradients import SampleGradients
-from .compare import ValuesDiffer, compare, compare_sums, rounded
+from .compare import ValuesDiffer, compare, compare_sums, jump_of, rounded
 from .repeat_call import RepeatedCall, without_pattern
 from .repeat_function import RepeatedFunction
 from .single_samples import back_propagate, custom_functions, not_alone, some_samples
@@ -118,36 +118,37 @@ class Comparison:
             controller.disable_hooks()
             self._check_state(samples, begin, again, what)
             self._compare_values(samples, begin, again, what)
-            if again.has_scalar or not _all_finite(found):
-                self._compare_alone(samples, begin, again, found, what)
-            else:
-                self._compare_passes(samples, begin, again, found, what)
+            agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
+            if again.has_scalar or not agreed:
+                self._compare_alone(samples, begin, again, found, what, jumps=agreed)
         self._trace.verify(seen, samples)
         return True
 
-    def _compare_passes(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> None:
-        """Compare with plain autograd of the same forward pass, run once more.
+    def _compare_passes(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> bool:
+        """Compare with plain autograd of the same forward pass, run once more; False if single samples have to tell.
 
         It need not come out to the last digit as it did: products depend on where tensors lie in memory. Where that switches a
-        unit, the gradient jumps, but not in every run; what is wrong is wrong in all of them.
+        unit, the gradient jumps, but not in every run; what is wrong is wrong in all of them. A loss over the whole batch is
+        compared as it is, one that has rows with a factor for each.
         """
         controller = self._controller
         factors = without_pattern((samples,))
-        factors = factors.sign() * (0.25 + 0.75 * factors.abs())
-        attempts = 1 if all(p.dtype == torch.float64 for p in self._params) else _ATTEMPTS
-        for left in reversed(range(attempts)):
+        factors = torch.ones_like(factors) if again.has_scalar else factors.sign() * (0.25 + 0.75 * factors.abs())
+        left = 1 if self._exact else _ATTEMPTS
+        while True:
             assert found is not None
             begin(None)
             plain = again.weighted(factors)
+            custom = custom_functions(plain)
             expected = self._gradients(plain)
             try:
                 on_device = factors.to(plain.device)
                 compare_sums(found, on_device, expected, self._params, controller, what, coarse=self.coarse)
-                return
+                return not (custom and again.has_scalar)
             except SelfCheckError:
-                if custom_functions(plain):  # which may do anything with the gradients of several samples
-                    self._compare_alone(samples, begin, again, found, what)
-                    return
+                left -= 1
+                if custom:  # which may do anything with the gradients of several samples
+                    return False
                 if not left:
                     raise
             controller.enable_hooks()
@@ -155,6 +156,11 @@ class Comparison:
             back_propagate(again.whole(), [controller.session.anchor, *controller.params])
             found = controller.take()
             controller.disable_hooks()
+
+    @property
+    def _exact(self) -> bool:
+        """Whether rounding is too small to switch a unit of the model."""
+        return all(p.dtype == torch.float64 for p in self._params)
 
     @contextmanager
     def apart(self, without: NoRandomness, began: Began) -> Iterator[Callable[[Tensor | None], None]]:
@@ -284,18 +290,40 @@ class Comparison:
             if again.has_scalar:  # of which values alone do not tell much
                 self._compared(without, again, what, began)
 
-    def _compare_alone(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
-        """A loss over the whole batch is compared by the gradients of single samples."""
-        picked, expected = some_samples(samples), []
+    def _compare_alone(
+        self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool
+    ) -> None:
+        """Compare with the gradients of single samples; ``jumps``: all that differs may be units that rounding has switched.
+
+        How far they may differ then is measured, where it matters: by what rounding of the parameters does to them.
+        """
+        picked = some_samples(samples)
+        expected = self._gradients_alone(picked, begin, again, what)
+        jumps = jumps and not self._exact
+        compared = partial(compare, found, picked, expected, self._params, self._controller, what, coarse=self.coarse or jumps)
+        try:
+            compared()
+        except SelfCheckError:
+            if not jumps:
+                raise
+            with rounded(self._model.parameters(), coarse=self.coarse):
+                jump = jump_of(expected, self._gradients_alone(picked, begin, again, what, compared=False))
+            compared(jump=jump)
+
+    def _gradients_alone(
+        self, picked: list[int], begin: Begin, again: Repeated, what: str, *, compared: bool = True
+    ) -> list[dict[nn.Parameter, Tensor]]:
+        """The gradients of single samples; values are ``compared`` as well."""
+        expected = []
         for i in picked:
             begin(torch.tensor([i]))
             try:
-                expected.append(self._gradients(again.alone(i)))
+                expected.append(self._gradients(again.alone(i, compared=compared)))
             except DPHooksError:
                 raise
             except Exception as error:
                 raise not_alone(what, [i], error) from error
-        compare(found, picked, expected, self._params, self._controller, what, coarse=self.coarse)
+        return expected
 
     def _gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
         """Gradients by plain autograd."""

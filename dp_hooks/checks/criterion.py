@@ -1,6 +1,8 @@
 """CriterionCheck: whether a loss module treats the samples of a batch one by one, reduced as declared."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,28 @@ from .single_samples import not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
 _OTHER_TERMS = 2e-2
+# What may lie between an output of the model and an argument of the criterion: the gradient of the one is that of the other.
+_VIEWS = {
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "UnsqueezeBackward0",
+}
+
+Output = tuple[int, int]  # the call and the number of an output of the model
+
+
+@dataclass(eq=False)
+class _Seen:
+    """An output of the model in the present step."""
+
+    call: ModelCall
+    node: Any  # where it is in the graph
+    number: int
+    shape: torch.Size
+    tensor: Tensor | None  # until a backward pass comes to it
 
 
 class CriterionCheck:
@@ -34,15 +58,16 @@ class CriterionCheck:
         self._trace = OpTrace()
         self._call: tuple[Any, Any] | None = None
         self._is_scalar = True
-        self._outputs: list[tuple[ModelCall, int, Tensor]] = []  # of the model, in the present step
-        self._own: dict[tuple[int, int], Tensor] = {}  # what the criterion brings to them
+        self._outputs: dict[Output, _Seen] = {}  # of the model as a whole, in the present step
+        self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
+        self._seen = False  # whether what the present call brings will be seen on its way
         self._off: Tensor | None = None  # the largest part of what arrived that was not the criterion's, in any step
         self._what = f"criterion ({type(criterion).__name__})"
 
     def watch(self, stack: ExitStack) -> None:
         """Follow calls of the criterion until ``stack`` unwinds."""
         stack.callback(self._trace.close)
-        before = self._criterion.register_forward_pre_hook(self._follow, prepend=True)
+        before = self._criterion.register_forward_pre_hook(self._follow, prepend=True, with_kwargs=True)
         stack.callback(before.remove)
         after = self._criterion.register_forward_hook(self._observe, with_kwargs=True, always_call=True)
         stack.callback(after.remove)
@@ -55,27 +80,65 @@ class CriterionCheck:
         self.new_step()
 
     def _note_output(self, call: ModelCall, index: int, output: Tensor) -> None:
-        self._outputs.append((call, index, output))
+        if not call.name:
+            self._outputs[id(call), index] = _Seen(call, output.grad_fn, output.output_nr, output.shape, output)
+
+    def _watched(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return arguments that nothing but the criterion uses, in which its gradients are seen, if that shows all it brings."""
+        leaves = [t for t in tensors_of((args, kwargs)) if t.grad_fn is not None]
+        sources = {id(t): self._source(t) for t in leaves}
+        self._seen = bool(sources) and None not in sources.values()
+        return tree_map(lambda t: self._apart(t, sources.get(id(t))), (args, kwargs)) if self._seen else (args, kwargs)
+
+    def _source(self, value: Tensor) -> tuple[Output, torch.Size] | None:
+        """The output of the model that ``value`` is another view of."""
+        node, number = value.grad_fn, value.output_nr
+        while node is not None:
+            for output, seen in self._outputs.items():
+                if node is seen.node and number == seen.number:
+                    return output, seen.shape
+            if node.name() not in _VIEWS:
+                return None
+            node, number = node.next_functions[0]
+        return None
+
+    def _apart(self, value: Any, source: tuple[Output, torch.Size] | None) -> Any:
+        if source is None:
+            return value
+        alone = value.view_as(value)
+        alone.register_hook(partial(self._note_brought, *source))
+        return alone
+
+    def _note_brought(self, output: Output, shape: torch.Size, grad: Tensor) -> None:
+        self._own.setdefault(output, []).append(grad.detach().view(shape))
 
     def _note_own(self, loss: Any) -> bool:
-        """The criterion was called: work out what it alone will bring to the outputs of the model; whether it was called on any."""
-        outputs = [(call, index, out) for call, index, out in self._outputs if not call.name]
-        reached = not outputs
+        """The criterion was called: work out what it alone will bring to the outputs of the model; whether it was called on any.
+
+        It is seen on its way where nothing but views lies between them, and costs a backward pass else.
+        """
+        if self._seen:
+            return True
+        reached = not self._outputs
+        outputs = {key: seen.tensor for key, seen in self._outputs.items() if seen.tensor is not None}
         if outputs and isinstance(loss, Tensor) and loss.requires_grad:
-            found = torch.autograd.grad(loss.sum(), [out for _, _, out in outputs], retain_graph=True, allow_unused=True)
-            for (call, index, _), grad in zip(outputs, found, strict=True):
+            found = torch.autograd.grad(loss.sum(), list(outputs.values()), retain_graph=True, allow_unused=True)
+            for output, grad in zip(outputs, found, strict=True):
                 if grad is not None:
                     reached = True
-                    known = self._own.get((id(call), index))
-                    self._own[id(call), index] = grad if known is None else known + grad
+                    self._own.setdefault(output, []).append(grad)
         return reached
 
     def _note_arrival(self, call: ModelCall, index: int, grad: Tensor) -> None:
         """A backward pass brings ``grad``: it should be what the criterion brings, up to a factor (a mean, a weight)."""
-        own = self._own.pop((id(call), index), None)
+        own = self._own.pop((id(call), index), [])
+        if (id(call), index) in self._outputs:
+            self._outputs[id(call), index].tensor = None
         off = torch.ones((), dtype=torch.float64, device=grad.device)
-        if own is not None:
-            a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (grad, own))
+        if len(own) == 1 and own[0].shape == grad.shape and own[0].data_ptr() == grad.data_ptr():
+            off = torch.zeros_like(off)  # handed on as it is: nothing was added
+        elif own:
+            a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (grad, sum(own[1:], own[0])))
             rest = a - (a * b).sum() / b.square().sum().clamp(min=1e-30) * b
             off = (rest.norm() / a.norm().clamp(min=1e-30)).nan_to_num(0.0).double()
         self._off = off if self._off is None else torch.maximum(self._off, off.to(self._off.device))
@@ -89,12 +152,15 @@ class CriterionCheck:
         """Forget the call of an earlier step."""
         self._trace.unverified = set()
         self._call = None
-        self._outputs, self._own = [], {}
+        self._outputs, self._own = {}, {}
 
-    def _follow(self, criterion: nn.Module, args: Any) -> None:
+    def _follow(self, criterion: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         session = self._controller.session
-        if torch.is_grad_enabled() and self._recorder.state is None and not session.in_backward():
-            self._trace.start("", rows_of_inputs(tensors_of(args), session.axis))
+        if not torch.is_grad_enabled() or self._recorder.state is not None or session.in_backward():
+            return None
+        watched = (args, kwargs) if self._recorder.paused else self._watched(args, kwargs)
+        self._trace.start("", rows_of_inputs(tensors_of(args), session.axis))
+        return watched
 
     @untraced
     def _observe(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

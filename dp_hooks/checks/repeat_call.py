@@ -60,7 +60,10 @@ class RepeatedCall:
         return self._total(outputs, lambda out, role: (out * _cotangents(out, self._samples)).sum() * scale, scalars=True)
 
     def weighted(self, factors: Tensor) -> Tensor:
-        """Run it on all samples once more; the loss, without scalars, with that of sample ``i`` times ``factors[i]``."""
+        """Run it on all samples once more; the sum of losses, each times its factor, which is 1 where there are scalars."""
+        share = self._samples if self._controller.loss_reduction == "mean" else 1
+        if self.has_scalar:
+            return self.whole() * share
 
         def term(out: Tensor, role: SampleAxis | str) -> Tensor:
             if not isinstance(role, SampleAxis):
@@ -69,14 +72,14 @@ class RepeatedCall:
 
         return self._total(self._run(None)[0], term, scalars=False)
 
-    def alone(self, i: int) -> Tensor:
-        """Run it on sample ``i`` alone; its part of the loss.
+    def alone(self, i: int, *, compared: bool = True) -> Tensor:
+        """Run it on sample ``i`` alone; its part of the loss. Outputs are ``compared``, unless parameters are not what they were.
 
         Raises:
             SelfCheckError: an output that the loss uses is another one than in the batch, or cannot be compared.
         """
         rows = torch.tensor([i])
-        outputs = self._compared(rows, self._run(rows)[0])
+        outputs = self._compared(rows, self._run(rows)[0]) if compared else self._used(self._run(rows)[0], i)
 
         def term(out: Tensor, role: SampleAxis | str, whole: Tensor) -> Tensor:
             assert isinstance(role, SampleAxis)

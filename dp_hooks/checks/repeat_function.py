@@ -73,12 +73,14 @@ class RepeatedFunction:
         return self._reduced(loss)
 
     def weighted(self, factors: Tensor) -> Tensor:
-        """The sum of all losses, each times its factor."""
+        """The sum of all losses, each times its factor: 1 where there is one loss only."""
         loss = self._run(None)
-        return (loss * factors.to(loss.device, loss.dtype)).sum()
+        if self.has_scalar and self._controller.loss_reduction == "mean":
+            return loss * self._samples
+        return (loss * factors.to(loss.device, loss.dtype)).sum() if self.has_rows else loss
 
-    def alone(self, i: int) -> Tensor:
-        """The loss of sample ``i``."""
+    def alone(self, i: int, *, compared: bool = True) -> Tensor:
+        """The loss of sample ``i``; it is not ``compared`` here, as the outputs of a call are."""
         return self._reduced(self._run(torch.tensor([i])))
 
     def compare(self, rows: Tensor) -> None:

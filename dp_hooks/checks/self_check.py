@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
+from .._precision import full_precision
 from .._tree import tensors_of
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.recorded_call import RecordedCall
@@ -143,7 +144,8 @@ class SelfCheck:
             SelfCheckError: a disagreement, or a check that could not be made. What was captured must not be used then.
         """
         try:
-            self._check_calls(samples)
+            with full_precision():
+                self._check_calls(samples)
         except SelfCheckError as error:
             self._spot.complete(error)
             raise
@@ -207,7 +209,8 @@ class SelfCheck:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
         try:
-            self._check_loss(samples, run)
+            with full_precision():
+                self._check_loss(samples, run)
         except SelfCheckError as error:
             self._spot.complete(error)
             raise

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._precision import full_precision
 from ..rules import CHUNK, ghost_norms, sum_of_squares, weighted_sum
 from .terms import Sums, Term
 
@@ -49,6 +50,7 @@ class SampleGradients:
         return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
 
     @torch.no_grad()
+    @full_precision()
     def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
         out: Sums = {}
@@ -70,6 +72,7 @@ class SampleGradients:
         return torch.cat(parts)
 
     @torch.no_grad()
+    @full_precision()
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # For every room, what it may import from: those of lower rank, unless they are never to meet. Its own files, always.
 ROOMS = [
     {"errors"},
-    {"_validate", "_tree", "_operations"},
+    {"_validate", "_tree", "_operations", "_precision"},
     {"_no_randomness"},
     {"_rerun"},
     {"rules", "privacy.noise", "distributed"},

@@ -546,3 +546,39 @@ def test_a_trap_is_refused(name: str, mode: laws.Mode) -> None:
         assert p.grad is None  # also of those that the loop unfroze
         p.requires_grad_(was)
     assert before.differences() == []
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@each_mode
+def test_a_batch_of_one_behind_batch_norm_is_right(mode: laws.Mode, trainable: bool) -> None:
+    """A lone sample gets the gradients it has in a batch of two: plain PyTorch's are wrong in some orders of memory (G32)."""
+    torch.manual_seed(0)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        tokens = s.norm(s.conv(x)).flatten(2).transpose(1, 2)
+        return F.layer_norm(tokens, (D,)).pow(3) * s.scale
+
+    model = Net(forward, conv=nn.Conv2d(3, D, 3), norm=nn.BatchNorm2d(D), scale=param(D)).double().eval()
+    model.norm.requires_grad_(trainable)
+    model.norm.running_mean.normal_()
+    x = randn(2, 3, 5, 5)
+    managed = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(losses(model, x)[0], managed)
+    alone = torch.autograd.grad(losses(model, x[:1])[0], managed)
+    size = norm_of(list(expected))
+    start = [p.detach().clone() for p in managed]
+    optimizer = torch.optim.SGD(managed, lr=1.0)
+    with (
+        mode.on() as way,
+        scope_over(model, optimizer=optimizer, loader=loader_of([x[:1]]), max_grad_norm=float(2 * size), grad_sample_mode=way) as (
+            opt,
+            loader,
+        ),
+    ):
+        for (batch,) in loader:
+            losses(model, batch).mean().backward()
+            opt.step()
+    found = [before - p.detach() for before, p in zip(start, managed, strict=True)]
+    assert_same(found, list(expected))
+    # Once this fails PyTorch has mended it, and nothing needs to be done any more.
+    assert float(norm_of([a - b for a, b in zip(alone, expected, strict=True)]) / size) > 0.1

@@ -1,5 +1,6 @@
 """A budget: its arguments, and the noise with which it lasts."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
             'little. Use accountant="prv" or "rdp".',
         )
 
+    @functools.cache  # "prv" takes half a second and more for each
     def spent(sigma: float) -> float:
         try:
             return epsilon_for(accountant, [(sigma, sample_rate, releases)], budget.delta)

@@ -10,7 +10,12 @@ from ...errors import DPHooksError
 # The state of PyTorch's CPU generator: where the 624 words of the Mersenne twister are, 8 bytes for each 4 used.
 _STATE_BYTES, _WORDS_AT, _WORDS = 5056, 24, 624
 
-_made: "weakref.WeakSet[torch.Generator]" = weakref.WeakSet()
+
+class _Generator(torch.Generator):
+    """A generator that weak references can be made to, in every version of PyTorch."""
+
+
+_made: "weakref.WeakSet[_Generator]" = weakref.WeakSet()
 
 
 def fresh_generator(device: torch.device) -> torch.Generator:
@@ -23,7 +28,7 @@ def fresh_generator(device: torch.device) -> torch.Generator:
     Raises:
         DPHooksError: the state of this PyTorch's generator has another layout; nothing weaker is used silently.
     """
-    generator = torch.Generator(device=device)
+    generator = _Generator(device=device)
     _fill(generator)
     _made.add(generator)
     return generator

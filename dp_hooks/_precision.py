@@ -1,0 +1,47 @@
+"""Precision: products of numbers in float32 are computed from all their digits where privacy or a comparison depends on them.
+
+PyTorch may compute them from rounded factors: TF32 on CUDA, which convolutions use unless told otherwise, and TF32 or bfloat16 on
+processors that can (``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision``). The settings hold for the whole
+process: other threads compute more exactly for as long as a block lasts, never less.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+# How a setting is read and written, and what it is where nothing is rounded.
+Setting = tuple[Callable[[], Any], Callable[[Any], None], tuple[Any, ...]]
+_SETTINGS: list[Setting] = [
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)),
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, (False,)),
+]
+if hasattr(torch._C, "_get_fp32_precision_getter"):  # since 2.9, one for each kind of product
+    for _kind in [(backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")]:
+        _read, _write = partial(torch._C._get_fp32_precision_getter, *_kind), partial(torch._C._set_fp32_precision_setter, *_kind)
+        _SETTINGS.append((_read, _write, ("ieee", "none")))  # type: ignore[arg-type]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Round no factors of products in float32 inside the block.
+
+    Rounded by TF32, products of tokens that cancel are off by more than what is left of them: a norm would tell nothing of the sum
+    that is released. And kernels that round differ by 1e-3 of a gradient from one another, which nothing that is compared should.
+    """
+    changed = []
+    try:
+        for read, write, full in _SETTINGS:
+            try:
+                before = read()
+            except RuntimeError:  # an older setting that newer ones have contradicted: these come next
+                continue
+            if before not in full:
+                changed.append((write, before))
+                write(full[0])
+        yield
+    finally:
+        for write, before in reversed(changed):
+            write(before)
