@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
-# How a setting is read and written, and what it is where nothing is rounded.
-Setting = tuple[Callable[[], Any], Callable[[Any], None], tuple[Any, ...]]
+# How a setting is read and written, what it is where nothing is rounded, and what a setting of its own differs from.
+Setting = tuple[Callable[[], Any], Callable[[Any], None], tuple[Any, ...], Callable[[], Any] | None]
 _SETTINGS: list[Setting] = [
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)),
-    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, (False,)),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",), None),
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, (False,), None),
 ]
 if hasattr(torch._C, "_get_fp32_precision_getter"):  # since 2.9, one for each kind of product
     for _kind in [(backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")]:
         _read, _write = partial(torch._C._get_fp32_precision_getter, *_kind), partial(torch._C._set_fp32_precision_setter, *_kind)
-        _SETTINGS.append((_read, _write, ("ieee", "none")))  # type: ignore[arg-type]
+        _general = partial(torch._C._get_fp32_precision_getter, _kind[0], "all")
+        _SETTINGS.append((_read, _write, ("ieee", "none"), _general))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -32,8 +33,10 @@ def full_precision() -> Iterator[None]:
     that is released. And kernels that round differ by 1e-3 of a gradient from one another, which nothing that is compared should.
     """
     changed = []
+    # What is as a more general setting says has to follow that one afterwards, too.
+    follows = [write for read, write, _, general in _SETTINGS if general is not None and "none" != general() == read()]
     try:
-        for read, write, full in _SETTINGS:
+        for read, write, full, _ in _SETTINGS:
             try:
                 before = read()
             except RuntimeError:  # an older setting that newer ones have contradicted: these come next
@@ -45,3 +48,5 @@ def full_precision() -> Iterator[None]:
     finally:
         for write, before in reversed(changed):
             write(before)
+        for write in follows:
+            write("none")

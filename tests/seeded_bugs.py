@@ -5,6 +5,7 @@ the repository, in which the tests named with it are run and, if they pass, the 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -399,8 +400,10 @@ def survives(number: int, *, whole_suite: bool = True) -> bool:
         path.write_text(text.replace(old, new), encoding="utf-8")
         for selected in (tests.split(), *([[]] if whole_suite else [])):
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected]
-            if subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, check=False).returncode == 1:
+            run = subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, text=True, check=False)
+            if re.search(r"\d failed", run.stdout):
                 return False
+            assert run.returncode == 0, f"{what}: {run.stdout[-2000:]}{run.stderr[-2000:]}"
     return True
 
 

@@ -22,15 +22,13 @@ from .single_samples import not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
 _OTHER_TERMS = 2e-2
-# What may lie between an output of the model and an argument of the criterion: the gradient of the one is that of the other.
-_VIEWS = {
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "UnsqueezeBackward0",
-}
+# How much the factor that the loss is multiplied with may change from step to step: it is a constant, and nothing of the batch.
+_CHANGE = 1e-5
+_WHOLE = 10_000  # the largest factor, or part of one, that is taken for a constant where there was one step only
+# What may lie between an output of the model and an argument of the criterion: the gradient of the one is that of the other, row
+# by row. Anything else could mix samples where neither the model nor the criterion does.
+_VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0"}
+_VIEWS |= {"SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"}
 
 Output = tuple[int, int]  # the call and the number of an output of the model
 
@@ -43,7 +41,51 @@ class _Seen:
     node: Any  # where it is in the graph
     number: int
     shape: torch.Size
-    tensor: Tensor | None  # until a backward pass comes to it
+
+
+class _Factors:
+    """What the criterion's loss is multiplied with, call by call of a step: seen where its gradient begins."""
+
+    def __init__(self) -> None:
+        self._first: list[Tensor] = []  # of every call of a step: for each number of the loss, and for all together
+        self._change: list[Tensor] = []  # by how much both changed since
+        self._uneven: Tensor | None = None  # how much the factors of one call differ, at most
+        self._at = self._seen = 0
+
+    def new_step(self) -> None:
+        """The next call is the first one of a step again."""
+        self._at = 0
+
+    def note(self, grad: Tensor) -> None:
+        """The gradient of a loss came: its factor, or one for each of its numbers."""
+        values = grad.detach().double().flatten()
+        mean = values.mean()
+        uneven = (values - mean).abs().max() / mean.abs().clamp(min=1e-300)
+        self._uneven = uneven if self._uneven is None else torch.maximum(self._uneven, uneven)
+        both = torch.stack([mean, mean * len(values)])
+        if self._at == len(self._first):
+            self._first.append(both)
+            self._change.append(torch.zeros_like(both))
+        else:
+            first = self._first[self._at]
+            change = (both - first).abs() / first.abs().clamp(min=1e-300)
+            self._change[self._at] = torch.maximum(self._change[self._at], change)
+            self._seen += 1
+        self._at += 1
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing else can have had a part in them."""
+        if self._uneven is None or not float(self._uneven) < _CHANGE:
+            return False
+        if not self._seen:
+            return all(_is_whole(float(first[1])) for first in self._first)
+        return all(bool(change.min() < _CHANGE) for change in self._change)
+
+
+def _is_whole(factor: float) -> bool:
+    """Whether ``factor`` or its inverse is a whole number."""
+    return any(abs(f - round(f)) < _CHANGE and 1 <= abs(round(f)) <= _WHOLE for f in (factor, 1 / factor if factor else 0.0))
 
 
 class CriterionCheck:
@@ -60,7 +102,9 @@ class CriterionCheck:
         self._is_scalar = True
         self._outputs: dict[Output, _Seen] = {}  # of the model as a whole, in the present step
         self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
-        self._seen = False  # whether what the present call brings will be seen on its way
+        self._version = 0  # of what was seen last of it
+        self._reached = True  # whether the present call is on outputs of the model
+        self._factors = _Factors()
         self._off: Tensor | None = None  # the largest part of what arrived that was not the criterion's, in any step
         self._what = f"criterion ({type(criterion).__name__})"
 
@@ -81,14 +125,28 @@ class CriterionCheck:
 
     def _note_output(self, call: ModelCall, index: int, output: Tensor) -> None:
         if not call.name:
-            self._outputs[id(call), index] = _Seen(call, output.grad_fn, output.output_nr, output.shape, output)
+            self._outputs[id(call), index] = _Seen(call, output.grad_fn, output.output_nr, output.shape)
 
     def _watched(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return arguments that nothing but the criterion uses, in which its gradients are seen, if that shows all it brings."""
+        """Return arguments that nothing but the criterion uses, in which what it brings to the model's outputs is seen."""
         leaves = [t for t in tensors_of((args, kwargs)) if t.grad_fn is not None]
         sources = {id(t): self._source(t) for t in leaves}
-        self._seen = bool(sources) and None not in sources.values()
-        return tree_map(lambda t: self._apart(t, sources.get(id(t))), (args, kwargs)) if self._seen else (args, kwargs)
+        whole = bool(sources) and None not in sources.values()
+        self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
+        if not whole and self._reached and self._outputs:
+            self._worse(torch.ones((), dtype=torch.float64))
+        return tree_map(lambda t: self._apart(t, sources.get(id(t))), (args, kwargs)) if whole else (args, kwargs)
+
+    def _comes_from_model(self, value: Tensor) -> bool:
+        ends, seen, stack = {seen.node for seen in self._outputs.values()}, set(), [value.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node in ends:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack += [parent for parent, _ in node.next_functions]
+        return False
 
     def _source(self, value: Tensor) -> tuple[Output, torch.Size] | None:
         """The output of the model that ``value`` is another view of."""
@@ -110,49 +168,36 @@ class CriterionCheck:
         return alone
 
     def _note_brought(self, output: Output, shape: torch.Size, grad: Tensor) -> None:
-        self._own.setdefault(output, []).append(grad.detach().view(shape))
-
-    def _note_own(self, loss: Any) -> bool:
-        """The criterion was called: work out what it alone will bring to the outputs of the model; whether it was called on any.
-
-        It is seen on its way where nothing but views lies between them, and costs a backward pass else.
-        """
-        if self._seen:
-            return True
-        reached = not self._outputs
-        outputs = {key: seen.tensor for key, seen in self._outputs.items() if seen.tensor is not None}
-        if outputs and isinstance(loss, Tensor) and loss.requires_grad:
-            found = torch.autograd.grad(loss.sum(), list(outputs.values()), retain_graph=True, allow_unused=True)
-            for output, grad in zip(outputs, found, strict=True):
-                if grad is not None:
-                    reached = True
-                    self._own.setdefault(output, []).append(grad)
-        return reached
+        own = grad.detach().reshape(shape)
+        self._own.setdefault(output, []).append(own)
+        self._version = own._version
 
     def _note_arrival(self, call: ModelCall, index: int, grad: Tensor) -> None:
-        """A backward pass brings ``grad``: it should be what the criterion brings, up to a factor (a mean, a weight)."""
+        """A backward pass brings ``grad``: it should be what the criterion brings, and nothing else."""
         own = self._own.pop((id(call), index), [])
-        if (id(call), index) in self._outputs:
-            self._outputs[id(call), index].tensor = None
         off = torch.ones((), dtype=torch.float64, device=grad.device)
-        if len(own) == 1 and own[0].shape == grad.shape and own[0].data_ptr() == grad.data_ptr():
+        same_memory = len(own) == 1 and own[0].data_ptr() == grad.data_ptr()
+        if same_memory and grad._version == self._version:
             off = torch.zeros_like(off)  # handed on as it is: nothing was added
-        elif own:
+        elif own and not same_memory:
             a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (grad, sum(own[1:], own[0])))
-            rest = a - (a * b).sum() / b.square().sum().clamp(min=1e-30) * b
-            off = (rest.norm() / a.norm().clamp(min=1e-30)).nan_to_num(0.0).double()
+            off = ((a - b).norm() / a.norm().clamp(min=1e-30)).nan_to_num(0.0).double()
+        self._worse(off)
+
+    def _worse(self, off: Tensor) -> None:
         self._off = off if self._off is None else torch.maximum(self._off, off.to(self._off.device))
 
     @property
     def is_all(self) -> bool:
         """Whether in every step so far what arrived at the model's outputs was the criterion's gradient, and nothing else's."""
-        return self._off is not None and float(self._off) < _OTHER_TERMS
+        return self._off is not None and float(self._off) < _OTHER_TERMS and self._factors.constant
 
     def new_step(self) -> None:
         """Forget the call of an earlier step."""
         self._trace.unverified = set()
         self._call = None
         self._outputs, self._own = {}, {}
+        self._factors.new_step()
 
     def _follow(self, criterion: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         session = self._controller.session
@@ -167,9 +212,12 @@ class CriterionCheck:
         self._trace.stop()
         recorder = self._recorder
         in_loop = not recorder.paused and recorder.state is None and not self._controller.session.in_backward()
-        if in_loop and torch.is_grad_enabled() and not self._note_own(output):  # on outputs of another model, such as a teacher's
-            self._trace.unverified = set()
-            return
+        if in_loop and torch.is_grad_enabled():
+            if not self._reached:  # outputs of another model, such as a teacher's
+                self._trace.unverified = set()
+                return
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(self._factors.note)
         if not recorder.paused and torch.is_grad_enabled() and (recorder.armed or self._trace.unverified):
             self._call = private_copy((args, kwargs))
 
@@ -199,6 +247,8 @@ class CriterionCheck:
             for i in some_samples(samples):
                 try:
                     alone = self._gradients(one_sample(call, i, samples, axis))
+                except SelfCheckError:
+                    raise
                 except Exception as error:
                     raise not_alone(self._what, [i], error) from error
                 for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
@@ -224,6 +274,11 @@ class CriterionCheck:
 
         args, kwargs = tree_map(leaf, call)
         loss = self._criterion(*args, **kwargs)
+        if not isinstance(loss, Tensor):
+            raise SelfCheckError(
+                f"{self._what} returned a {type(loss).__name__}, not a tensor, so it could not be checked; nothing was released. "
+                "Remedy: let it return the loss alone, or leave criterion out (the report then says that the loss was not checked)."
+            )
         self._is_scalar = loss.dim() == 0
         found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]

@@ -16,15 +16,17 @@ class Parts:
     def __init__(self, whole: Tensor, samples: int, reduction: str) -> None:
         """``whole`` is the loss over all ``samples``."""
         self._whole, self._samples, self._reduction = whole, samples, reduction
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._found: dict[frozenset[int], Tensor] = {}
 
     def off(self, loss: Tensor, rows: Tensor) -> float:
-        """Take the loss over samples; how far the sum of two halves is off, once both are there."""
-        self._found[tuple(sorted(rows.tolist()))] = loss.detach()
-        if len(self._found) != 2 or sum(map(len, self._found)) != self._samples:
+        """Take the loss over samples; how far its sum with that over all others is off, once both are there."""
+        mine = frozenset(rows.tolist())
+        others = frozenset(range(self._samples)) - mine
+        self._found[mine] = loss.detach()
+        if others not in self._found:
             return 0.0
-        shares = [len(half) / self._samples if self._reduction == "mean" else 1.0 for half in self._found]
-        terms = [share * part.double().sum() for share, part in zip(shares, self._found.values(), strict=True)]
+        shares = [len(part) / self._samples if self._reduction == "mean" else 1.0 for part in (mine, others)]
+        terms = [share * self._found[part].double().sum() for share, part in zip(shares, (mine, others), strict=True)]
         whole = self._whole.double().sum()
         scale = torch.stack([whole.abs(), *(term.abs() for term in terms)]).max().clamp(min=1e-12)
         return float(((terms[0] + terms[1] - whole) / scale).nan_to_num().abs())

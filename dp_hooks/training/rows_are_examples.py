@@ -1,6 +1,7 @@
 """The one assumption under all clipping: row i of what the model sees is example i of the batch that was handed out."""
 
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ AHEAD = (
     "max_physical_batch_size in the scope."
 )
 
+_REMEMBERED = 64  # how many earlier parts are told from the present one
+
 
 class Rows:
     """Knows which part of which batch the loader handed out last, and refuses rows that are not its examples.
@@ -40,6 +43,9 @@ class Rows:
         self._kept: int | None = None
         # Tensors of the parts handed out since one was used; the last are those of `part`.
         self._unused: list[list[Tensor]] = []
+        self._earlier: deque[list[weakref.ref[Tensor]]] = deque(maxlen=_REMEMBERED)  # tensors of the parts before
+        self._present: list[weakref.ref[Tensor]] = []  # those of `part`
+        self._called: list[weakref.ref[Tensor]] = []  # inputs of the first call on this part
         self._seen = False  # whether a backward pass came
         # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
         self._first: tuple[BackwardPasses, list[weakref.ref[Tensor]]] | None = None
@@ -47,8 +53,12 @@ class Rows:
     def hand_out(self, part: PhysicalBatch, batch: Any) -> None:
         """``part`` is handed out as ``batch``."""
         self.part, self._kept = part, None
+        self._called = []
+        self._earlier.append(self._present)
+        tensors = outputs_of(batch)
+        self._present = [weakref.ref(t) for t in tensors]
         if part.size:
-            self._unused.append(outputs_of(batch))
+            self._unused.append(tensors)
 
     def used(self) -> None:
         """The part was used, or is skipped on purpose: the next one may be handed out."""
@@ -100,8 +110,11 @@ class Rows:
         self._check_lists(*arguments)
         if self.part is None:
             self._check_foreign(inputs, passes)
-        elif len(self._unused) > 1:
-            self._check_whose(inputs)
+        else:
+            if len(self._unused) > 1:
+                self._check_whose(inputs)
+            self._check_not_stale(inputs)
+            self._check_order(inputs)
         self.used()
 
     def _check_lists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,6 +139,30 @@ class Rows:
             "a batch of the private loader was not used before the next one was read, and the model is called on tensors of "
             f"which cannot be told to which batch they belong. {AHEAD} To leave out a batch on purpose, call opt.skip_batch()."
         )
+
+    def _check_not_stale(self, inputs: list[Tensor]) -> None:
+        if not _any_same_memory(inputs, self._present) and any(_any_same_memory(inputs, part) for part in self._earlier):
+            raise ScopeError(
+                "the model was called on a batch that was handed out before the last one. What a batch costs is charged once, for "
+                "the step it was handed out for, so a further step on it would not be paid for. Remedy: take each step on the "
+                "batch that the loader has just handed out."
+            )
+
+    def _check_order(self, inputs: list[Tensor]) -> None:
+        """All calls of a step have the examples in the same order, since gradients are added up row by row."""
+        if not self._called:
+            self._called = [weakref.ref(t) for t in inputs]
+            return
+        for first in (t for t in (known() for known in self._called) if t is not None):
+            for t in inputs:
+                if t.shape == first.shape and t.dim() and t.device == first.device and not _same_memory(t, first):
+                    before, now = (rows.detach().reshape(len(rows), -1).double().sum(1) for rows in (first, t))
+                    if not torch.equal(before, now) and torch.equal(before.sort().values, now.sort().values):
+                        raise ScopeError(
+                            "the model was called twice in a step, the second time on the same rows in another order: gradients "
+                            "of row i are added up and clipped as those of one example. Remedy: keep the order of the batch in "
+                            "every call of a step."
+                        )
 
     def _check_foreign(self, inputs: list[Tensor], passes: BackwardPasses) -> None:
         if self._first is None or self._first[0] is not passes:
@@ -176,6 +213,11 @@ class Rows:
             f"the model was called on {samples} rows, but {had} {expected} examples. Every example needs one row of its own, "
             f"since rows are what is clipped; nothing was released. Likely causes: {causes}."
         )
+
+
+def _any_same_memory(inputs: list[Tensor], known: list[weakref.ref[Tensor]]) -> bool:
+    tensors = [t for t in (ref() for ref in known) if t is not None]
+    return any(_same_memory(t, own) for t in inputs for own in tensors)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

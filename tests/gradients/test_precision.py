@@ -20,7 +20,7 @@ NEW = hasattr(torch._C, "_get_fp32_precision_getter")
 def settings():
     """Every setting as it reads now."""
     found = []
-    for read, _, _ in _SETTINGS:
+    for read, *_ in _SETTINGS:
         try:
             found.append(read())
         except RuntimeError:
@@ -31,13 +31,13 @@ def settings():
 @contextmanager
 def settings_kept():
     """Whatever the block sets is as before afterwards."""
-    kept = [read() for read, _, _ in _SETTINGS]
+    kept = [read() for read, *_ in _SETTINGS]
     try:
         yield
     finally:
         if NEW:
             torch.backends.fp32_precision = "none"
-        for (_, write, _), before in zip(_SETTINGS, kept, strict=True):
+        for (_, write, *_), before in zip(_SETTINGS, kept, strict=True):
             write(before)
 
 
@@ -88,8 +88,22 @@ def test_settings_are_back_after_the_block(case):
             inside = settings()
             raise KeyError
         assert settings() == before
-    full = [full for _, _, full in _SETTINGS]
+    full = [full for _, _, full, _ in _SETTINGS]
     assert all(value in some or value == "contradicted" for value, some in zip(inside, full, strict=True))
+
+
+@pytest.mark.skipif(not NEW, reason="PyTorch before 2.9 has one setting for all kinds of products")
+def test_a_setting_follows_the_general_one_afterwards():
+    """What was not set by itself is not set afterwards either: a later general setting holds for it."""
+    with settings_kept():
+        torch.backends.fp32_precision = "tf32"
+        for _, write, _, general in _SETTINGS:
+            if general is not None:
+                write("none")
+        with full_precision():
+            pass
+        torch.backends.fp32_precision = "ieee"
+        assert set(settings()[2:]) == {"ieee"}
 
 
 def apart(model, x):

@@ -1,6 +1,7 @@
 """Rows are examples: calls on other rows than those of the batch, and batches that are not used in the order they come."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,20 @@ from torch.utils.data import DataLoader, default_collate
 
 from dp_hooks.errors import InvalidArgumentError, ScopeError
 
-from ..models import BOUND, Net, assert_same, build, clipped_sum, each_mode, examples, in_order, moved, values
+from ..models import (
+    BOUND,
+    Net,
+    assert_same,
+    build,
+    clipped_sum,
+    each_mode,
+    examples,
+    in_order,
+    moved,
+    sample_gradients,
+    scope_over,
+    values,
+)
 from .helpers import POISSON, Run, backward, step
 
 KEPT = torch.tensor([True, False, True, True, False, True])
@@ -316,3 +330,47 @@ def test_rows_joined_by_the_collate_function_are_refused_without_its_check() -> 
         with pytest.raises(ScopeError, match="packed or joined"):
             backward(model, *next(iter(private)))
         assert_same(moved(run.start, model), [torch.zeros_like(p) for p in run.start])
+
+
+@pytest.mark.parametrize("poisson", [False, True])
+def test_a_batch_that_was_handed_out_before_is_refused(poisson: bool) -> None:
+    """A step on it was not paid for, whether the loader samples or not; the step on the batch itself was."""
+    model, first = build("mlp"), []
+    with scope_over(model, loader=in_order(6, 6 if poisson else 2), poisson_sampling=poisson) as (opt, loader):
+        for k, batch in enumerate(batch for _ in range(2) for batch in loader):
+            first = first or batch
+            with pytest.raises(ScopeError, match="handed out before the last one") if k else nullcontext():
+                step(model, opt, *first)
+            if k:
+                opt.skip_batch()
+
+
+@pytest.mark.parametrize("other", [lambda x: x.flip(0), lambda x: x[torch.tensor([1, 0, 2, 3, 4, 5])], lambda x: x.roll(2, 0)])
+@each_mode
+def test_rows_in_another_order_in_a_second_call_are_refused(other: Callable[[Tensor], Tensor], mode: str) -> None:
+    """Rows are added up by their number, so that the second call has to have them where the first one has."""
+    model = build("mlp")
+    start = values(model)
+    with scope_over(model, loader=in_order(), grad_sample_mode=mode, **POISSON) as (opt, loader):
+        for x, y in loader:
+            with pytest.raises(ScopeError, match="another order"):
+                (F.cross_entropy(model(x), y) + F.cross_entropy(model(other(x)), other(y))).backward()
+            opt.skip_batch()
+    assert_same(values(model), start)
+
+
+@pytest.mark.parametrize("other", [lambda x: x, lambda x: x.clone(), lambda x: x + 1, lambda x: -x])
+@each_mode
+def test_copies_in_a_second_call_are_right_in_the_same_order(other: Callable[[Tensor], Tensor], mode: str) -> None:
+    """Both gradients of an example are added up before they are clipped."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y) + F.cross_entropy(model(other(x)), y)
+
+    model = build("mlp")
+    expected, start = clipped_sum(sample_gradients(model, *examples(), loss), BOUND), values(model)
+    with scope_over(model, loader=in_order(), grad_sample_mode=mode, **POISSON) as (opt, loader):
+        for x, y in loader:
+            loss(model, x, y).backward()
+            opt.step()
+    assert_same([6 * change for change in moved(start, model)], expected)
