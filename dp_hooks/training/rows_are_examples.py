@@ -153,9 +153,10 @@ class Rows:
         if not self._called:
             self._called = [weakref.ref(t) for t in inputs]
             return
-        for first in (t for t in (known() for known in self._called) if t is not None):
-            for t in inputs:
-                if t.shape == first.shape and t.dim() and t.device == first.device and not _same_memory(t, first):
+        counted = [t for t in inputs if t.layout == torch.strided and t.dim() and len(t) == self.expected]
+        for first in _alive(self._called):
+            for t in counted:
+                if t.shape == first.shape and t.device == first.device and not _same_memory(t, first):
                     before, now = (rows.detach().reshape(len(rows), -1).double().sum(1) for rows in (first, t))
                     if not torch.equal(before, now) and torch.equal(before.sort().values, now.sort().values):
                         raise ScopeError(
@@ -168,7 +169,7 @@ class Rows:
         if self._first is None or self._first[0] is not passes:
             self._first = (passes, [weakref.ref(t) for t in inputs])
             return
-        before = [t for t in (known() for known in self._first[1]) if t is not None]
+        before = _alive(self._first[1])
         same = any(_same_memory(t, own) for t in inputs for own in before)
         parts = any(_disjoint(t, own) for t in inputs for own in before)
         if parts or (passes.samples is not None and not same):
@@ -215,9 +216,12 @@ class Rows:
         )
 
 
+def _alive(known: list[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [t for t in (ref() for ref in known) if t is not None]
+
+
 def _any_same_memory(inputs: list[Tensor], known: list[weakref.ref[Tensor]]) -> bool:
-    tensors = [t for t in (ref() for ref in known) if t is not None]
-    return any(_same_memory(t, own) for t in inputs for own in tensors)
+    return any(_same_memory(t, own) for t in inputs for own in _alive(known))
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -374,3 +374,15 @@ def test_copies_in_a_second_call_are_right_in_the_same_order(other: Callable[[Te
             loss(model, x, y).backward()
             opt.step()
     assert_same([6 * change for change in moved(start, model)], expected)
+
+
+def test_what_does_not_count_examples_may_be_in_another_order_in_a_second_call() -> None:
+    """Places in a sequence, or times of a batch whose examples are counted by axis 1, may be reversed."""
+    places = torch.arange(4, dtype=torch.float64)
+    model = Net(lambda s, x, order: s.net(x * order), net=build("mlp")).double()
+    start = values(model)
+    with scope_over(model, loader=in_order(), **POISSON) as (opt, loader):
+        for x, y in loader:
+            (F.cross_entropy(model(x, places), y) + F.cross_entropy(model(x, places.flip(0)), y)).backward()
+            opt.step()
+    assert all(bool(change.any()) for change in moved(start, model))
