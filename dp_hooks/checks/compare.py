@@ -193,7 +193,6 @@ def compare_sums(
         controller: for names.
         what: for messages.
         coarse: autocast or half precision is in use.
-        jump: by how much rounding changes the gradients of single samples, see :func:`jump_of`.
 
     Raises:
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
