@@ -312,15 +312,14 @@ class PrivateOptimizer(WrappedOptimizer):
         for p in params:
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        if params and not bool(torch.isfinite(torch.stack([sums[p].sum().to(params[0].device) for p in params])).all()):
-            names = some_of([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p]).all())])
+        std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
+        scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
+        if not self._noise.add_([sums[p] for p in params], std, scale):
+            names = some_of([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p].sum()))])
             raise ScopeError(
                 f"the clipped sum of {names} is not finite, although samples with NaN or infinite gradients are left out: "
                 "nothing was released. Look for NaN or infinite values in the weights."
             )
-        std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
-        scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
-        self._noise.add_([sums[p] for p in params], std, scale)
         noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(foreign=foreign)
         for hook in self._step_hooks:

@@ -146,7 +146,8 @@ def test_a_weight_that_is_not_finite_releases_no_gradients(bad: float, mode: str
         assert int((~torch.isfinite(left)).sum()) == 1
 
 
-def test_a_sum_that_is_not_finite_is_not_released(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_a_sum_that_is_not_finite_is_not_released(sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last guard: whatever went wrong before, NaN in the clipped sum is an error that names the parameter."""
     take = ClippedSum.take
 
@@ -156,7 +157,7 @@ def test_a_sum_that_is_not_finite_is_not_released(monkeypatch: pytest.MonkeyPatc
         return sums, statistic
 
     monkeypatch.setattr(ClippedSum, "take", spoiled)
-    run = Run(**POISSON)
+    run = Run(**POISSON, noise_multiplier=sigma)
     with run as (model, opt, loader):
         with pytest.raises(ScopeError, match=r"clipped sum of 0\.weight is not finite"):
             train(model, opt, loader)

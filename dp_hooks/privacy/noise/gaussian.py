@@ -1,5 +1,6 @@
 """Gaussian noise on the clipped sum."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,36 +85,40 @@ class GaussianNoise:
         fresh += [fresh_generator(device) for _ in range(count - len(fresh))]
         return fresh[:count]
 
-    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> None:
+    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> bool:
         """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
 
         The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
         size is needed on CPU; on other devices one as large as the largest tensor.
+
+        Returns:
+            Whether the results can be released: none of them is NaN or infinite.
         """
         if std == 0:
-            for total in totals:
-                total.mul_(scale)
-            return
+            return _finite([_parts(total.mul_(scale)).sum() for total in totals])
         blocks: list[Tensor] = []
+        sums: list[Tensor] = []
         for total in map(_parts, totals):
             flat = _flat(total) if total.device.type == "cpu" else None
             if flat is None:
                 (generator,) = self._generators(total.device, 1)
-                self._add(total, torch.empty(total.shape, dtype=_wide(total), device=total.device), generator, std, scale)
+                draw = torch.empty(total.shape, dtype=_wide(total), device=total.device)
+                sums.append(self._add(total, draw, generator, std, scale))
             else:
                 blocks.extend(flat.split(_BLOCK))
-        self._add_blocks(blocks, std, scale)
+        return self._add_blocks(blocks, std, scale) and _finite(sums)
 
-    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> None:
+    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> bool:
         if not blocks:
-            return
+            return True
         wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
         generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
         queue: SimpleQueue[Tensor] = SimpleQueue()
         for block in blocks:
             queue.put(block)
 
-        def work(generator: torch.Generator) -> None:
+        def work(generator: torch.Generator) -> bool:
+            finite = True
             buffers: dict[torch.dtype, Tensor] = {}
             with suppress(Empty):
                 while True:
@@ -121,24 +126,33 @@ class GaussianNoise:
                     dtype = _wide(block)
                     if dtype not in buffers:
                         buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
-                    self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
+                    total = self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
+                    finite = finite and math.isfinite(total.item())
+            return finite
 
         if len(generators) == 1:
-            work(generators[0])
-            return
+            return work(generators[0])
         # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
         # for one that shares the core of a busy thread.
         with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
-            for job in [pool.submit(work, generator) for generator in generators]:
-                job.result()
+            return all([job.result() for job in [pool.submit(work, generator) for generator in generators]])
 
     @staticmethod
-    def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> None:
+    def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> Tensor:
         draw.normal_(0.0, std * scale, generator=generator)
         if total.dtype == draw.dtype:
             torch.add(draw, total, alpha=scale, out=total)
         else:
             total.copy_(draw.add_(total, alpha=scale))
+        return total.sum()  # now: it is in the cache still
+
+
+def _finite(sums: list[Tensor]) -> bool:
+    """Return whether what was added up is finite: a NaN or an infinity anywhere is left of a sum."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for total in sums:
+        alike.setdefault((total.device, total.dtype), []).append(total)
+    return all(bool(torch.stack(some).isfinite().all()) for some in alike.values())
 
 
 def _parts(total: Tensor) -> Tensor:

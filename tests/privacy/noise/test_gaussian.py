@@ -234,6 +234,24 @@ def test_every_number_gets_noise_once_however_it_is_shared_out(
         assert _correlation(block[lag:] - scale, block[:-lag] - scale) < 5.5
 
 
+@pytest.mark.parametrize("std", [0.0, 2.0])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_told_wherever_it_is(bad: float, threads: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad number in any tensor, layout, dtype or block is reported; sums without one are not."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def sums() -> list[Tensor]:
+        wide = torch.ones(600_000)
+        return [_flipped(3, 5, 7), wide, torch.ones(0), torch.ones(4, 2, dtype=torch.complex64), torch.ones(9).bfloat16(), wide[::7]]
+
+    assert GaussianNoise().add_([total.clone() for total in sums()], std)
+    for which, at in [(0, (2, 1, 3)), (1, (0,)), (1, (599_999,)), (3, (1, 1)), (4, (8,)), (5, (700,))]:
+        totals = sums()
+        totals[which][at] = bad
+        assert not GaussianNoise().add_(totals, std)
+
+
 @pytest.mark.parametrize("devices", [{"cuda"}, {"cpu", "cuda"}, {"meta"}])
 def test_generator_on_another_device_is_refused(devices: set[str]) -> None:
     """A generator that cannot serve every parameter's device is refused by name; no such device is needed to see it."""

@@ -130,3 +130,15 @@ def test_loader_draws_what_the_sampler_draws() -> None:
     assert deviation(sum(sizes), 50 * 300, 0.1) < 4.5
     assert deviation(sum(sizes), 50 * 300, 0.05) > 4.5
     assert deviation(sum(sizes), 50 * 300, 0.2) > 4.5
+
+
+def test_tiny_rates_are_met_to_their_last_digit() -> None:
+    """At a rate below what float32 uniforms can tell apart, float32 draws would take 16 times too many examples."""
+    examples, draws, rate = 1 << 22, 32, 2.0**-28
+
+    def fits(count: int) -> bool:
+        return abs(count - rate * examples * draws) < 3.5  # half an example is expected
+
+    assert fits(sum(map(len, PoissonSampler(examples, rate, draws, drawn(1)))))
+    generator = drawn(1)
+    assert not fits(sum(int((torch.rand(examples, generator=generator) < rate).sum()) for _ in range(draws)))
