@@ -18,6 +18,7 @@ from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..errors import SelfCheckError
 from .compare import tolerance
+from .lent import Lent
 from .single_samples import not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
@@ -99,6 +100,8 @@ class CriterionCheck:
         self._recorder = recorder
         self._trace = OpTrace()
         self._call: tuple[Any, Any] | None = None
+        self._lent: Lent | None = None  # what the present call got instead of its arguments
+        self._given: Any = None  # its arguments, in containers of their own: it may write into those it got
         self._is_scalar = True
         self._outputs: dict[Output, _Seen] = {}  # of the model as a whole, in the present step
         self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
@@ -135,7 +138,11 @@ class CriterionCheck:
         self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
         if not whole and self._reached and self._outputs:
             self._worse(torch.ones((), dtype=torch.float64))
-        return tree_map(lambda t: self._apart(t, sources.get(id(t))), (args, kwargs)) if whole else (args, kwargs)
+        if not whole:
+            return args, kwargs
+        self._lent = Lent((args, kwargs), lambda t: self._apart(t, sources.get(id(t))))
+        lent: tuple[Any, Any] = self._lent.copy
+        return lent
 
     def _comes_from_model(self, value: Tensor) -> bool:
         ends, seen, stack = {seen.node for seen in self._outputs.values()}, set(), [value.grad_fn]
@@ -160,7 +167,7 @@ class CriterionCheck:
             node, number = node.next_functions[0]
         return None
 
-    def _apart(self, value: Any, source: tuple[Output, torch.Size] | None) -> Any:
+    def _apart(self, value: Tensor, source: tuple[Output, torch.Size] | None) -> Tensor:
         if source is None:
             return value
         alone = value.view_as(value)
@@ -203,6 +210,7 @@ class CriterionCheck:
         session = self._controller.session
         if not torch.is_grad_enabled() or self._recorder.state is not None or session.in_backward():
             return None
+        self._given = tree_map(lambda leaf: leaf, (args, kwargs))
         watched = (args, kwargs) if self._recorder.paused else self._watched(args, kwargs)
         self._trace.start("", rows_of_inputs(tensors_of(args), session.axis))
         return watched
@@ -210,16 +218,21 @@ class CriterionCheck:
     @untraced
     def _observe(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._trace.stop()
+        if self._lent is not None:
+            self._lent.write_back()
+            self._lent = None
         recorder = self._recorder
         in_loop = not recorder.paused and recorder.state is None and not self._controller.session.in_backward()
         if in_loop and torch.is_grad_enabled():
             if not self._reached:  # outputs of another model, such as a teacher's
                 self._trace.unverified = set()
+                self._given = None
                 return
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(self._factors.note)
         if not recorder.paused and torch.is_grad_enabled() and (recorder.armed or self._trace.unverified):
-            self._call = private_copy((args, kwargs))
+            self._call = private_copy(self._given)
+        self._given = None
 
     def takes_new_way(self, samples: int) -> bool:
         """Whether the criterion went through operations that no check on so many samples did."""
@@ -270,7 +283,7 @@ class CriterionCheck:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             leaves.append(value.detach().requires_grad_())
-            return leaves[-1]
+            return leaves[-1].clone()  # which may be changed in place
 
         args, kwargs = tree_map(leaf, call)
         loss = self._criterion(*args, **kwargs)

@@ -447,6 +447,35 @@ def test_a_criterion_that_returns_no_tensor_is_refused_by_name():
         steps(build("mlp"), Two(), lambda m, c, x, y, k: c(m(x), y)[0])
 
 
+class Writing(nn.CrossEntropyLoss):
+    """Leaves something in what it is given, takes something out, and changes the logits in place."""
+
+    def forward(self, given, y):
+        given["parts"].append(given["logits"].detach())
+        given["parts"][0] = given["logits"]
+        given["more"]["loss"] = super().forward(given["logits"].mul_(2.0), y)
+        return given["more"]["loss"] + 0 * given.pop("unused").sum()
+
+
+def test_what_a_criterion_writes_into_its_arguments_is_there_afterwards():
+    """The dictionaries and lists of the caller are changed as without the scope, and hold the caller's own tensors."""
+
+    def loss(model, criterion, x, y, k):
+        out = model(x)
+        before, number = out.detach().clone(), out.new_zeros(1)
+        given = {"logits": out, "parts": [number], "more": {"number": number}, "unused": number}
+        found = criterion(given, y)
+        assert list(given) == ["logits", "parts", "more"]
+        assert given["logits"] is given["parts"][0] is out
+        assert len(given["parts"]) == 2
+        assert given["more"]["number"] is number
+        assert given["more"]["loss"].shape == ()
+        assert torch.equal(out, 2 * before)
+        return found
+
+    assert steps(build("mlp"), Writing(), loss, count=2).report().steps == 2
+
+
 def test_a_criterion_whose_gradient_is_one_number_for_all_outputs_is_watched():
     """Such gradients have no memory of their own for each output."""
 

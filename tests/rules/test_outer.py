@@ -150,6 +150,17 @@ def test_norms_equal_those_of_gradients_written_out(name, way, dtype, take):
     assert_bounds(ghost_norms.sq_norms(some), squares(uses)[[3, 1]], dtype)
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_rounded_norms_of_gram_sums_are_not_below_the_truth(tokens, take):
+    """The bound of rounding is part of the norm: no sample of many in float32 falls below the norm in float64, by any digit."""
+    take("gram")
+    uses = [cast(dense(tokens, n=2000), torch.float32)]
+    norms, truth = ghost_norms.sq_norms(uses).double(), squares(uses)
+    assert (norms >= truth).all()
+    assert (norms <= truth * (1 + 1.5e-3)).all()
+    assert (ghost_norms.instantiated_norms(uses).double() < truth).any()  # as rounded numbers are
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", USES)
 def test_gradients_and_weighted_sums_equal_those_written_out(name, dtype):

@@ -135,7 +135,8 @@ class GaussianNoise:
         # All of the work is left to the new threads: the scheduler moves them to idle cores, which it does not do at once
         # for one that shares the core of a busy thread.
         with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
-            return all([job.result() for job in [pool.submit(work, generator) for generator in generators]])
+            jobs = [pool.submit(work, generator) for generator in generators]
+            return all(job.result() for job in jobs)
 
     @staticmethod
     def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> Tensor:

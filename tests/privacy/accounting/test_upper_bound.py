@@ -8,7 +8,7 @@ from opacus.accountants import PRVAccountant
 
 from dp_hooks.errors import InvalidArgumentError
 from dp_hooks.privacy.accounting.opacus import epsilon_of, spent_by
-from dp_hooks.privacy.accounting.upper_bound import epsilon_bound, gathered, gaussian_epsilon
+from dp_hooks.privacy.accounting.upper_bound import _ORDERS, _renyi_epsilon, epsilon_bound, gathered, gaussian_epsilon
 
 from ...training.helpers import backward, train
 from .helpers import DELTA, ELSEWHERE, Charged, accountant_with
@@ -40,6 +40,15 @@ def test_the_bound_is_not_below_the_truth_and_close_to_renyi_accounting(charge: 
     prv.history = [charge]
     error, bound = 0.01, epsilon_bound([charge], DELTA)
     assert prv.get_epsilon(DELTA, eps_error=error) - 2 * error <= bound <= 1.5 * rdp([charge])
+
+
+@pytest.mark.parametrize("charge", GRID, ids=str)
+def test_renyi_orders_give_what_renyi_accounting_gives_of_them(charge: tuple[float, float, int]) -> None:
+    """The bound by integer orders is Opacus's of the same orders, to the last digits: neither of another delta nor of sigma."""
+    accountant = accountant_with([charge], "rdp")
+    expected = accountant.get_epsilon(DELTA, alphas=[float(a) for a in _ORDERS])
+    assert _renyi_epsilon([charge], DELTA) == pytest.approx(expected, rel=1e-9)
+    assert epsilon_bound([charge], DELTA) == pytest.approx(expected, rel=1e-9)  # the others are larger here
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 5.0, 50.0])

@@ -243,7 +243,14 @@ def test_what_is_not_finite_is_told_wherever_it_is(bad: float, threads: int, std
 
     def sums() -> list[Tensor]:
         wide = torch.ones(600_000)
-        return [_flipped(3, 5, 7), wide, torch.ones(0), torch.ones(4, 2, dtype=torch.complex64), torch.ones(9).bfloat16(), wide[::7]]
+        return [
+            _flipped(3, 5, 7),
+            wide,
+            torch.ones(0),
+            torch.ones(4, 2, dtype=torch.complex64),
+            torch.ones(9).bfloat16(),
+            wide[::7],
+        ]
 
     assert GaussianNoise().add_([total.clone() for total in sums()], std)
     for which, at in [(0, (2, 1, 3)), (1, (0,)), (1, (599_999,)), (3, (1, 1)), (4, (8,)), (5, (700,))]:

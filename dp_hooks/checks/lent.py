@@ -1,0 +1,68 @@
+"""Lent: arguments in which some tensors stand for others, handed to a function that may write into their containers."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .._tree import tree_map
+
+
+class Lent:
+    """A copy of nested arguments with other tensors in it; what is written into its containers reaches the caller's, too.
+
+    Attributes:
+        copy: what to hand over.
+    """
+
+    def __init__(self, arguments: Any, stand_in: Callable[[Tensor], Tensor]) -> None:
+        """Copy ``arguments`` with ``stand_in(t)`` for every tensor ``t``."""
+        self._own: dict[int, Any] = {}  # what the caller has for a tensor or container of the copy
+        self._held: list[Any] = []  # or the numbers could be those of other objects later
+
+        def exchanged(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            other = stand_in(leaf)
+            self._own[id(other)] = leaf
+            self._held.append(other)
+            return other
+
+        self.copy = tree_map(exchanged, arguments)
+        self._containers = [(own, lent, _contents(lent)) for own, lent in _pairs(arguments, self.copy)]
+        self._own |= {id(lent): own for own, lent, _ in self._containers}
+
+    def write_back(self) -> None:
+        """Do to the caller's containers what was done to the copies: items set, deleted, or put in another order."""
+        for own, lent, before in self._containers:
+            now = _contents(lent)
+            if now.keys() == before.keys() and all(value is before[key] for key, value in now.items()):
+                continue
+            if isinstance(own, list):
+                own[:] = [self._own.get(id(value), value) for value in lent]
+                continue
+            for key in before.keys() - now.keys():
+                own.pop(key, None)
+            for key, value in now.items():
+                if key not in before or value is not before[key]:
+                    own[key] = self._own.get(id(value), value)
+
+
+def _contents(container: Any) -> dict[Any, Any]:
+    return dict(enumerate(container)) if isinstance(container, list) else dict(container)
+
+
+def _pairs(tree: Any, copied: Any) -> Iterator[tuple[Any, Any]]:
+    """The lists and mappings in ``tree`` that can be written into, each with its copy."""
+    parts: list[tuple[Any, Any]] = []
+    if isinstance(tree, (tuple, list)) and isinstance(copied, (tuple, list)):
+        parts = list(zip(tree, copied, strict=True))
+    elif isinstance(tree, Mapping):
+        parts = [(value, copied[key]) for key, value in tree.items()]
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts = [(getattr(tree, field.name), getattr(copied, field.name)) for field in dataclasses.fields(tree)]
+    if isinstance(tree, list) or (isinstance(tree, Mapping) and hasattr(tree, "__setitem__")):
+        yield tree, copied
+    for one, other in parts:
+        yield from _pairs(one, other)
