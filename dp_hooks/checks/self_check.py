@@ -12,7 +12,7 @@ from .._precision import full_precision
 from .._tree import tensors_of
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.recorded_call import RecordedCall
-from ..capture.calls.trace import OpTrace
+from ..capture.calls.trace import OpTrace, Transition
 from ..capture.controller import HookController
 from ..errors import SelfCheckError
 from ..gradients.grad_sample import GradSamples
@@ -176,7 +176,7 @@ class SelfCheck:
         outputs, compared = [], False
         for call in calls:
             self._comparison.coarse = call.context.autocast is not None
-            began, rows = recorder.began(call), self._spot.rows(samples)
+            began, rows = recorder.began(call), self._chosen(call.transitions, samples)
             what = call.name or "the model"
             again = RepeatedCall(call, controller, samples) if rows is None else on_some(call, controller, samples, rows)
             count = samples if rows is None else len(rows)
@@ -193,6 +193,10 @@ class SelfCheck:
         self._check_padding(calls, samples)
         self.model_verified |= samples > 1 and any(not call.name for call in calls)
         self._passed(samples, calls, outputs)
+
+    def _chosen(self, transitions: set[Transition], samples: int) -> Tensor | None:
+        """The samples to check; None: all, as where the way is new: fewer samples might not go it."""
+        return None if self._trace.unchecked(transitions, samples) else self._spot.rows(samples)
 
     def _has_rows(self, call: RecordedCall, samples: int) -> bool:
         axis = self._controller.axis
@@ -221,7 +225,7 @@ class SelfCheck:
             return  # another call than then: it is compared alone, by check_calls
         self._comparison.coarse = any(call.context.autocast is not None for call in recorder.calls)
         coarse = self._comparison.coarse
-        chosen, drawn = self._spot.rows(samples), self._trace.draws
+        chosen, drawn = self._chosen(taken, samples), self._trace.draws
 
         def on(among: Tensor) -> RepeatedFunction:
             return RepeatedFunction(

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -239,8 +240,8 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def _check_params(self) -> None:
         managed = {id(p) for p in self.params}
-        params = [p for group in self.param_groups for p in group["params"]]
-        unmanaged = [p for p in params if p.requires_grad and id(p) not in managed]
+        params = [*(p for group in self.param_groups for p in group["params"]), *self._controller.model.parameters()]
+        unmanaged = list({id(p): p for p in params if p.requires_grad and id(p) not in managed}.values())
         for p in unmanaged:
             p.grad = None  # it is of private samples, and without noise
         if unmanaged:
@@ -280,6 +281,14 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         elif not self._batch_done and self._controller.has_gradients:
             self._add_batch()
+        if self._rows.was_left and not self._batch_done:
+            warnings.warn(
+                "the batch before this one went through the model with gradients, but no step was taken for it. Whether a batch is "
+                "left out must not depend on what is in it (a loss that is large or not finite): that would tell something of its "
+                "examples without noise. Samples that are not finite are left out by themselves. To leave out a batch, whatever is "
+                "in it, call opt.skip_batch().",
+                stacklevel=3,
+            )
         self._rows.hand_out(part, batch)
         self._batch_done = False
         self._controller.next_batch()
@@ -366,8 +375,10 @@ class PrivateOptimizer(WrappedOptimizer):
     def _forbid_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._stepping or self._paused:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if optimizer is self.original_optimizer or any(id(p) in held for p in self.params):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if optimizer is self.original_optimizer or any(
+            id(p) in held for p in chain(self.params, self._controller.model.parameters())
+        ):
             which = (
                 "the original optimizer"
                 if optimizer is self.original_optimizer

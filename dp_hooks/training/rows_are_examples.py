@@ -47,6 +47,7 @@ class Rows:
         self._present: list[weakref.ref[Tensor]] = []  # those of `part`
         self._called: list[weakref.ref[Tensor]] = []  # inputs of the first call on this part
         self._seen = False  # whether a backward pass came
+        self._ran = False  # whether the model was called on it, with gradients, and nothing was done with it since
         # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
         self._first: tuple[BackwardPasses, list[weakref.ref[Tensor]]] | None = None
 
@@ -62,12 +63,18 @@ class Rows:
 
     def used(self) -> None:
         """The part was used, or is skipped on purpose: the next one may be handed out."""
+        self._ran = False
         self._unused.clear()
 
     def stepped(self) -> None:
         """The step of the part was taken: what was declared about its rows is over."""
         self._kept = None
         self.used()
+
+    @property
+    def was_left(self) -> bool:
+        """Whether the part was run through the model, and neither stepped nor skipped on purpose."""
+        return self._ran
 
     @property
     def expected(self) -> int | None:
@@ -107,6 +114,11 @@ class Rows:
         if checking():  # of another model, which calls this one
             return
         inputs = tensors_of(arguments)
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in inputs):
+            raise ScopeError(
+                "the model was called inside a transform of torch.func (vmap, jvp, grad): gradients of single samples cannot "
+                "be told apart there. Remedy: call it on the batch, and let loss.backward() differentiate it."
+            )
         self._check_lists(*arguments)
         if self.part is None:
             self._check_foreign(inputs, passes)
@@ -116,6 +128,7 @@ class Rows:
             self._check_not_stale(inputs)
             self._check_order(inputs)
         self.used()
+        self._ran = self.part is not None
 
     def _check_lists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         n = self.expected

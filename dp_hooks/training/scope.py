@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from .._validate import bad, boolean, fraction, one_of, positive_int, probability
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
+from ..checks.mean_losses import check_criterion
 from ..checks.padding import PaddingCheck
 from ..checks.self_check import SelfCheck
 from ..checks.spot_check import SpotCheck
@@ -181,6 +182,8 @@ class PrivateTraining:
         self._padding: PaddingCheck | None = None
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise bad("criterion", criterion, "pass the loss module of the loop; for a function, train with @dp_step.")
+        if criterion is not None:
+            check_criterion(criterion, model)
         self._criterion = criterion
         self.criterion_is_optional = False
         if ledger is not None:

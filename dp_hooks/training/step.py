@@ -16,7 +16,7 @@ from .._tree import private_copy, rows_of, tensors_of, tree_map
 from .._validate import bad, boolean, one_of
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
-from ..errors import InvalidArgumentError, ScopeError
+from ..errors import InvalidArgumentError, ScopeError, SelfCheckError
 from .scope import open_scopes
 
 P = ParamSpec("P")
@@ -89,6 +89,7 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             raise ScopeError(
                 f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
                 "inside `with private_training(model, ...) as (opt, loader):`, with that same model as first argument."
+                + ("" if isinstance(model, nn.Module) else f" {_NO_MODEL.format(type(model).__name__)}")
             )
         optimizer, controller = scope.optimizer, scope.controller
         assert controller is not None  # the scope is open
@@ -137,7 +138,8 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                     f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
                 )
             if check is not None and check.needed_for_function(samples):
-                _self_check(check, controller, run, spare, how_reduced(loss))
+                with _explained(fn, samples, controller.axis, (args, kwargs)):
+                    _self_check(check, controller, run, spare, how_reduced(loss))
             optimizer.step()
         return loss.detach()
 
@@ -151,6 +153,23 @@ def _dropped_on_error(controller: HookController) -> Iterator[None]:
         yield
     except BaseException:
         controller.discard()
+        raise
+
+
+_NO_MODEL = "(It was a {}: dp_step is for functions of a model and a batch. A method can call such a function.)"
+
+
+@contextmanager
+def _explained(fn: Any, samples: int, axis: int, further: Any) -> Iterator[None]:
+    """Say in an error of the self-check what may be its cause: rows of examples in arguments that are not taken apart."""
+    try:
+        yield
+    except SelfCheckError as error:
+        if any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of(further)):
+            raise SelfCheckError(
+                f"{error}\n(A tensor with {samples} rows came to {_name(fn)}() in an argument after the batch. Only the batch is "
+                "taken apart by examples: pass all that belongs to them in it, as one tuple or dictionary.)"
+            ) from error
         raise
 
 

@@ -130,3 +130,29 @@ def test_batches_are_drawn_at_the_rate(rate, least, most, monkeypatch):
 def test_the_default_is_one_in_200():
     """Nobody has to ask for spot checks."""
     assert inspect.signature(private_training).parameters["spot_check_rate"].default == 0.005
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_a_batch_as_large_as_a_table_is_looked_at_whole(decorated):
+    """Where the batch has a new size that something else has, too, the way looks new, and eight samples would not go it."""
+    torch.manual_seed(3)
+    model = Net(
+        lambda s, x: s.b(s.a(x) + s.codes[(s.a(x)[:, None] - s.codes).square().sum(-1).argmin(1)]),
+        a=nn.Linear(4, 4),
+        codes=nn.Parameter(torch.randn(9, 4)),
+        b=nn.Linear(4, 3),
+    ).double()
+    x, y = randn(21, 4), torch.arange(21) % 3
+    run = scope_over(model, loader=loader_of([x, y], batch_size=12), max_grad_norm=1.0, spot_check_rate=1.0)
+
+    def losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    with run as (opt, loader):
+        for batch in loader:
+            if decorated:
+                dp_step(losses)(model, batch)
+            else:
+                losses(model, batch).mean().backward()
+                opt.step()
+    assert run.steps == 2

@@ -68,6 +68,27 @@ def _kind(value: Any, sized: bool) -> Any:
     return _kind(value.item(), sized) if numpy is not None and isinstance(value, numpy.generic) else type(value)
 
 
+_MEANS_OF_TARGETS = ("cross_entropy", "nll_loss")
+
+
+def _uneven(
+    _: Any, target: Any, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean", **others: Any
+) -> Any:
+    """Whether a mean over targets leaves out some of them, or counts some more; and rows of them.
+
+    Then it is over all samples together. With targets that are all alike it cannot be told from a mean of means.
+    """
+    if reduction != "mean" or not isinstance(target, Tensor) or target.is_floating_point() or target.is_meta:
+        return None
+    if not target.dim() or torch._C._functorch.is_functorch_wrapped_tensor(target):
+        return None
+    counted = (target != ignore_index).double()
+    if weight is not None:
+        counted = counted * weight.detach()[target.where(counted > 0, 0)].to(counted)
+    rows = counted.flatten(1).sum(1) if target.dim() > 1 else counted
+    return bool((counted != counted.flatten()[:1]).any()), bool((rows != rows[:1]).any())
+
+
 class _Follow(TorchFunctionMode):
     def __init__(self, trace: "OpTrace") -> None:
         super().__init__()
@@ -215,7 +236,7 @@ class OpTrace:
             shape = first.shape
             where = (len(shape), shape.index(self.rows) if self.rows in shape else self._multiple(shape))
         named = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
-        self._note((name, where, kinds, named))
+        self._note((name, where, kinds, (named, _uneven(*args, **(kwargs or {}))) if name in _MEANS_OF_TARGETS else named))
         for target in (first, kwargs.get("out") if kwargs else None):
             self._constants.pop(id(target), None)  # it may have been written to
 

@@ -1,0 +1,31 @@
+"""Loss modules that cannot be used privately, whatever they are called on."""
+
+from torch import nn
+
+from .._validate import bad
+
+_BY_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)  # their means leave out targets and divide by the weights of classes
+
+
+def check_criterion(criterion: nn.Module, model: nn.Module) -> None:
+    """Refuse a loss module whose means couple samples, or that is trained itself.
+
+    Raises:
+        InvalidArgumentError: a mean over weights of classes, or trainable parameters that are not the model's.
+    """
+    own = {id(p) for p in model.parameters()}
+    foreign = [name for name, p in criterion.named_parameters() if p.requires_grad and id(p) not in own]
+    if foreign:
+        raise bad(
+            "criterion",
+            type(criterion).__name__,
+            f"its own trainable parameters ({', '.join(foreign[:3])}) would get gradients of private samples without clipping "
+            "and noise. Make it a submodule of the model, whose forward computes what it is about, or freeze it.",
+        )
+    if isinstance(criterion, _BY_TARGET) and criterion.reduction == "mean" and criterion.weight is not None:
+        raise bad(
+            "criterion",
+            f"{type(criterion).__name__}(weight=...)",
+            "its mean is divided by the weights of all samples in the batch, so that what one contributes depends on the others. "
+            'Use reduction="none", and take the mean of the losses.',
+        )

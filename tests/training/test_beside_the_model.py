@@ -1,0 +1,216 @@
+"""What takes part in training beside the parameters that the private optimizer manages, and batches that are left out."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dp_hooks import dp_step
+from dp_hooks.errors import InvalidArgumentError, ScopeError, SelfCheckError, UnsupportedModelError
+
+from ..models import loader_of, scope_over
+from .helpers import POISSON, Run, backward, step
+
+# ---------------------------------------------------------------- parameters
+
+
+def unfreeze(model: nn.Module) -> list[nn.Parameter]:
+    model[0].requires_grad_(True)
+    return list(model[0].parameters())
+
+
+def append(model: nn.Module) -> list[nn.Parameter]:
+    model.append(nn.Linear(3, 3).double())
+    return list(model[-1].parameters())
+
+
+def replace(model: nn.Module) -> list[nn.Parameter]:
+    model[2] = nn.Linear(model[2].in_features, 3).double()
+    return list(model[2].parameters())
+
+
+def _over_the_rest(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model[2].parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("how", ["private step, then another", "another at once"])
+@pytest.mark.parametrize("change", [unfreeze, append, replace])
+def test_a_parameter_that_becomes_trainable_later_is_refused(change: Callable[[nn.Module], list[nn.Parameter]], how: str) -> None:
+    """Neither a private step nor another optimizer goes on with parameters that are neither clipped nor noised."""
+    run = Run(prepare=lambda model: model[0].requires_grad_(False), optimizer=_over_the_rest)
+    with run as (model, opt, loader):
+        x, y = next(iter(loader))
+        new = change(model)
+        before = [p.detach().clone() for p in new]
+        other = torch.optim.SGD(new, lr=1.0)
+        backward(model, x, y)
+        if how == "private step, then another":
+            with pytest.raises(UnsupportedModelError, match="became trainable"):
+                opt.step()
+            assert all(p.grad is None for p in new)
+        with pytest.raises(ScopeError, match="another optimizer"):
+            other.step()
+        assert all(torch.equal(p, old) for p, old in zip(new, before, strict=True))
+        assert run.scope.steps == 0
+        model[0].requires_grad_(False)
+
+
+class Head(nn.Module):
+    """A criterion with a layer of its own."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3).double()
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(out), y)
+
+
+def test_a_criterion_with_parameters_of_its_own_is_refused_on_entering() -> None:
+    """Its parameters belong into the model, or have to be frozen."""
+    with pytest.raises(InvalidArgumentError, match=r"criterion='Head'.*head\.weight, head\.bias"):
+        Run(criterion=Head())
+    Run(criterion=Head().requires_grad_(False))
+
+
+# ---------------------------------------------------------------- means over targets
+
+
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_a_mean_weighted_by_classes_is_refused_on_entering(kind: Any) -> None:
+    """Such a mean is divided by the weights of the whole batch; single losses are not."""
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    with pytest.raises(InvalidArgumentError, match="weights of all samples"):
+        Run(criterion=kind(weight=weight))
+    Run(criterion=kind(weight=weight, reduction="none"))
+
+
+TARGETS: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    # the second batch of targets (the first is all ones), options of the loss, whether it is right
+    "all counted": ([[0, 1], [2, 0]], {}, True),
+    "one left out": ([[0, 1], [-100, 2]], {}, False),
+    "one of each left out": ([[-100, 1], [2, -100]], {}, True),
+    "by another number": ([[0, 1], [1, 2]], {"ignore_index": 0}, False),
+    "weights": ([[0, 1], [1, 2]], {"weight": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}, False),
+    "weights, a sum": ([[0, 1], [1, 2]], {"weight": torch.tensor([1.0, 2.0, 3.0]).double(), "reduction": "sum"}, True),
+}
+
+
+WAYS = ("function", "function, flattened", "criterion")  # of a flattened criterion samples cannot be told apart in any batch
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), [(case, way) for case in TARGETS for way in WAYS if not (way == "criterion" and case == "weights")]
+)
+def test_a_mean_over_targets_is_looked_at_anew_when_some_do_not_count(case: str, way: str) -> None:
+    """Targets that all count the same in the first batch say nothing about later ones, in which some are left out."""
+    later, options, right = TARGETS[case]
+    x = torch.randn(4, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.tensor([[1, 1], [1, 1], *later])
+    criterion = nn.CrossEntropyLoss(**options)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        out, target = model(batch[0]), batch[1]
+        return criterion(out.flatten(0, 1), target.flatten()) if "flattened" in way else criterion(out.mT, target)
+
+    model = nn.Sequential(nn.Linear(4, 3).double())
+    scope = scope_over(
+        model,
+        loader=loader_of([x, y], batch_size=2),
+        loss_reduction=options.get("reduction", "mean"),
+        spot_check_rate=0.0,
+        criterion=criterion if way == "criterion" else None,
+    )
+    with scope as (opt, private):
+        batches = iter(private)
+        _take(way, loss, model, opt, next(batches))
+        with nullcontext() if right else pytest.raises(SelfCheckError):
+            _take(way, loss, model, opt, next(batches))
+        assert scope.steps == 1 + right
+
+
+def _take(way: str, loss: Any, model: nn.Module, opt: Any, batch: Any) -> None:
+    if way != "criterion":
+        dp_step(loss)(model, batch)
+    else:
+        opt.zero_grad()
+        loss(model, batch).backward()
+        opt.step()
+
+
+# ---------------------------------------------------------------- batches that are left out
+
+
+LEFT: dict[str, tuple[Callable[[nn.Module, Any, Tensor, Tensor], Any], bool]] = {
+    "stepped": (step, False),
+    "a loss only": (lambda model, opt, x, y: F.cross_entropy(model(x), y), True),
+    "a backward pass, too": (lambda model, opt, x, y: (backward(model, x, y), opt.zero_grad()), True),
+    "without gradients": (lambda model, opt, x, y: torch.no_grad()(model)(x), False),
+    "not looked at": (lambda model, opt, x, y: opt.skip_batch(), False),
+    "left out on purpose": (lambda model, opt, x, y: (model(x), opt.skip_batch()), False),
+    "stepped, and run after": (lambda model, opt, x, y: (step(model, opt, x, y), model(x)), False),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_batch_that_was_run_but_not_stepped_is_warned_of(case: str) -> None:
+    """Leaving batches out by their loss tells something of them; leaving them out on purpose, whatever they are, does not."""
+    act, warned = LEFT[case]
+    with Run() as (model, opt, loader), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batches = iter(loader)
+        act(model, opt, *next(batches))
+        step(model, opt, *next(iter(loader)))
+    assert any("no step was taken" in str(w.message) for w in caught) == warned
+    assert all(w.filename == __file__ for w in caught if "no step was taken" in str(w.message))
+
+
+# ---------------------------------------------------------------- calls that cannot be told apart
+
+
+def test_transforms_of_torch_func_are_refused_by_name() -> None:
+    """Inside vmap and jvp there are no rows to tell."""
+    run = Run(**POISSON)
+    with run as (model, _, loader):
+        x, _ = next(iter(loader))
+        with pytest.raises(ScopeError, match=r"torch\.func"):
+            torch.vmap(lambda row: model(row[None]))(x)
+        with pytest.raises(ScopeError, match=r"torch\.func"):
+            torch.func.jvp(model, (x,), (x,))
+        run.assert_untouched()
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", "lstm", "owner"])
+def test_checkpointing_around_the_model_is_right(name: str) -> None:
+    """The call of the model in a bare loop may be checkpointed: what the self-check runs beside it does not count there."""
+
+    def act(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(checkpoint(model, x, use_reentrant=False), y).backward()
+        opt.step()
+
+    Run(name).trained(by=act).assert_moved()
+
+
+def test_arguments_beside_the_batch_and_methods_are_named() -> None:
+    """What belongs to the examples has to be in the batch; a method is no function of a model."""
+
+    class Trainer:
+        @dp_step
+        def method(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    whole = dp_step(lambda model, x, y: F.cross_entropy(model(x), y, reduction="none"))
+    with Run() as (model, _, loader):
+        x, y = next(iter(loader))
+        with pytest.raises(SelfCheckError, match=r"came to .* in an argument after the batch"):
+            whole(model, x, y)
+        with pytest.raises(ScopeError, match="It was a Trainer"):
+            Trainer().method(model, (x, y))
