@@ -1,5 +1,7 @@
 """What can be known about a model before it is run: modules that mix samples, leak them, or hide the real model."""
 
+from collections.abc import Iterable
+
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.utils.module_utils import trainable_modules
@@ -28,6 +30,12 @@ def check_is_module(model: object) -> nn.Module:
     if isinstance(model, wrappers):
         raise bad("model", type(model).__name__, "the model is wrapped; pass the module inside. dp_hooks needs no wrapper.")
     return model
+
+
+def trainable_beside(module: nn.Module, params: Iterable[nn.Parameter]) -> list[str]:
+    """Return the names of the trainable parameters of ``module`` that are not among ``params``."""
+    known = {id(p) for p in params}
+    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
 
 
 def mixes_samples(module: nn.Module) -> bool:

@@ -281,7 +281,7 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         elif not self._batch_done and self._controller.has_gradients:
             self._add_batch()
-        if self._rows.was_left and not self._batch_done:
+        if self._rows.was_run and not self._batch_done:
             warnings.warn(
                 "the batch before this one went through the model with gradients, but no step was taken for it. Whether a batch is "
                 "left out must not depend on what is in it (a loss that is large or not finite): that would tell something of its "

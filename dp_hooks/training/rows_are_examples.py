@@ -35,6 +35,7 @@ class Rows:
 
     Attributes:
         part: what was handed out last; None before the first.
+        was_run: whether the model was called on it with gradients, and it was neither stepped nor skipped since.
     """
 
     def __init__(self) -> None:
@@ -47,14 +48,14 @@ class Rows:
         self._present: list[weakref.ref[Tensor]] = []  # those of `part`
         self._called: list[weakref.ref[Tensor]] = []  # inputs of the first call on this part
         self._seen = False  # whether a backward pass came
-        self._ran = False  # whether the model was called on it, with gradients, and nothing was done with it since
+        self.was_run = False
         # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
         self._first: tuple[BackwardPasses, list[weakref.ref[Tensor]]] | None = None
 
     def hand_out(self, part: PhysicalBatch, batch: Any) -> None:
         """``part`` is handed out as ``batch``."""
         self.part, self._kept = part, None
-        self._called = []
+        self.was_run, self._called = False, []
         self._earlier.append(self._present)
         tensors = outputs_of(batch)
         self._present = [weakref.ref(t) for t in tensors]
@@ -63,18 +64,13 @@ class Rows:
 
     def used(self) -> None:
         """The part was used, or is skipped on purpose: the next one may be handed out."""
-        self._ran = False
+        self.was_run = False
         self._unused.clear()
 
     def stepped(self) -> None:
         """The step of the part was taken: what was declared about its rows is over."""
         self._kept = None
         self.used()
-
-    @property
-    def was_left(self) -> bool:
-        """Whether the part was run through the model, and neither stepped nor skipped on purpose."""
-        return self._ran
 
     @property
     def expected(self) -> int | None:
@@ -128,7 +124,7 @@ class Rows:
             self._check_not_stale(inputs)
             self._check_order(inputs)
         self.used()
-        self._ran = self.part is not None
+        self.was_run = self.part is not None
 
     def _check_lists(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         n = self.expected

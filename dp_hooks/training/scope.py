@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from .._validate import bad, boolean, fraction, one_of, positive_int, probability
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
-from ..checks.mean_losses import check_criterion
+from ..checks.loss_modules import check_criterion
 from ..checks.padding import PaddingCheck
 from ..checks.self_check import SelfCheck
 from ..checks.spot_check import SpotCheck

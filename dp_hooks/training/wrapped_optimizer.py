@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .._validate import bad
+from ..capture.validate import trainable_beside
 from ..errors import ScopeError, some_of
 
 _HOOKS = tuple(
@@ -100,9 +101,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> list[nn.Parameter]:
             type(optimizer).__name__,
             "none of its parameters is trainable. Set requires_grad_(True) on those to train before entering.",
         )
-    managed = {id(p) for p in params}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in managed]
-    if left:
+    if left := trainable_beside(model, params):
         raise bad(
             "optimizer",
             type(optimizer).__name__,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dp_hooks import dp_step
 from dp_hooks.errors import InvalidArgumentError, ScopeError, SelfCheckError, UnsupportedModelError
 
-from ..models import loader_of, scope_over
+from ..models import examples, loader_of, scope_over
 from .helpers import POISSON, Run, backward, step
 
 # ---------------------------------------------------------------- parameters
@@ -171,6 +171,17 @@ def test_a_batch_that_was_run_but_not_stepped_is_warned_of(case: str) -> None:
         step(model, opt, *next(iter(loader)))
     assert any("no step was taken" in str(w.message) for w in caught) == warned
     assert all(w.filename == __file__ for w in caught if "no step was taken" in str(w.message))
+
+
+def test_each_batch_that_is_left_is_warned_of_once() -> None:
+    """A batch that nothing was done with is not taken for the one before it."""
+    run = Run(loader=loader_of(examples(), batch_size=2))
+    with run as (model, _, loader), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, _ = next(batches := iter(loader))
+        model(x)
+        assert len(list(batches)) == 2
+    assert sum("no step was taken" in str(w.message) for w in caught) == 1
 
 
 # ---------------------------------------------------------------- calls that cannot be told apart

@@ -72,13 +72,13 @@ _MEANS_OF_TARGETS = ("cross_entropy", "nll_loss")
 
 
 def _uneven(
-    _: Any, target: Any, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean", **others: Any
+    _: Any, target: Any, weight: Tensor | None = None, *rest: Any, ignore_index: int = -100, reduction: str = "mean", **others: Any
 ) -> Any:
     """Whether a mean over targets leaves out some of them, or counts some more; and rows of them.
 
     Then it is over all samples together. With targets that are all alike it cannot be told from a mean of means.
     """
-    if reduction != "mean" or not isinstance(target, Tensor) or target.is_floating_point() or target.is_meta:
+    if rest or reduction != "mean" or not isinstance(target, Tensor) or target.is_floating_point() or target.is_meta:
         return None
     if not target.dim() or torch._C._functorch.is_functorch_wrapped_tensor(target):
         return None

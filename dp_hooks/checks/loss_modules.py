@@ -3,6 +3,8 @@
 from torch import nn
 
 from .._validate import bad
+from ..capture.validate import trainable_beside
+from ..errors import some_of
 
 _BY_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)  # their means leave out targets and divide by the weights of classes
 
@@ -13,13 +15,11 @@ def check_criterion(criterion: nn.Module, model: nn.Module) -> None:
     Raises:
         InvalidArgumentError: a mean over weights of classes, or trainable parameters that are not the model's.
     """
-    own = {id(p) for p in model.parameters()}
-    foreign = [name for name, p in criterion.named_parameters() if p.requires_grad and id(p) not in own]
-    if foreign:
+    if foreign := trainable_beside(criterion, model.parameters()):
         raise bad(
             "criterion",
             type(criterion).__name__,
-            f"its own trainable parameters ({', '.join(foreign[:3])}) would get gradients of private samples without clipping "
+            f"its own trainable parameters ({some_of(foreign)}) would get gradients of private samples without clipping "
             "and noise. Make it a submodule of the model, whose forward computes what it is about, or freeze it.",
         )
     if isinstance(criterion, _BY_TARGET) and criterion.reduction == "mean" and criterion.weight is not None:
