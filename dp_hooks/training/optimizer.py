@@ -22,6 +22,7 @@ from ..privacy.noise.standard_deviation import standard_deviation
 from ..privacy.sampling.physical import PhysicalBatch
 from .clipped_sum import ClippedSum
 from .lifetime import Lifetime
+from .outside import OutsideGradients
 from .rows_are_examples import AHEAD, Rows
 from .wrapped_optimizer import WrappedOptimizer
 
@@ -48,6 +49,7 @@ class PrivateOptimizer(WrappedOptimizer):
     Attributes:
         params: the trainable parameters, in the wrapped optimizer's order.
         expected_batch_size: what the noised sum is divided by if ``loss_reduction`` is "mean".
+        outside: gradients of private samples that a :func:`dp_step` function left outside the model.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._noise = noise
         self._meter = meter
         self._self_check = self_check
+        self.outside = OutsideGradients()
         self._rows = Rows()
         self._lifetime = lifetime  # who can step can still use the scope
         self._paused = False
@@ -373,6 +376,15 @@ class PrivateOptimizer(WrappedOptimizer):
             self.original_optimizer.zero_grad(set_to_none=True)
 
     def _forbid_step(self, optimizer: torch.optim.Optimizer) -> None:
+        raw = self.outside.held_by(optimizer)
+        if raw:
+            shapes = some_of([f"{type(p).__name__} {tuple(p.shape)}" for p in raw])
+            raise ScopeError(
+                f"{type(optimizer).__name__} was about to apply gradients of private samples, neither clipped nor noised, to "
+                f"{shapes} outside the model. Make what the loss trains one module, and enter the scope with it; if this optimizer "
+                "only has a loss of its own, clear these gradients first (its zero_grad()), or detach what the private loss takes "
+                "from there."
+            )
         if self._stepping or self._paused:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}

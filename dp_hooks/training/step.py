@@ -138,8 +138,10 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                     f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
                 )
             if check is not None and check.needed_for_function(samples):
+                optimizer.outside.look(loss, model)
                 with _explained(fn, samples, controller.axis, (args, kwargs)):
                     _self_check(check, controller, run, spare, how_reduced(loss))
+            optimizer.outside.note()
             optimizer.step()
         return loss.detach()
 

@@ -225,3 +225,55 @@ def test_arguments_beside_the_batch_and_methods_are_named() -> None:
             whole(model, x, y)
         with pytest.raises(ScopeError, match="It was a Trainer"):
             Trainer().method(model, (x, y))
+
+
+# ---------------------------------------------------------------- trainable tensors outside the model
+
+
+class Outside:
+    """A private model with something trainable behind it or before it, which the loss reaches as well."""
+
+    def __init__(self, where: str) -> None:
+        self.layer, self.prompt = nn.Linear(3, 3).double(), torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        self.trained = [self.prompt] if where == "before" else list(self.layer.parameters())
+        self.where = where
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        out = model(x + self.prompt) if self.where == "before" else self.layer(model(x))
+        return F.cross_entropy(out, y, reduction="none")
+
+
+@pytest.mark.parametrize("at", ["the first step", "a later step", "while paused"])
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_gradients_outside_the_model_cannot_be_applied(where: str, at: str) -> None:
+    """An optimizer over a head or a prompt is stopped before it applies raw gradients of private samples."""
+    outside, run = Outside(where), Run()
+    other = torch.optim.SGD(outside.trained, lr=1.0)
+    before = [p.detach().clone() for p in outside.trained]
+    private = dp_step(outside.loss)
+    with run as (model, _, loader):
+        private(model, next(iter(loader)))
+        if at == "a later step":
+            other.zero_grad()
+            private(model, next(iter(loader)))
+        with run.scope.paused() if at == "while paused" else nullcontext(), pytest.raises(ScopeError, match="neither clipped"):
+            other.step()
+    assert all(torch.equal(p, old) for p, old in zip(outside.trained, before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_an_outer_optimizer_with_a_loss_of_its_own_goes_on(where: str) -> None:
+    """Once what the private loss left is cleared, and outside of the scope, another optimizer steps as ever."""
+    outside, run = Outside(where), Run()
+    other = torch.optim.SGD(outside.trained, lr=1.0)
+    private = dp_step(outside.loss)
+    with run as (model, _, loader):
+        for _ in range(2):
+            private(model, next(iter(loader)))
+            other.zero_grad()
+            sum(p.sum() for p in outside.trained).backward()
+            before = [p.detach().clone() for p in outside.trained]
+            other.step()
+            assert all(torch.equal(p, old - 1) for p, old in zip(outside.trained, before, strict=True))
+    other.step()
