@@ -2,6 +2,7 @@
 
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,6 +76,13 @@ _LEVELS = (0.02, 0.98, 0.5)
 TRIALS = 1 + len(_LEVELS)
 
 
+class _Drawing(threading.local):
+    depth = 0
+
+
+_drawing = _Drawing()  # whether one of these modes draws: others around it, of a check that runs a probe, take no part
+
+
 class NoRandomness(TorchFunctionMode):
     """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
 
@@ -82,7 +90,8 @@ class NoRandomness(TorchFunctionMode):
     alone: a model that shuffles samples mixes them. Random integers are drawn by the run on the whole batch, and a run on
     some samples gets their rows; with ``varied`` so is noise, to tell samples apart. Given the ``draws`` of a
     pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same way again. In a later ``trial``
-    numbers for the whole batch are others: near their least, near their largest, and in the middle.
+    numbers for the whole batch are others: near their least, near their largest, and in the middle. Of numbers with several rows
+    for each sample, those of one are taken to stand together, or, if :attr:`by_turns` is set, one of each sample after the other.
     """
 
     def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False, trial: int = 0) -> None:
@@ -92,7 +101,9 @@ class NoRandomness(TorchFunctionMode):
         self.draws = draws
         self.varied = varied
         self.trial = trial
-        self.noisy = False  # whether noise with a row for each sample was replaced
+        self.by_turns = False
+        self.grouped = False  # whether numbers with several rows for each sample were cut
+        self.noisy = False  # whether noise with rows for each sample was replaced
         self.gates = False  # whether a number for the whole batch was drawn
         self._coins = 0
         self._some: Tensor | None = None
@@ -142,7 +153,27 @@ class NoRandomness(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
-        return self._draw(func, name, args, kwargs or {}) if name in DRAWS else self._without(func, args, kwargs)
+        if name == "gumbel_softmax":  # draws inside
+            return self._gumbel_softmax(*args, **(kwargs or {}))
+        if name not in DRAWS:
+            return self._without(func, args, kwargs)
+        if _drawing.depth:
+            return func(*args, **(kwargs or {}))
+        _drawing.depth += 1
+        try:
+            return self._draw(func, name, args, kwargs or {})
+        finally:
+            _drawing.depth -= 1
+
+    def _gumbel_softmax(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+        """The softmax of logits with noise (Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017)."""
+        noise = self.__torch_function__(Tensor.exponential_, (), (torch.empty_like(logits).detach(),))
+        soft: Tensor = ((logits - noise.log()) / tau).softmax(dim)
+        if not hard:
+            return soft
+        chosen = torch.zeros_like(logits).scatter_(dim, soft.max(dim, keepdim=True)[1], 1.0)
+        hardened: Tensor = chosen - soft.detach() + soft
+        return hardened
 
     def _draw(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         generator = kwargs.get("generator")
@@ -169,10 +200,10 @@ class NoRandomness(TorchFunctionMode):
             elif isinstance(out, Tensor):
                 self.gates = True
         queue = [] if self.draws is None else self.draws.numbers[self._coins :]
-        if queue and isinstance(out, Tensor) and queue[0][0] == name and queue[0][1].shape == out.shape:
+        if queue and isinstance(out, Tensor) and queue[0][0] == name and (mine := self._rows_in(queue[0][1], out)) is not None:
             self._coins += 1
             with torch.no_grad():
-                out.copy_(queue[0][1])
+                out.copy_(mine)
         return out
 
     def _is_gate(self, out: Tensor) -> bool:
@@ -188,20 +219,34 @@ class NoRandomness(TorchFunctionMode):
     def _repeat(self, out: Tensor, *, constant: bool) -> None:
         """Make ``out`` a constant, or the rows of its samples in what the run on the whole batch drew here."""
         if constant:
-            self.noisy = self.noisy or self.samples in out.shape
+            rows = self.samples or 0
+            self.noisy = self.noisy or (self._some is None and rows > 0 and any(size and size % rows == 0 for size in out.shape))
             out.fill_(0.75)
         elif self._some is None:
             self._drawn.append(out.detach().clone())
         elif self._next < len(self._drawn):
             whole = self._drawn[self._next]
             self._next += 1
-            axis = next((d for d, (a, b) in enumerate(zip(whole.shape, out.shape, strict=False)) if a != b), None)
-            if whole.shape == out.shape:
-                out.copy_(whole)
-            elif axis is not None and whole.dim() == out.dim() and whole.shape[axis] == self.samples:
-                mine = whole.index_select(axis, self._some.to(whole.device))
-                if mine.shape == out.shape:
-                    out.copy_(mine)
+            mine = self._rows_in(whole, out)
+            if mine is not None:
+                out.copy_(mine)
+
+    def _rows_in(self, whole: Tensor, out: Tensor) -> Tensor | None:
+        """The rows in ``whole``, drawn for all samples, of those that the present run is on, in the shape of ``out``; or None."""
+        if whole.shape == out.shape:
+            return whole
+        axes = [d for d, (a, b) in enumerate(zip(whole.shape, out.shape, strict=False)) if a != b]
+        if self._some is None or not self.samples or whole.dim() != out.dim() or len(axes) != 1:
+            return None
+        (axis,), some = axes, self._some.to(whole.device)
+        each, rest = divmod(whole.shape[axis], self.samples)
+        if rest or out.shape[axis] != each * len(some):
+            return None
+        if each > 1:
+            self.grouped = True
+            inside = torch.arange(each, device=whole.device)
+            some = inside[:, None] * self.samples + some if self.by_turns else some[:, None] * each + inside
+        return whole.index_select(axis, some.flatten())
 
     @staticmethod
     def _without(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -216,6 +261,11 @@ class NoRandomness(TorchFunctionMode):
             args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
             if "dropout_p" in kwargs:
                 kwargs["dropout_p"] = 0.0
+        elif name in ("rrelu", "rrelu_"):  # with the slope of an evaluation
+            if len(args) > 3:
+                args = (*args[:3], False, *args[4:])
+            else:
+                kwargs["training"] = False
         elif name in RECURRENT:  # of their arguments only dropout is a float
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         return func(*args, **kwargs)

@@ -7,7 +7,7 @@ process: other threads compute more exactly for as long as a block lasts, never 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ if hasattr(torch._C, "_get_fp32_precision_getter"):  # since 2.9, one for each k
         _SETTINGS.append((_read, _write, ("ieee", "none"), _general))  # type: ignore[arg-type]
 
 
+@cache
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype that holds numbers of all ``dtypes``, and at least float32: sums are rounded after the noise."""
+    found = torch.float32
+    for dtype in dtypes:
+        found = torch.promote_types(found, dtype)
+    return found
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Round no factors of products in float32 inside the block.
@@ -32,16 +41,16 @@ def full_precision() -> Iterator[None]:
     Rounded by TF32, products of tokens that cancel are off by more than what is left of them: a norm would tell nothing of the sum
     that is released. And kernels that round differ by 1e-3 of a gradient from one another, which nothing that is compared should.
     """
+    if all(_value(read) in (*full, None) for read, _, full, _ in _SETTINGS):
+        yield
+        return
     changed = []
     # What is as a more general setting says has to follow that one afterwards, too.
     follows = [write for read, write, _, general in _SETTINGS if general is not None and "none" != general() == read()]
     try:
         for read, write, full, _ in _SETTINGS:
-            try:
-                before = read()
-            except RuntimeError:  # an older setting that newer ones have contradicted: these come next
-                continue
-            if before not in full:
+            before = _value(read)
+            if before not in (*full, None):
                 changed.append((write, before))
                 write(full[0])
         yield
@@ -50,3 +59,11 @@ def full_precision() -> Iterator[None]:
             write(before)
         for write in follows:
             write("none")
+
+
+def _value(read: Callable[[], Any]) -> Any:
+    """Return a setting; None for an older one that newer ones have contradicted: these come after it."""
+    try:
+        return read()
+    except RuntimeError:
+        return None

@@ -4,7 +4,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._no_randomness import other_generators_kept
+from ._tree import modules_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+        self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules_of(module)]
         self._contents = [(value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)]
 
     def put_back(self) -> None:
@@ -68,6 +69,15 @@ class ModuleState:
                 continue
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+    def changed(self) -> set[tuple[int, str]]:
+        """Which attributes, by module and name, hold other objects than then; those with an underscore in front are left out."""
+        return {
+            (id(m), key)
+            for m, attributes, _ in self._kept
+            for key, value in vars(m).items()
+            if value is not attributes.get(key) and key[0] != "_"
+        }
 
     def made_since(self) -> list[Tensor]:
         """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
@@ -186,6 +196,11 @@ def is_copy(tensor: Tensor, original: Tensor) -> bool:
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype that autocast is using on devices of this type, or None while it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off."""
+    return autocast_as(device, None) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def autocast_as(device: str, dtype: torch.dtype | None) -> torch.autocast:

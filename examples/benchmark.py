@@ -3,6 +3,7 @@
     python examples/benchmark.py
     python examples/benchmark.py --workload minilm,mlp --engine dp_hooks --rounds 5 --output benchmark.png
     python examples/benchmark.py --workload minilm --engine dp_hooks --profile
+    python examples/benchmark.py --overhead
 
 Shows what privacy costs, beside ordinary training and Opacus. Takes three minutes of processor time for ``--workload
 mlp,resnet18 --engine dp_hooks --rounds 3``, and more the larger the models are; ``--tiny`` only shows that everything runs.
@@ -61,6 +62,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import dp_step, private_training
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where this file is not run but loaded
+import overhead
+
+TINY = overhead.MODELS
 
 BATCHES = 16  # batches in a pass over the synthetic data
 WARM_UP = 3  # steps that are not counted
@@ -749,9 +755,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--workload",
-        type=choice(WORKLOADS),
-        default=DEFAULT_WORKLOADS,
-        help="comma-separated; the default leaves out llama-checkpointed",
+        type=choice([*WORKLOADS, *TINY]),
+        help=f"comma-separated; the default leaves out llama-checkpointed. With --overhead: {', '.join(TINY)}",
     )
     parser.add_argument(
         "--engine",
@@ -760,6 +765,7 @@ def parse_arguments() -> argparse.Namespace:
         help="comma-separated; the default leaves out dp_hooks-hooks and dp_hooks-two-pass",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every engine")
+    parser.add_argument("--overhead", action="store_true", help="measure tiny models, of which overhead is all that is left")
     parser.add_argument("--steps", type=int, help="steps in a turn; default: about a second, at least two steps")
     parser.add_argument("--output", help="write a chart to this PNG file (needs matplotlib)")
     parser.add_argument("--json", help="write the raw numbers to this file")
@@ -771,6 +777,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--rounds and --steps are at least 1")
     if options.output and importlib.util.find_spec("matplotlib") is None:
         parser.error("--output draws with matplotlib, which is not installed: pip install matplotlib")
+    known = TINY if options.overhead else WORKLOADS
+    options.workload = options.workload or list(TINY if options.overhead else DEFAULT_WORKLOADS)
+    if foreign := [name for name in options.workload if name not in known]:
+        mode = "with" if options.overhead else "without"
+        parser.error(f"--workload {', '.join(foreign)}: {mode} --overhead choose from {', '.join(known)}")
     options.engine = [engine for engine in options.engine if engine != BASELINE]
     return options
 
@@ -780,6 +791,9 @@ def main() -> None:
     options = parse_arguments()
     if options.child:
         serve(*options.child, tiny=options.tiny)
+        return
+    if options.overhead:
+        print(f"{machine()}, of which one thread is used\n\n{overhead.report(options.workload, 6 * options.rounds)}")
         return
     if options.profile:
         engines = ["dp_hooks"] if options.engine == DEFAULT_ENGINES else options.engine

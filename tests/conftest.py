@@ -27,6 +27,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat small parameters as large ones are treated: none is written out only since that takes fewer operations."""
+    monkeypatch.setattr("dp_hooks.gradients.joined._SMALL", {"cpu": -1})
+
+
+@pytest.fixture
 def loader_of():
     """Return a function that makes a loader with all rows of some tensors in one batch, in order."""
     return models.loader_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dp_hooks import HookController, dp_step
 from dp_hooks.errors import SelfCheckError, UnsupportedModelError
-from dp_hooks.gradients import terms
+from dp_hooks.gradients import joined, terms
 from dp_hooks.gradients.sample_gradients import SampleGradients
 
 from .cases import Case
@@ -44,6 +44,7 @@ class Mode:
         with pytest.MonkeyPatch.context() as patch:
             if self.deferred:
                 patch.setattr(terms, "_GENEROSITY", 0)
+                patch.setattr(joined, "_SMALL", {"cpu": -1})
             yield self.grad_sample_mode
 
 
@@ -135,6 +136,9 @@ def agrees(
             assert found.samples == n
             norms = {k: g.reshape(n, g[0:1].numel()).abs().square().sum(1) for k, g in expected.items()}
             close(found.sq_norms(found.params), norms)
+            if found.params:
+                (joint,) = found.group_sq_norms([found.params])  # the first sum after it is made of what it has joined
+                torch.testing.assert_close(joint.double(), sum(norms.values()).double(), rtol=tolerance, atol=tolerance / 10)  # type: ignore[union-attr]
             for rows in [] if mode.two_pass else [slice(None), slice(n // 3, n), torch.arange(n - 1, -1, -2)]:
                 close({p: found.grads(p, rows) for p in found.params}, {k: g[rows] for k, g in expected.items()})
             for _ in range(1 if mode.two_pass else len(weighed)):

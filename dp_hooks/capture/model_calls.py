@@ -81,12 +81,14 @@ class ModelCalls:
         session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
         session.repeating = 0
         if not torch.is_grad_enabled():
-            if session.recorder is not None and session.enabled and module.training:
+            if session.recorder is not None and session.enabled:
                 call.record = session.recorder.begin_quiet(name, module, args, kwargs)
             return
         if session.recorder is not None:
             call.record = session.recorder.begin(name, module, args, kwargs)
         if self.module_calls.capturing():
+            if session.borders is not None:
+                session.borders[1].extend(t for t in inputs if t.requires_grad)
             if session.before_call is not None:
                 session.before_call((args, kwargs), session.passes)
             call.running = True
@@ -163,6 +165,8 @@ class ModelCalls:
         recorder = self.session.recorder
         for index, tensor in enumerate(t for t in outputs if t.is_floating_point()):
             if tensor.grad_fn is not None:
+                if self.session.borders is not None:
+                    self.session.borders[0].add(tensor.grad_fn)
                 if self.session.on_output is not None:
                     self.session.on_output(call, index, tensor)
                 # What is kept of the call lives as long as its graph does.

@@ -200,6 +200,7 @@ def compare_sums(
     seen = [p for p in params if p in set(found.params)]
     norms = found.sq_norms(seen)
     everything = torch.ones(found.samples, dtype=torch.bool, device=factors.device)
+    joint = found.group_sq_norms([seen])[0].double().cpu() if seen else torch.zeros(found.samples)  # as in a step, as are the sums
     sums = found.weighted_sums({p: factors.to(p.device, _sum_dtype(p)) for p in seen}, everything)
     reached = [p for p in params if p in sums or p in expected]
     squares = factors.double().square().cpu()
@@ -207,6 +208,10 @@ def compare_sums(
     total = sum(size.values())
     picked = _picked(norms, found.samples)
     worst = []
+    together = torch.stack([norm.double().cpu() for norm in norms.values()]).sum(0) if seen else joint
+    apart = float(((together - joint).abs() / together.clamp(min=1e-60)).max())
+    if not apart <= (_SAME_PASS_COARSE if coarse else 2 * max(_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen)):
+        worst.append((apart, "all parameters together"))
     for p in reached:
         limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)
         scale = max(size[p], 1e-4 * total, 1e-60) ** 0.5
@@ -228,14 +233,14 @@ def _picked(norms: Sums, samples: int) -> list[int]:
     return list(range(samples)) if samples <= _FEW else extreme_samples(norms, samples)
 
 
-def extreme_samples(norms: Sums, samples: int) -> list[int]:
-    """Samples to look at one by one: the ends of the batch, those with the largest and the smallest gradient, and some between.
+def extreme_samples(norms: Sums, samples: int, *, ends: bool = True) -> list[int]:
+    """Samples to look at one by one: those with the largest and the smallest gradient, the ``ends`` of the batch, and some between.
 
     What others share of a sample's loss is most different for samples unlike the rest: the longest text, the outlier.
     """
     finite = [norm.double().cpu().nan_to_num(0.0, 0.0) for norm in norms.values()]
     total = torch.stack(finite).sum(0) if finite else torch.zeros(samples)
-    return sorted({*some_samples(samples), int(total.argmax()), int(total.argmin())})
+    return sorted({*(some_samples(samples) if ends else ()), int(total.argmax()), int(total.argmin())})
 
 
 def _sum_dtype(param: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._no_randomness import TRIALS, Draws, NoRandomness
 from .._rerun import ModuleState, undisturbed
-from .._tree import rows_of, tensors_of
+from .._tree import modules_of, rows_of, tensors_of
 from ..capture.calls.call_recorder import CallRecorder
 from ..capture.calls.carried_state import CarriedState
 from ..capture.calls.recorded_call import RecordedCall
@@ -25,7 +25,7 @@ from ..gradients.sample_gradients import SampleGradients
 from .compare import ValuesDiffer, compare, compare_sums, extreme_samples, jump_of, rounded
 from .repeat_call import RepeatedCall, without_pattern
 from .repeat_function import RepeatedFunction
-from .single_samples import back_propagate, custom_functions, not_alone
+from .single_samples import back_propagate, custom_functions, leaves_of, not_alone
 
 Repeated = RepeatedCall | RepeatedFunction
 # What the model was when a call began.
@@ -75,12 +75,12 @@ class Comparison:
             some: the same on a smaller batch.
         """
         without = NoRandomness(samples)
-        if not self._compared(without, again, what, began):
+        if not self._in_either_order(without, again, what, began):
             return False
         if samples > 1 and without.noisy:  # which may choose the samples that are mixed
-            self._compared(NoRandomness(samples, varied=True), again, what, began)
+            self._in_either_order(NoRandomness(samples, varied=True), again, what, began)
         if self._unseen(transitions, samples) and draws is not None:
-            self._compared(NoRandomness(samples, draws=draws), again, what, began)
+            self._in_either_order(NoRandomness(samples, draws=draws), again, what, began)
         if samples > 1 and without.gates:
             self._try_gates(min(samples, _HANDFUL), some, what, draws, began)
         if left := self._unseen(transitions, samples):
@@ -91,6 +91,16 @@ class Comparison:
                 "numbers from torch, random or numpy's global generators only."
             )
         return True
+
+    def _in_either_order(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
+        """Compare, with numbers cut in either order where each sample has several rows of them."""
+        try:
+            return self._compared(without, again, what, began)
+        except SelfCheckError:
+            if without.by_turns or not without.grouped:
+                raise
+            without.by_turns = True
+            return self._compared(without, again, what, began)
 
     def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
         left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
@@ -107,6 +117,10 @@ class Comparison:
             begin(None)
             loss = again.whole()
             seen = self._trace.unverified
+            if isinstance(again, RepeatedCall) and (hidden := self._hidden(loss)):
+                begin(None)
+                loss = again.whole()
+                _refuse_hidden(hidden, self._hidden(loss), what)
             if not loss.requires_grad:  # a part without parameters, called by itself: it may mix all the same
                 controller.disable_hooks()
                 self._check_state(samples, begin, again, what)
@@ -121,10 +135,16 @@ class Comparison:
             self._check_state(samples, begin, again, what)
             self._compare_values(samples, begin, again, what)
             agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
-            if again.has_scalar or not agreed:
+            # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
+            if samples > 1 or again.has_scalar or not agreed:
                 self._compare_alone(samples, begin, again, found, what, jumps=agreed)
         self._trace.verify(seen, samples)
         return True
+
+    def _hidden(self, loss: Tensor) -> list[Tensor]:
+        """Tensors that ``loss`` would give gradients to, and that are no parameters of the model."""
+        known = {id(self._controller.session.anchor), *(id(p) for p in self._model.parameters())}
+        return [leaf for leaf in leaves_of([loss]) if id(leaf) not in known and type(leaf) in (Tensor, nn.Parameter)]
 
     def _compare_passes(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> bool:
         """Compare with plain autograd of the same forward pass, run once more; False if single samples have to tell.
@@ -213,8 +233,9 @@ class Comparison:
     def _check_state(self, samples: int, begin: Begin, again: Repeated, what: str) -> None:
         """What a batch leaves behind in the model must not reach the next one, nor the state dict.
 
-        The call is run on two halves of the batch, each from the same state. Where that leaves different things behind, they are of
-        the samples: buffers are part of the state dict, and of attributes it is tried whether another call depends on them.
+        The call is run on two halves of the batch, each from the same state, forwards and backwards. Where that leaves different
+        things behind, they are of the samples: buffers are part of the state dict, and of attributes it is tried whether another
+        call depends on them.
         """
         if samples < 2:
             return
@@ -223,7 +244,7 @@ class Comparison:
         for rows in (first, second[: len(first)]):
             begin(rows)
             before = CarriedState(self._model)
-            _apart_from_others(again.outputs, rows, what)
+            _apart_from_others(partial(self._there_and_back, again), rows, what)
             left.append(CarriedState(self._model))
             if not left[0].stored_unlike(before) and not left[0].attributes_unlike(before):
                 return
@@ -231,15 +252,23 @@ class Comparison:
         for start in left:
             begin(first)
             start.put_back()
-            found.append(again.outputs(first))
+            found.append(self._there_and_back(again, first))
         self._compare_left(left, found, what)
+
+    def _there_and_back(self, again: Repeated, rows: Tensor) -> list[Tensor]:
+        """Run ``again`` on some samples, and a backward pass; return what came out, and the gradients."""
+        outputs = again.outputs(rows)
+        losses = [out.abs().square().sum() for out in outputs if out.requires_grad]  # whose gradients depend on what came out
+        gradients = self._gradients(reduce(torch.add, (loss.to(losses[0]) for loss in losses))) if losses else {}
+        return [*(out.detach() for out in outputs), *gradients.values()]
 
     def check_quiet(self, calls: list[RecordedCall], samples: int) -> None:
         """The same for calls without gradients: what they leave behind must not reach the calls with gradients."""
         recorder, axis = self._recorder, self._controller.axis
+        modes = [(module, module.training) for module in modules_of(self._model)]
         for quiet in recorder.quiet:
             rows = rows_of_inputs(tensors_of((quiet.args, quiet.kwargs)), axis) or 0
-            if rows < 2:
+            if rows < 2 or quiet.reached:  # the latter is among ``calls``
                 continue
             left: list[CarriedState] = []
             found: list[list[Tensor]] = []
@@ -252,22 +281,26 @@ class Comparison:
                     with quiet.context.restored():
                         quiet.module(*args, **kwargs)
                     left.append(CarriedState(self._model))
+                    for module, training in modes:
+                        module.training = training
                     with torch.enable_grad():
                         found.append([out for call in calls for out in RepeatedCall(call, self._controller, samples).outputs(None)])
-            self._compare_left(left, found, quiet.name or "the model")
-            recorder.harmless.add((quiet.key, quiet.kind))
+            # What an evaluation writes into buffers (metrics) is no matter of training, unless it has a part in it.
+            self._compare_left(left, found, quiet.name or "the model", buffers=quiet.module.training)
+            if not quiet.with_gradients:
+                recorder.harmless.add((quiet.key, quiet.kind))
         recorder.quiet = []
 
-    def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str) -> None:
+    def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:
         """Two calls on other samples left two things behind, and then the same call gave what was ``found``."""
         first, second = left
-        if names := first.stored_unlike(second):
+        if (names := first.stored_unlike(second)) and buffers:
             raise SelfCheckError(
                 f"{some_of(names)}: written during the forward pass, from private samples and without noise, and part of "
                 "the state dict, as buffers and frozen parameters are. Remedy: call .eval() on the module that does it (an "
                 "observer, running statistics), or take it out of the model."
             )
-        names = first.attributes_unlike(second)
+        names += first.attributes_unlike(second)
         for one, other in zip(*found, strict=True) if names else ():
             if one.shape != other.shape or not _alike(one, other):
                 raise SelfCheckError(
@@ -284,13 +317,22 @@ class Comparison:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
             again = some(torch.arange(samples))
+            self._try_gate(without, again, samples, what, began)
+            if again.has_scalar:  # of which values alone do not tell much
+                self._in_either_order(without, again, what, began)
+
+    def _try_gate(self, without: NoRandomness, again: Repeated, samples: int, what: str, began: Began) -> None:
+        try:
             with self.apart(without, began) as begin:
                 self._controller.disable_hooks()
                 begin(None)
                 again.whole()
                 self._compare_values(samples, begin, again, what)
-            if again.has_scalar:  # of which values alone do not tell much
-                self._compared(without, again, what, began)
+        except SelfCheckError:
+            if without.by_turns or not without.grouped:
+                raise
+            without.by_turns = True
+            self._try_gate(without, again, samples, what, began)
 
     def _compare_alone(
         self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool
@@ -299,7 +341,8 @@ class Comparison:
 
         How far they may differ then is measured, where it matters: by what rounding of the parameters, up and down, does to them.
         """
-        picked = extreme_samples(found.sq_norms(found.params), samples)
+        # That gradients depend on others shows in any sample, where its own ones are known to be right.
+        picked = extreme_samples(found.sq_norms(found.params), samples, ends=again.has_scalar or not jumps)
         expected = self._gradients_alone(picked, begin, again, what)
         compared = partial(compare, found, picked, expected, self._params, self._controller, what, coarse=self.coarse)
         try:
@@ -347,6 +390,18 @@ class Comparison:
             yield
         finally:
             self._recorder.paused = False
+
+
+def _refuse_hidden(before: list[Tensor], again: list[Tensor], what: str) -> None:
+    """What is trained in a model has to be a parameter of it; what a pass makes anew, as for checkpointing, is not trained."""
+    lasting = [leaf for leaf in before if any(leaf is other for other in again)]
+    if lasting:
+        shapes = some_of([f"{type(leaf).__name__} {tuple(leaf.shape)}" for leaf in lasting])
+        raise SelfCheckError(
+            f"{what}: it computes with trainable tensors that are no parameters of the model ({shapes}): they get gradients of "
+            "private samples, neither clipped nor noised; nothing was released. Remedy: register them (nn.Parameter, "
+            "nn.ParameterList, nn.ModuleList), or detach them."
+        )
 
 
 def _apart_from_others(run: Callable[[Tensor], Any], rows: Tensor, what: str) -> Any:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
 from .._rerun import undisturbed
-from .._tree import one_sample, private_copy, tensors_of, tree_map
-from ..capture.calls.call_recorder import CallRecorder
+from .._tree import one_sample, private_copy, tensors_of, tokens_of, tree_map
+from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.session import ModelCall
-from ..capture.calls.trace import OpTrace, untraced
+from ..capture.calls.trace import OpTrace, Transition, untraced
 from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..errors import SelfCheckError
 from .compare import tolerance
 from .lent import Lent
-from .single_samples import not_alone, some_samples
+from .single_samples import nodes_of, not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
 _OTHER_TERMS = 2e-2
@@ -42,6 +42,16 @@ class _Seen:
     node: Any  # where it is in the graph
     number: int
     shape: torch.Size
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of the criterion."""
+
+    given: Any  # its arguments, as they were
+    tokens: int  # how many rows of them belong to a sample, one after the other
+    reached: bool  # whether a gradient came to its loss
+    new: set[Transition]  # what it went through that no check did
 
 
 class _Factors:
@@ -99,9 +109,12 @@ class CriterionCheck:
         self._controller = controller
         self._recorder = recorder
         self._trace = OpTrace()
-        self._call: tuple[Any, Any] | None = None
+        self._calls: list[_Call] = []  # those of the present step that a check may have to look at
+        self._depth = 0  # of calls: a criterion may call itself
         self._lent: Lent | None = None  # what the present call got instead of its arguments
         self._given: Any = None  # its arguments, in containers of their own: it may write into those it got
+        self._checked_rows: int | None = None  # how many samples a check is running it on
+        self._tokens = 1  # how many rows of the present call's arguments belong to a sample
         self._is_scalar = True
         self._outputs: dict[Output, _Seen] = {}  # of the model as a whole, in the present step
         self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
@@ -135,6 +148,7 @@ class CriterionCheck:
         leaves = [t for t in tensors_of((args, kwargs)) if t.grad_fn is not None]
         sources = {id(t): self._source(t) for t in leaves}
         whole = bool(sources) and None not in sources.values()
+        self._tokens = self._rows_per_sample(leaves, [source for source in sources.values() if source is not None]) if whole else 1
         self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
         if not whole and self._reached and self._outputs:
             self._worse(torch.ones((), dtype=torch.float64))
@@ -144,16 +158,17 @@ class CriterionCheck:
         lent: tuple[Any, Any] = self._lent.copy
         return lent
 
+    def _rows_per_sample(self, leaves: list[Tensor], sources: list[tuple[Output, torch.Size]]) -> int:
+        """How many rows each sample has in views of outputs ``[n, t, ...]`` of the model that count all tokens in one axis."""
+        rows = self._controller.session.call.rows
+        if self._controller.axis or not rows or any(not shape or shape[0] != rows for _, shape in sources):
+            return 1
+        found = {t.shape[0] // rows if t.dim() and t.shape[0] % rows == 0 else 1 for t in leaves}
+        return found.pop() if len(found) == 1 else 1
+
     def _comes_from_model(self, value: Tensor) -> bool:
-        ends, seen, stack = {seen.node for seen in self._outputs.values()}, set(), [value.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node in ends:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack += [parent for parent, _ in node.next_functions]
-        return False
+        ends = {seen.node for seen in self._outputs.values()}
+        return any(node in ends for node in nodes_of([value]))
 
     def _source(self, value: Tensor) -> tuple[Output, torch.Size] | None:
         """The output of the model that ``value`` is another view of."""
@@ -201,22 +216,27 @@ class CriterionCheck:
 
     def new_step(self) -> None:
         """Forget the call of an earlier step."""
-        self._trace.unverified = set()
-        self._call = None
+        self._calls, self._depth = [], 0
         self._outputs, self._own = {}, {}
         self._factors.new_step()
 
     def _follow(self, criterion: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         session = self._controller.session
-        if not torch.is_grad_enabled() or self._recorder.state is not None or session.in_backward():
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled() or self._recorder.state is not None or session.in_backward():
             return None
         self._given = tree_map(lambda leaf: leaf, (args, kwargs))
         watched = (args, kwargs) if self._recorder.paused else self._watched(args, kwargs)
-        self._trace.start("", rows_of_inputs(tensors_of(args), session.axis))
+        # Those of the model: the criterion may get all tokens in one axis.
+        rows = self._checked_rows if self._recorder.paused else session.call.rows
+        self._trace.start("", rows_of_inputs(tensors_of(args), session.axis) if rows is None else rows)
         return watched
 
     @untraced
     def _observe(self, criterion: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
         self._trace.stop()
         if self._lent is not None:
             self._lent.write_back()
@@ -225,18 +245,34 @@ class CriterionCheck:
         in_loop = not recorder.paused and recorder.state is None and not self._controller.session.in_backward()
         if in_loop and torch.is_grad_enabled():
             if not self._reached:  # outputs of another model, such as a teacher's
-                self._trace.unverified = set()
                 self._given = None
                 return
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(self._factors.note)
-        if not recorder.paused and torch.is_grad_enabled() and (recorder.armed or self._trace.unverified):
-            self._call = private_copy(self._given)
+            watched = isinstance(output, Tensor) and output.requires_grad
+            call = _Call(None, self._tokens, not watched, self._trace.unverified)
+            if watched:
+                output.register_hook(partial(self._note_loss, call))
+            if recorder.armed or self._trace.unverified:
+                if len(self._calls) == LIMIT:
+                    raise SelfCheckError(
+                        f"{self._what} was called more than {LIMIT} times in a step, too often to be checked; nothing was "
+                        "released. Remedy: call it once on the whole batch, or leave criterion out (the report then says that the "
+                        "loss was not checked)."
+                    )
+                call.given = private_copy(self._given)
+                self._calls.append(call)
         self._given = None
+
+    def _note_loss(self, call: _Call, grad: Tensor) -> None:
+        call.reached = True
+        self._factors.note(grad)
 
     def takes_new_way(self, samples: int) -> bool:
         """Whether the criterion went through operations that no check on so many samples did."""
-        return bool(self._trace.unchecked(self._trace.unverified, samples))
+        return any(self._trace.unchecked(call.new, samples) for call in self._used())
+
+    def _used(self) -> list[_Call]:
+        """The calls that gradients came to; all, where none did."""
+        return [call for call in self._calls if call.reached] or self._calls
 
     def check(self, samples: int) -> bool:
         """Compare; whether it was called.
@@ -244,27 +280,36 @@ class CriterionCheck:
         Raises:
             SelfCheckError: a disagreement, or the criterion was not called although it has to be.
         """
-        if self._call is None and self._optional:
+        if not self._calls and self._optional:
             return False
-        if self._call is None:
+        if not self._calls:
             raise SelfCheckError(
                 "criterion was not called before this step, so it could not be checked. Pass the loss module that the "
                 "training loop calls, or leave criterion out (the report then says that the loss was not checked)."
             )
-        axis, call, reduction = self._controller.axis, self._call, self._controller.loss_reduction
+        for call in self._used():
+            self._check_call(call.given, samples, call.tokens)
+        return True
+
+    def _check_call(self, call: tuple[Any, Any], samples: int, tokens: int) -> None:
+        axis, reduction = self._controller.axis, self._controller.loss_reduction
+
+        def sample(tree: Any, i: int) -> Any:
+            return one_sample(tree, i, samples, axis) if tokens == 1 else tokens_of(tree, i, samples, tokens)
+
         with undisturbed(self._criterion), NoRandomness(samples), self._trace.apart():
-            whole = self._gradients(call)
+            whole = self._gradients(call, samples)
             seen = self._trace.unverified
             if reduction == "mean" and self._is_scalar:  # else it was reduced by someone else, afterwards
                 whole = [g * samples for g in whole]
             for i in some_samples(samples):
                 try:
-                    alone = self._gradients(one_sample(call, i, samples, axis))
+                    alone = self._gradients(sample(call, i), 1)
                 except SelfCheckError:
                     raise
                 except Exception as error:
                     raise not_alone(self._what, [i], error) from error
-                for batched, single in zip(one_sample(whole, i, samples, axis), alone, strict=True):
+                for batched, single in zip(sample(whole, i), alone, strict=True):
                     off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
                     if not off <= tolerance(single.dtype, coarse=False):
                         raise SelfCheckError(
@@ -274,9 +319,9 @@ class CriterionCheck:
                             "each sample first, or declare the reduction."
                         )
         self._trace.verify(seen, samples)
-        return True
 
-    def _gradients(self, call: tuple[Any, Any]) -> list[Tensor]:
+    def _gradients(self, call: tuple[Any, Any], samples: int) -> list[Tensor]:
+        self._checked_rows = samples
         leaves: list[Tensor] = []
 
         def leaf(value: Any) -> Any:

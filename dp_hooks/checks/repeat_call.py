@@ -97,8 +97,8 @@ class RepeatedCall:
         self._compared(rows, self._run(rows)[0])
 
     def outputs(self, rows: Tensor | None) -> list[Tensor]:
-        """Run it on some samples (None: all); return all that comes out."""
-        return [out.detach() for out in self._run(rows)[0]]
+        """Run it on some samples (None: all); return all that comes out, with its history."""
+        return self._run(rows)[0]
 
     def _run(self, rows: Tensor | None) -> tuple[list[Tensor], int]:
         """Return the outputs, behind them what modules with hooks of the user gave out, and the number of the former."""

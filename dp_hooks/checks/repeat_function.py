@@ -113,8 +113,8 @@ class RepeatedFunction:
         return value_tolerance(self._loss.dtype, coarse=self.coarse, rounding=self.rounding)
 
     def outputs(self, rows: Tensor | None) -> list[Tensor]:
-        """Run it on some samples (None: all); return the loss."""
-        return [self._run(rows).detach()]
+        """Run it on some samples (None: all); return the loss, with its history."""
+        return [self._run(rows)]
 
     def _reduced(self, loss: Tensor) -> Tensor:
         return loss if loss.dim() == 0 else loss.mean() if self._controller.loss_reduction == "mean" else loss.sum()

@@ -120,7 +120,7 @@ class SelfCheck:
         if samples == 0 or recorder.paused:
             return False
         used = recorder.used()
-        if recorder.key(samples) not in recorder.checked or self._new_criterion(samples) or recorder.quiet:
+        if recorder.key(samples) not in recorder.checked or self._new_criterion(samples) or recorder.quiet or recorder.changed:
             return True
         return any(self._is_new(call, samples) for call in used)
 
@@ -221,7 +221,7 @@ class SelfCheck:
 
     def _check_loss(self, samples: int, run: Callable[[Tensor | None], Tensor]) -> None:
         taken, recorder = self._trace.unverified, self._recorder
-        if not self.armed and not self._trace.unchecked(taken, samples):
+        if not self.armed and not self._trace.unchecked(taken, samples) and not recorder.changed:
             return  # another call than then: it is compared alone, by check_calls
         self._comparison.coarse = any(call.context.autocast is not None for call in recorder.calls)
         coarse = self._comparison.coarse
@@ -251,6 +251,7 @@ class SelfCheck:
     def _passed(self, samples: int, calls: list[RecordedCall], outputs: list[int]) -> None:
         recorder = self._recorder
         self._spot.passed()
+        recorder.cover_changed()
         keys = {recorder.key(samples), recorder.key(1)}
         for key in keys | {(key[0], "", *key[2:]) for key in keys}:
             recorder.checked.add(key)

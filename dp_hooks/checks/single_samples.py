@@ -1,7 +1,8 @@
 """Single samples: which of a batch are run alone, and by plain autograd."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,23 @@ def back_propagate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
 
 def custom_functions(loss: Tensor) -> set[str]:
     """Return the names of the custom autograd functions of users that ``loss`` comes from."""
-    found: set[str] = set()
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
+    nodes = nodes_of([loss])
+    custom: list[Any] = [type(node) for node in nodes if isinstance(node, BackwardCFunction)]
+    return {kind.__name__ for kind in custom if kind._forward_cls is not Tap}
+
+
+def leaves_of(tensors: Sequence[Tensor], ends: Set[Any] = frozenset()) -> list[Tensor]:
+    """Return the leaves that the graphs of ``tensors``, as far as ``ends``, add gradients to."""
+    lone = [t for t in tensors if t.grad_fn is None and t.requires_grad]
+    return [*lone, *(node.variable for node in nodes_of(tensors, ends) if hasattr(node, "variable"))]
+
+
+def nodes_of(tensors: Iterable[Tensor], ends: Set[Any] = frozenset()) -> Iterator[Any]:
+    """Go through the nodes that ``tensors`` come from, each once, as far as ``ends``."""
+    seen, waiting = set(ends), [t.grad_fn for t in tensors]
+    while waiting:
+        node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if isinstance(node, BackwardCFunction) and type(node)._forward_cls is not Tap:
-                found.add(type(node).__name__)
-            stack += [parent for parent, _ in node.next_functions]
-    return found
+            yield node
+            waiting += [behind for behind, _ in node.next_functions]

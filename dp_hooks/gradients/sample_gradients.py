@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._precision import full_precision
+from .._precision import full_precision, wide_dtype
 from ..rules import CHUNK, ghost_norms, sum_of_squares, weighted_sum
+from .joined import Joined, is_small
 from .terms import Sums, Term
 
 
@@ -21,6 +22,7 @@ class SampleGradients:
 
     def __init__(self, samples: int, terms: Sequence[Term]) -> None:
         self.samples = samples
+        self._joined: list[Joined] = []
         self._terms: dict[nn.Parameter, list[Term]] = {}
         for term in terms:
             for param in term.params:
@@ -60,6 +62,30 @@ class SampleGradients:
             out |= {p: found[p] if p in found else self._shared_norms(p) for p in group}
         return out
 
+    @torch.no_grad()
+    @full_precision()
+    def group_sq_norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+        """Return ``[samples]`` squared norms, or upper bounds of them, over each of ``groups``; NaN where one is below 0.
+
+        What is small is written out side by side for it, and kept so for :meth:`weighted_sums`.
+        """
+        self._joined = self._join([p for group in groups for p in group])
+        joined = {p for some in self._joined for p in some.params}
+        out = []
+        for group in groups:
+            parts = [norms for some in self._joined if (norms := some.sq_norms(group)) is not None]
+            parts += self.sq_norms([p for p in group if p not in joined]).values()
+            out.append(parts[0] if len(parts) == 1 else added(parts))
+        return out
+
+    def _join(self, params: Sequence[nn.Parameter]) -> list[Joined]:
+        small = [p for p in params if is_small(p, self.samples) and not any(term.has_formulas for term in self._terms[p])]
+        return Joined.make([(p, *self._unscaled(p)) for p in small])
+
+    def _unscaled(self, param: nn.Parameter) -> tuple[Tensor, float]:
+        first, *more = self._terms[param]
+        return (self.grads(param), 1.0) if more else first.unscaled(param)
+
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
         uses = [term.outer_products(param) for term in self._terms[param]]
@@ -83,9 +109,16 @@ class SampleGradients:
         """
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
         if chosen is not None and not len(chosen):
-            return {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in factors}
+            return {p: torch.zeros_like(p, dtype=wide_dtype(p.dtype)) for p in factors}
         out: Sums = {}
+        joined, self._joined = self._joined, []
+        for some in joined:
+            out |= some.weighted_sums(factors, chosen)
+            for param in some.params if consume else ():
+                del self._terms[param]
         for param, factor in factors.items():
+            if param in out:
+                continue
             rows = None if chosen is None else chosen.to(factor.device)
             out[param] = self._weighted_sum(param, factor, rows)
             if consume:
@@ -93,7 +126,7 @@ class SampleGradients:
         return out
 
     def _weighted_sum(self, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = wide_dtype(param.dtype)
         total: Tensor | None = None
         for term in self._terms[param]:
             for value in self._summands(term, param, factor, rows):
@@ -109,3 +142,10 @@ class SampleGradients:
         if fast is not None and param in fast:
             return [fast[param]]
         return [weighted_sum(term.grads(param, part), factor[part]) for part in self._chunks(param, rows)]
+
+
+def added(squares: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``squares``, each ``[n]``; NaN where one is below 0: that cannot be right, and adding it would hide it."""
+    stacked = torch.stack([square.to(squares[0].device) for square in squares])
+    total = stacked.sum(0)
+    return torch.where((stacked >= 0).all(0), total, torch.full_like(total, torch.nan))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._tree import tree_map
 from ..errors import UnsupportedModelError
 from ..rules import Call, OuterProducts, Rule, ghost_norms, sum_of_squares, weighted_sum, wide
+from .joined import is_small
 
 Sums = dict[nn.Parameter, Tensor]
 
@@ -21,10 +22,15 @@ class Term:
     samples: int  # number of samples
     name: str  # the module or the parameters it came from
     params: Sequence[nn.Parameter]  # the parameters it adds to
+    has_formulas = False  # whether norms or sums come from formulas that a user gave: they are used whatever the size
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]`` of the chosen samples."""
         raise NotImplementedError
+
+    def unscaled(self, param: nn.Parameter) -> tuple[Tensor, float]:
+        """Gradients ``[n, ...]`` of all samples in at least float32, and the number that they have to be multiplied with."""
+        return self.grads(param, slice(None)), 1.0
 
     def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """The same gradients as a sum of outer products, if they are known to be one."""
@@ -71,6 +77,8 @@ class Deferred(Term):
     def __post_init__(self) -> None:
         self._names = {self.call.parameter(name): name for name in self.call.names}
         self.samples, self.name, self.params = self.call.samples, self.call.name, list(self._names)
+        rule = self.rule
+        self.has_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
 
     @property
     def _narrows(self) -> bool:
@@ -81,8 +89,9 @@ class Deferred(Term):
 
     def _run(self, call: Call) -> dict[str, Tensor]:
         found = self.rule.grad_samples(call)
+        shapes = {name: p.shape for p, name in self._names.items()}
         for name in call.names:
-            shape, problem = (call.samples, *call.parameter(name).shape), None
+            shape, problem = (call.samples, *shapes[name]), None
             if name not in found:
                 problem = f"no gradient for {name}. Remedy: return one for every name in call.names."
             elif tuple(found[name].shape) != shape:
@@ -147,19 +156,19 @@ class Deferred(Term):
         Once they are written out, the captured tensors can go, and norm and weighted sum cost one reading each: no multiplication
         beyond those of an ordinary backward pass. For a linear layer with ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o +
         i)`` is also where Gram matrices would cost more than the gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up
-        to ``_GENEROSITY`` times as much is allowed: by then the backward pass has let other activations go.
+        to ``_GENEROSITY`` times as much is allowed: by then the backward pass has let other activations go. So is what is small
+        anyway (:func:`.is_small`).
         """
         call, rule = self.call, self.rule
-        own_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
-        if call.samples == 0 or own_formulas:
+        if call.samples == 0 or self.has_formulas:
             return [self]
         held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
-        small = tuple(name for name in call.names if call.parameter(name).numel() <= _GENEROSITY * held)
+        small = {p: name for p, name in self._names.items() if p.numel() <= _GENEROSITY * held or is_small(p, call.samples)}
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return [self]
-        tensors = self._run(dataclasses.replace(call, names=small))
-        stored = Instantiated({call.parameter(name): tensors[name] for name in small}, call.samples, call.name, self.scale)
-        rest = tuple(name for name in call.names if name not in small)
+        rest = tuple([name for p, name in self._names.items() if p not in small])
+        tensors = self._run(dataclasses.replace(call, names=tuple(small.values())) if rest else call)
+        stored = Instantiated({p: tensors[name] for p, name in small.items()}, call.samples, call.name, self.scale)
         return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
 
 
@@ -178,6 +187,10 @@ class Instantiated(Term):
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """The stored rows."""
         return scaled(self.tensors[param][rows], self.scale)
+
+    def unscaled(self, param: nn.Parameter) -> tuple[Tensor, float]:
+        """The stored rows."""
+        return wide(self.tensors[param]), self.scale
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """One reading of the stored rows."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .._precision import wide_dtype
 from ..errors import UnsupportedModelError
 from ..rules import sum_of_squares
+from .joined import Joined
 from .sample_gradients import SampleGradients
 from .sinks import DeferredSink
 from .terms import Deferred, Sums, Term
@@ -121,6 +123,9 @@ class TwoPassGradients(SampleGradients):
         """The parameters that got a gradient."""
         return [*super().params, *self._passes.norms]
 
+    def _join(self, params: Sequence[nn.Parameter]) -> list[Joined]:
+        return []  # nothing is kept
+
     def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, as taken during the first pass."""
         known = self._passes.norms
@@ -134,4 +139,4 @@ class TwoPassGradients(SampleGradients):
             self._passes.again()
         self._passes.check_complete()
         left = [p for p in factors if p not in self._passes.sums]  # no sample at all
-        return self._passes.sums | {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in left}
+        return self._passes.sums | {p: torch.zeros_like(p, dtype=wide_dtype(p.dtype)) for p in left}

@@ -1,18 +1,15 @@
 """Linear layers with inputs of any rank: ``y[n, t, o] = sum_i x[n, t, i] W[o, i] + b[o]``, also with ``W`` transposed."""
 
-import torch
 from torch import Tensor, nn
 
+from .._precision import wide_dtype
 from .outer import OuterProducts
 from .rule import Call, Rule
 
 
 def wide(tensor: Tensor, *others: Tensor) -> Tensor:
     """Return ``tensor`` in at least float32, and in no less than the dtypes of ``others``: sums are rounded after the noise."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    for other in others:
-        dtype = torch.promote_types(dtype, other.dtype)
-    return tensor.to(dtype)
+    return tensor.to(wide_dtype(tensor.dtype, *(other.dtype for other in others)))
 
 
 def _as_tokens(tensor: Tensor, tokens: int) -> Tensor:

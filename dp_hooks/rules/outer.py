@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._precision import wide_dtype
+
 CHUNK = 1 << 24  # how many numbers are held at once in temporary tensors (64 MB of float32)
 _HALF = 32  # sequences of at least twice as many tokens are cut in two, to use that Gram matrices are symmetric
 
@@ -147,7 +149,7 @@ def scatter_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
 
 def sum_of_squares(rows: Tensor) -> Tensor:
     """Return ``[n]``, the squared norm of each row of ``[n, ...]``, added up in at least float32."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = wide_dtype(rows.dtype)
     norms: Tensor = torch.linalg.vector_norm(rows.reshape(rows.shape[0], rows.shape[1:].numel()), dim=1, dtype=dtype)
     return norms.square()
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .._precision import wide_dtype
 from .._tree import tensors_of
 from ..errors import UnsupportedModelError
 from .outer import OuterProducts
@@ -70,7 +70,8 @@ class Call:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The module's parameter ``name``."""
-        return self.module.get_parameter(name)
+        own = self.module._parameters.get(name)
+        return own if isinstance(own, nn.Parameter) else self.module.get_parameter(name)
 
 
 GradSamples = Callable[[Call], dict[str, Tensor]]
@@ -125,6 +126,6 @@ def check_samples(call: Call) -> None:
 
 def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
     """Return the sum over samples of ``factors[n] * grads[n]``; ``grads`` is ``[n, *shape]``."""
-    dtype = torch.promote_types(grads.dtype, torch.float32)  # a sum rounded before the noise has no bounded sensitivity
+    dtype = wide_dtype(grads.dtype)  # a sum rounded before the noise has no bounded sensitivity
     rows = grads.to(dtype).reshape(grads.shape[0], grads.shape[1:].numel())
     return (factors.to(dtype) @ rows).view(grads.shape[1:])

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._rerun import autocast_as
+from .._rerun import without_autocast
 from ..errors import ScopeError
 from ..gradients.sample_gradients import SampleGradients
 from ..privacy.clipping import ClippingFunction, SampleNorms
@@ -41,9 +41,11 @@ class ClippedSum:
     def add(self, gradients: SampleGradients, params: list[nn.Parameter]) -> None:
         """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them."""
         # A step, or the loader that finishes a physical batch, may be used inside the user's autocast.
-        with autocast_as(params[0].device.type, None):
-            norms = SampleNorms(gradients.sq_norms(params))
-            factors = self.clipping.factors(norms)
+        with without_autocast(params[0].device.type):
+            groups = self.clipping.groups(params)
+            norms = SampleNorms(gradients.group_sq_norms(groups))
+            of_groups = zip(groups, self.clipping.factors(norms, groups), strict=True)
+            factors = {p: factor.to(p.device) for group, factor in of_groups for p in group}
             for p, total in gradients.weighted_sums(factors, norms.finite, consume=True).items():
                 self._totals[p] = self._totals[p].add_(total) if p in self._totals else total
         statistic = self.clipping.statistic(norms)

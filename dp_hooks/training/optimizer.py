@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from .._precision import wide_dtype
+from .._tree import modules_of
 from .._validate import non_negative
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
@@ -75,7 +77,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._noise = noise
         self._meter = meter
         self._self_check = self_check
-        self.outside = OutsideGradients()
+        self.outside = OutsideGradients(controller)
         self._rows = Rows()
         self._lifetime = lifetime  # who can step can still use the scope
         self._paused = False
@@ -243,7 +245,8 @@ class PrivateOptimizer(WrappedOptimizer):
 
     def _check_params(self) -> None:
         managed = {id(p) for p in self.params}
-        params = [*(p for group in self.param_groups for p in group["params"]), *self._controller.model.parameters()]
+        params = [p for group in self.param_groups for p in group["params"]]
+        params += [p for module in modules_of(self._controller.model) for p in module._parameters.values() if p is not None]
         unmanaged = list({id(p): p for p in params if p.requires_grad and id(p) not in managed}.values())
         for p in unmanaged:
             p.grad = None  # it is of private samples, and without noise
@@ -323,7 +326,7 @@ class PrivateOptimizer(WrappedOptimizer):
             self._mention_unused([p for p in params if p not in sums])
         for p in params:
             if p not in sums:
-                sums[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                sums[p] = torch.zeros_like(p, dtype=wide_dtype(p.dtype))
         std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
         scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
         if not self._noise.add_([sums[p] for p in params], std, scale):
@@ -420,4 +423,5 @@ class PrivateOptimizer(WrappedOptimizer):
     def _close(self) -> None:
         self._closed = True
         self._sum.clear()
+        self.outside.clear()
         self._rows = Rows()

@@ -1,11 +1,14 @@
 """Gradients of private samples that a loss leaves at trainable tensors outside the model."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef
+
+from ..capture.controller import HookController
+from ..checks.single_samples import leaves_of
 
 
 class OutsideGradients:
@@ -15,49 +18,48 @@ class OutsideGradients:
     nor noise has seen. Whoever clears them first (a generator's own step does) may go on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, controller: HookController) -> None:
         """Nothing is known."""
-        self._leaves: list[TensorWeakRef] = []
+        self._controller = controller
         self._raw: list[tuple[TensorWeakRef, TensorWeakRef]] = []
 
-    def look(self, loss: Tensor, model: nn.Module) -> None:
-        """Find the tensors outside ``model`` that a backward pass of ``loss`` gave gradients; it may be over already."""
-        inside = {id(p) for p in model.parameters()}
-        known = {id(leaf) for leaf in _alive(self._leaves)}
-        found = [leaf for leaf in _leaves_of(loss) if leaf.grad is not None and id(leaf) not in inside | known]
-        self._leaves += [TensorWeakRef(leaf) for leaf in found]
+    @contextmanager
+    def of(self, losses: list[Tensor]) -> Iterator[None]:
+        """Follow a train function in the block; afterwards, note what a backward pass of its ``losses`` left outside."""
+        session = self._controller.session
+        around, session.borders = session.borders, (set(), [])
+        ends, starts = session.borders
+        try:
+            yield
+        finally:
+            session.borders = around
+        self._note(leaves_of([*losses, *starts], ends))
 
-    def note(self) -> None:
-        """Remember the gradients that the backward pass just done left at the tensors found so far."""
-        if self._leaves:
-            leaves = _alive(self._leaves)
-            self._leaves = [TensorWeakRef(leaf) for leaf in leaves]
-            self._raw = [(TensorWeakRef(p), TensorWeakRef(p.grad)) for p in leaves if p.grad is not None]
+    def look_inside(self, loss: Tensor) -> None:
+        """Look in the model as well, of whose graph ``of`` sees the borders only: tensors in it that are no parameters of it."""
+        self._note(leaves_of([loss]))
+
+    def _note(self, leaves: list[Tensor]) -> None:
+        inside = {id(p) for p in self._controller.model.parameters()}
+        known = {id(leaf): leaf for leaf, _ in self._alive()}
+        found = {id(leaf): leaf for leaf in leaves}
+        outside = [leaf for number, leaf in (known | found).items() if number not in inside]
+        self._raw = [(TensorWeakRef(leaf), TensorWeakRef(leaf.grad)) for leaf in outside if leaf.grad is not None]
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Return the parameters of ``optimizer`` whose gradients are still those of private samples."""
         if not self._raw:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [leaf for leaf, grad in self._alive() if id(leaf) in held and leaf.grad is grad]
+
+    def clear(self) -> None:
+        """Drop what is still there."""
+        for leaf, grad in self._alive():
+            if leaf.grad is grad:
+                leaf.grad = None
+        self._raw = []
+
+    def _alive(self) -> list[tuple[Tensor, Tensor]]:
         pairs = ((leaf(), grad()) for leaf, grad in self._raw)
-        return [p for p, grad in pairs if p is not None and id(p) in held and grad is not None and p.grad is grad]
-
-
-def _alive(refs: Iterable[TensorWeakRef]) -> list[Tensor]:
-    return [tensor for tensor in (ref() for ref in refs) if tensor is not None]
-
-
-def _leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the leaves that the graph of ``loss`` adds gradients to."""
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
-    leaves = []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        waiting += [behind for behind, _ in node.next_functions]
-    return leaves
+        return [(leaf, grad) for leaf, grad in pairs if leaf is not None and grad is not None]

@@ -129,19 +129,25 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
             controller.two_passes(lambda: back(loss, again=False)) if two_pass else nullcontext(),
             nullcontext() if check is None else check.deferred(),
         ):
-            loss = run(batch)
-            shape_seen[:] = [loss.dim() == 1]
-            back(loss, again=two_pass)
+            with optimizer.outside.of(losses := []):
+                loss = run(batch)
+                losses.append(loss)
+                if not loss.requires_grad:
+                    raise InvalidArgumentError(
+                        f"{_name(fn)}() returned a loss that no gradient can come from: it was detached, computed under "
+                        "torch.no_grad(), or back-propagated in the function. Return it as it is; the step back-propagates it."
+                    )
+                shape_seen[:] = [loss.dim() == 1]
+                back(loss, again=two_pass)
             samples = controller.samples
             if loss.dim() == 1 and samples and len(loss) != samples:
                 raise InvalidArgumentError(
                     f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
                 )
             if check is not None and check.needed_for_function(samples):
-                optimizer.outside.look(loss, model)
+                optimizer.outside.look_inside(loss)
                 with _explained(fn, samples, controller.axis, (args, kwargs)):
                     _self_check(check, controller, run, spare, how_reduced(loss))
-            optimizer.outside.note()
             optimizer.step()
         return loss.detach()
 

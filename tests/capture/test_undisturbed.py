@@ -76,6 +76,7 @@ def test_nothing_is_left_of_what_runs_undisturbed():
     assert (before[2] == numpy.random.get_state()[1]).all()
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_the_factors_of_a_layer_are_made_once_in_a_step(monkeypatch):
     """Norms and sums of a deferred layer come from the same factors."""
     made = []

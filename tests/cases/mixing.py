@@ -147,6 +147,7 @@ RANDOM_MIXING = {
     "mixed where noise is large": lambda x: _chosen(torch.rand(len(x), 1) > 0.5, x),
     "mixed where noise in place is small": lambda x: _chosen(torch.empty(len(x), 1).uniform_() < 0.5, x),
     "partners by random integers": lambda x: 0.5 * x + 0.5 * x[torch.randint(0, len(x), (len(x),))],
+    "several rows permuted by noise": lambda x: 0.5 * x + 0.5 * x.flatten()[torch.rand(x.numel()).argsort()].view_as(x),
     "permuted": lambda x: 0.5 * x + 0.5 * x[torch.randperm(len(x))],
 }
 RANDOM_BUT_SOUND = {
@@ -157,5 +158,13 @@ RANDOM_BUT_SOUND = {
     "scaled by torch.normal": lambda x: x * torch.normal(1.0, 0.1, (len(x), 1), dtype=x.dtype),
     "numbers of a distribution": lambda x: x + torch.distributions.Normal(x, 1.0).sample(),
     "chosen by multinomial": lambda x: x * torch.multinomial(torch.ones(len(x), 3), 1),
+    "integers for several rows of each": lambda x: x * torch.randint(0, 9, (5 * len(x), 1)).view(len(x), 5),
+    "integers for several rows, one of each after the other": lambda x: x * torch.randint(0, 9, (5 * len(x), 1)).view(5, -1).T,
+    "noise for several rows of each": lambda x: x * (1 + torch.randn(5 * len(x), 1, dtype=x.dtype).view(len(x), 5)),
+    "stochastic depth of several rows": lambda x: x * torch.empty(5 * len(x), dtype=x.dtype).bernoulli_(0.7).view(len(x), 5) / 0.7,
+    "classes of several rows": lambda x: x * torch.distributions.Categorical(logits=x[..., None].expand(-1, -1, 3)).sample(),
+    "gumbel softmax": lambda x: x * F.gumbel_softmax(x),
+    "hard gumbel softmax": lambda x: x * F.gumbel_softmax(x, hard=True),
+    "leaky units with random slopes": lambda x: F.rrelu(x, training=True),
     "from a generator of its own": lambda x: x + torch.rand(len(x), 1, generator=torch.Generator().manual_seed(3)),
 }

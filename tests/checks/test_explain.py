@@ -14,6 +14,8 @@ from ..cases import param
 from ..cases.layers import LinearWithForward, tokens_of
 from ..models import MODES, Net, in_order, scope_over
 
+pytestmark = pytest.mark.usefixtures("nothing_is_small")
+
 
 def with_token():
     """Patches with a class token in front, and a parameter that nothing uses."""

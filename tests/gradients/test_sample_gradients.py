@@ -39,7 +39,7 @@ def test_nothing_more_than_needed_stays_captured():
         x = Watched.apply(s.narrow(Watched.apply(x, before)), between)
         return Watched.apply(s.wide(x), after)
 
-    model = Net(forward, narrow=nn.Linear(4, 4), wide=nn.Linear(4, 300))
+    model = Net(forward, narrow=nn.Linear(4, 4), wide=nn.Linear(4, 10_000))
     with scope_over(model, loader=loader_of([torch.randn(6, 2, 4)], 2), noise_multiplier=1.0) as (opt, loader):
         for (x,) in loader:
             for memory in memories:

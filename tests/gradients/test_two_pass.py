@@ -74,6 +74,7 @@ def test_passes_that_differ_are_refused():
     assert run.scope.steps == 0
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("two_pass", [True, False])
 def test_nothing_captured_outlives_its_call(two_pass, monkeypatch):
     """In the first pass each captured call is gone before the next arrives; with one pass it is kept, as the contrast."""

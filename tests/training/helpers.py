@@ -97,7 +97,9 @@ class Run:
         """Assert that the parameters moved by the noise of one release, which was charged once."""
         assert charges(self.scope) == 1
         replay = drawn(5)
-        assert_same(self.moved, [torch.empty_like(p).normal_(0.0, 2.0 * BOUND, generator=replay) for p in self.start])
+        flat = torch.empty(sum(p.numel() for p in self.start), dtype=self.start[0].dtype)
+        parts = flat.normal_(0.0, 2.0 * BOUND, generator=replay).split([p.numel() for p in self.start])  # all are small: one draw
+        assert_same(self.moved, [part.view_as(p) for part, p in zip(parts, self.start, strict=True)])
 
     def assert_untouched(self) -> None:
         """Assert that nothing was released, charged or left in ``p.grad``."""

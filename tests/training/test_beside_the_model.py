@@ -244,11 +244,11 @@ class Outside:
         return F.cross_entropy(out, y, reduction="none")
 
 
-@pytest.mark.parametrize("at", ["the first step", "a later step", "while paused"])
+@pytest.mark.parametrize("at", ["the first step", "a later step", "while paused", "unchecked"])
 @pytest.mark.parametrize("where", ["before", "behind"])
 def test_gradients_outside_the_model_cannot_be_applied(where: str, at: str) -> None:
     """An optimizer over a head or a prompt is stopped before it applies raw gradients of private samples."""
-    outside, run = Outside(where), Run()
+    outside, run = Outside(where), Run(self_check=at != "unchecked")
     other = torch.optim.SGD(outside.trained, lr=1.0)
     before = [p.detach().clone() for p in outside.trained]
     private = dp_step(outside.loss)
@@ -277,3 +277,68 @@ def test_an_outer_optimizer_with_a_loss_of_its_own_goes_on(where: str) -> None:
             other.step()
             assert all(torch.equal(p, old - 1) for p, old in zip(outside.trained, before, strict=True))
     other.step()
+
+
+def test_a_head_that_is_trained_from_a_later_step_on_is_known_then() -> None:
+    """Heads that take turns: the second is seen in the step that uses it, though nothing else is new."""
+    first, second, run = Outside("behind"), Outside("behind"), Run()
+    heads = [first, second]
+    private = dp_step(lambda model, batch: heads[0].loss(model, batch))
+    others = [torch.optim.SGD(head.trained, lr=1.0) for head in heads]
+    with run as (model, _, loader):
+        private(model, next(iter(loader)))
+        others[0].zero_grad()
+        heads.reverse()
+        private(model, next(iter(loader)))
+        before = [p.detach().clone() for p in second.trained]
+        with pytest.raises(ScopeError, match="neither clipped"):
+            others[1].step()
+    assert all(torch.equal(p, old) for p, old in zip(second.trained, before, strict=True))
+
+
+def test_nothing_of_private_samples_is_left_outside_the_model_after_the_scope() -> None:
+    """Gradients that a private loss left at a head are gone when the scope ends."""
+    outside, run = Outside("behind"), Run()
+    with run as (model, _, loader):
+        dp_step(outside.loss)(model, next(iter(loader)))
+        assert all(p.grad is not None for p in outside.trained)
+    assert all(p.grad is None for p in outside.trained)
+
+
+def test_a_train_function_may_run_inside_another() -> None:
+    """Two private models: the function of the one calls that of the other, and both take their step."""
+    outer, inner = Run(self_check=False), Run(self_check=False)
+    with outer as (model, _, loader), inner as (other, _, batches):
+
+        @dp_step
+        def train(m: nn.Module, batch: Any) -> Tensor:
+            step_inside(other, next(iter(batches)))
+            return F.cross_entropy(m(batch[0]), batch[1], reduction="none")
+
+        train(model, next(iter(loader)))
+    assert outer.scope.steps == inner.scope.steps == 1
+
+
+@dp_step
+def step_inside(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("how", ["detached", "without gradients", "back-propagated"])
+def test_a_loss_without_a_graph_is_refused_by_name(how: str) -> None:
+    """A function that returns a loss no gradient can come from is told so."""
+
+    @dp_step
+    def train(m: nn.Module, batch: Any) -> Tensor:
+        loss = F.cross_entropy(m(batch[0]), batch[1])
+        if how == "back-propagated":
+            loss.backward()
+        return loss.detach()
+
+    run = Run(**POISSON)
+    with run as (model, _, loader):
+        batch = next(iter(loader))
+        with torch.set_grad_enabled(how != "without gradients"), pytest.raises(InvalidArgumentError, match="no gradient can come"):
+            train(model, batch)
+        assert run.scope.steps == 0
+    run.assert_untouched()

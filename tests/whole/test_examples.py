@@ -139,6 +139,25 @@ def test_the_benchmarks_workloads_can_be_trained(name, engine):
     assert all((p != old).any() for p, old in zip(workload.trainable(), before, strict=True))
 
 
+@pytest.mark.parametrize("name", load("benchmark").TINY)
+def test_overhead_stays_small(name):
+    """Of tiny models a private step takes at most so many times the operations of an ordinary one, and hardly looks at a result."""
+    found = load("benchmark").overhead.measure(name, rounds=1)
+    assert found["operations ratio"] <= (3.5 if name == "resnet50" else 1.4)
+    assert found["synchronisations"] <= (40 if name == "resnet50" else 3)
+
+
+def test_benchmark_prints_a_table_of_overhead(monkeypatch, capsys):
+    """With --overhead the tiny models chosen are listed; a workload of the other kind is named as such."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--overhead", "--workload", "llama", "--rounds", "1"])
+    load("benchmark").main()
+    assert "| llama | " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--overhead", "--workload", "minilm"])
+    with pytest.raises(SystemExit):
+        load("benchmark").main()
+    assert "choose from gpt2" in capsys.readouterr().err
+
+
 def test_benchmark_compares_processes(tmp_path, monkeypatch, capsys):
     """A small run prints a table with a ratio per engine, names what fails and why, and writes the raw numbers."""
     raw, picture = tmp_path / "raw.json", tmp_path / "picture.png"

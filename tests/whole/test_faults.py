@@ -99,6 +99,7 @@ def test_mean_for_sum_is_refused():
 
 # In mode "functorch" no rule is asked, and two passes do not ask for what a rule has to say of a whole batch.
 @unreached
+@pytest.mark.usefixtures("nothing_is_small")
 @pytest.mark.parametrize("name", BROKEN_RULES)
 def test_broken_rules_are_refused(name, monkeypatch):
     """A layer rule that is wrong in gradients, norms, sums or factors is refused, naming a parameter."""

@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from ..._rerun import AmbientContext, ModuleState
-from ..._tree import private_copy
+from ..._tree import modules_of, private_copy
 from .carried_state import CarriedState
 from .forward_frame import call_in, forward_around
 from .recorded_call import RecordedCall, kind_of
@@ -29,11 +29,13 @@ class CallRecorder:
         self._views: list[tuple[RecordedCall, int, Tensor, int]] = []
         # Whose state is let go at the next step, kept or not: it holds what the call before left in attributes.
         self._recorded: WeakSet[RecordedCall] = WeakSet()
+        self.quiet: list[RecordedCall] = []  # calls that left something in the model, and that no gradients came back from
         self.trace = trace  # follows the operations of calls
         self.checked: set[tuple[Any, ...]] = set()  # states of the model that a check has covered
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
         self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
+        self._changing: set[tuple[int, str]] = set()  # attributes that changed in calls which a check has covered
         self.situation = ""  # what else is special about the present batch
         self.paused = False  # whether nothing is recorded, since a check is running calls
         # While a whole function is to be checked, attributes of the model at its start; calls need none then.
@@ -50,8 +52,9 @@ class CallRecorder:
         self._views = []
         self._frame: FrameType | None = None  # of a forward method that was called past the hooks
         self.overflowed = False  # whether there were more than LIMIT
+        self._changed: set[tuple[int, str]] = set()  # attributes that changed in calls, and never did before
         self.came_back = False  # whether a backward pass came to any call
-        self.quiet: list[RecordedCall] = []  # calls without gradients that left something in the model
+        self.quiet = [call for call in self.quiet if not call.with_gradients]  # what these left can reach any later step
         self.trace.unverified = set()
 
     def forget(self, situation: str | None = None) -> None:
@@ -63,7 +66,7 @@ class CallRecorder:
 
     def key(self, samples: int) -> tuple[Any, ...]:
         """What a check has shown something about: one sample or several, the modes of modules, what is trainable."""
-        modes = tuple((module.training, len(module._forward_hooks)) for module in self._model.modules())
+        modes = tuple([2 * len(module._forward_hooks) + module.training for module in modules_of(self._model)])
         return ("one" if samples == 1 else "many", self.situation, modes, tuple(p.requires_grad for p in self._params))
 
     @property
@@ -122,26 +125,44 @@ class CallRecorder:
         return call
 
     def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
-        """An outermost call in training mode begins, without gradients: it may leave something in the model all the same."""
+        """An outermost call begins, without gradients: it may leave something in the model all the same."""
         kind, key = kind_of(name, args, kwargs), self.key(2)
-        if self.paused or self.state is not None or (key, kind) in self.harmless:
+        known = (key, kind) in self.harmless or any((call.key, call.kind) == (key, kind) for call in self.quiet)
+        if self.paused or self.state is not None or known:
             return None
         return self._copied(module, name, args, kwargs, key, kind, with_gradients=False)
 
     def end_quiet(self, call: RecordedCall) -> None:
         """It is over."""
-        before, now = call.carried, CarriedState(self._model)
-        if before is not None and (now.stored_unlike(before) or now.attributes_unlike(before)):
+        if self._left_something(call):
             self.quiet.append(call)
         else:
             self.harmless.add((call.key, call.kind))
 
+    def _left_something(self, call: RecordedCall) -> bool:
+        before, now = call.carried, CarriedState(self._model)
+        return before is not None and bool(now.stored_unlike(before) or now.attributes_unlike(before))
+
     def end(self, call: RecordedCall) -> list[Tensor]:
         """The call is over; return what it left in attributes of the model: it can be used in a loss like its outputs."""
         call.transitions, call.draws = self.trace.unverified, self.trace.draws
-        if call.copied or call.transitions:
+        changed = set() if call.state is None else call.state.changed() - self._changing
+        self._changed |= changed
+        if call.carried is not None and self._left_something(call):
+            self.quiet.append(call)  # looked at as such, unless gradients come back from it
+        if call.copied or call.transitions or changed or self.quiet:
             self._keep(call)
         return call.left
+
+    @property
+    def changed(self) -> set[tuple[int, str]]:
+        """Attributes that changed in this step, and in none before that a check has covered."""
+        return self._changed if self.state is None else self.state.changed() - self._changing
+
+    def cover_changed(self) -> None:
+        """A check has covered them."""
+        self._changing |= self.changed
+        self._changed = set()
 
     def has_view(self, call: RecordedCall, index: int, output: Tensor) -> None:
         """An output is a view: when it is changed in place it gets another history, and :meth:`reached` may not be called."""

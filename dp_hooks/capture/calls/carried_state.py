@@ -26,7 +26,7 @@ class CarriedState:
         for prefix, m in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, tensor in m._buffers.items():
-                if tensor is not None:
+                if tensor is not None and not (tensor.is_leaf and tensor.requires_grad):
                     self._stored[dot + name] = (tensor, tensor.detach().clone())
             for name, param in m._parameters.items():
                 if param is not None and not param.requires_grad:
@@ -65,11 +65,12 @@ def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _is_value(value: Any) -> bool:
-    if isinstance(value, _CONTAINERS):  # recurrent layers keep a list of their parameters
-        return len(value) <= _LONGEST and all(_is_value(v) for v in (value.values() if isinstance(value, dict) else value))
-    return (not isinstance(value, nn.Parameter) and isinstance(value, (Tensor, int, float, complex, str, type(None)))) or _is_array(
-        value
-    )
+    if isinstance(value, _CONTAINERS):  # recurrent layers keep a list of their parameters, which is none
+        items = list(value.values() if isinstance(value, dict) else value)
+        return len(items) <= _LONGEST and (not items or any(_is_value(item) for item in items))
+    if isinstance(value, Tensor):  # what is trained is no state
+        return not isinstance(value, nn.Parameter) and not (value.is_leaf and value.requires_grad)
+    return isinstance(value, (int, float, complex, str, type(None))) or _is_array(value)
 
 
 def _is_array(value: Any) -> bool:
@@ -77,6 +78,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -93,6 +96,8 @@ def _alike(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return False
+    if isinstance(one, nn.Parameter):
+        return True  # those that train are no state, and others are kept as such
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and same_values(one, other)
     if isinstance(one, dict):

@@ -80,6 +80,8 @@ class Session:
         self._anchor_node: Any = self.anchor.view_as(self.anchor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self.trace: OpTrace | None = None  # follows operations, if a check wants them
         self.recorder: CallRecorder | None = None  # keeps calls, if a check wants them
+        # Around a train function: nodes that gradients come into the model by, and tensors that they leave it by.
+        self.borders: tuple[set[Any], list[Tensor]] | None = None
         self.collected: Refusals | None = None  # refusals, where one wants to see them all; None: they are raised
         # Told the inputs of every outermost call with gradients, and may refuse it.
         self.before_call: Callable[[tuple[Any, Any], BackwardPasses], None] | None = None

@@ -49,6 +49,8 @@ def untraced(method: Callable[P, T]) -> Callable[P, T]:
 
 def _kind(value: Any, sized: bool) -> Any:
     """What is kept of an argument: enough to tell dimensions and switches apart, not numbers that change all the time."""
+    if isinstance(value, Tensor):
+        return type(value).__name__
     if isinstance(value, (bool, str)) or value is None or value is Ellipsis:
         return value
     if isinstance(value, int):
@@ -61,32 +63,35 @@ def _kind(value: Any, sized: bool) -> Any:
         empty = value.start is not None and value.start == value.stop
         return (slice, _kind(value.start, sized), _kind(value.stop, sized), _kind(value.step, sized), empty)
     if isinstance(value, (tuple, list)) and len(value) <= 8:
-        return tuple(_kind(item, sized) for item in value)
-    if isinstance(value, Tensor):
-        return type(value).__name__
+        return tuple([_kind(item, sized) for item in value])
     numpy = sys.modules.get("numpy")
     return _kind(value.item(), sized) if numpy is not None and isinstance(value, numpy.generic) else type(value)
 
 
-_MEANS_OF_TARGETS = ("cross_entropy", "nll_loss")
+_MEANS_OF_TARGETS = ("cross_entropy", "nll_loss")  # and what has these names inside its own
 
 
-def _uneven(
-    _: Any, target: Any, weight: Tensor | None = None, *rest: Any, ignore_index: int = -100, reduction: str = "mean", **others: Any
-) -> Any:
-    """Whether a mean over targets leaves out some of them, or counts some more; and rows of them.
+def _uneven(args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int | None) -> Any:
+    """Whether a mean over targets leaves out some of them, or counts some more; and some samples of them, wherever these may be.
 
     Then it is over all samples together. With targets that are all alike it cannot be told from a mean of means.
     """
-    if rest or reduction != "mean" or not isinstance(target, Tensor) or target.is_floating_point() or target.is_meta:
+    if kwargs.get("reduction") in ("none", "sum", 0, 2):
         return None
-    if not target.dim() or torch._C._functorch.is_functorch_wrapped_tensor(target):
+    given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    target = next((t for t in given if not t.is_floating_point() and not t.is_complex()), None)
+    if target is None or target.is_meta or not target.dim() or torch._C._functorch.is_functorch_wrapped_tensor(target):
         return None
-    counted = (target != ignore_index).double()
-    if weight is not None:
+    ignored = kwargs.get("ignore_index", args[4] if len(args) > 4 else None)
+    counted = (target != (-100 if ignored is None else ignored)).double()
+    weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+    if isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point():
         counted = counted * weight.detach()[target.where(counted > 0, 0)].to(counted)
-    rows = counted.flatten(1).sum(1) if target.dim() > 1 else counted
-    return bool((counted != counted.flatten()[:1]).any()), bool((rows != rows[:1]).any())
+    sizes = [counted.flatten()]
+    if samples and counted.numel() % samples == 0:
+        sizes += [counted.reshape(samples, -1).sum(1), counted.reshape(-1, samples).sum(0)]
+        sizes += [counted.movedim(axis, 0).flatten(1).sum(1) for axis in range(1, counted.dim()) if counted.shape[axis] == samples]
+    return tuple(torch.stack([(size != size[:1]).any() for size in sizes]).tolist())
 
 
 class _Follow(TorchFunctionMode):
@@ -235,8 +240,10 @@ class OpTrace:
         if isinstance(first, Tensor):
             shape = first.shape
             where = (len(shape), shape.index(self.rows) if self.rows in shape else self._multiple(shape))
-        named = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
-        self._note((name, where, kinds, (named, _uneven(*args, **(kwargs or {}))) if name in _MEANS_OF_TARGETS else named))
+        named: Any = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
+        if any(mean in name for mean in _MEANS_OF_TARGETS):
+            named = (named, _uneven(args, kwargs or {}, self.rows))
+        self._note((name, where, kinds, named))
         for target in (first, kwargs.get("out") if kwargs else None):
             self._constants.pop(id(target), None)  # it may have been written to
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..._rerun import same_values
+from ..._tree import modules_of
 
 
 class Written:
@@ -10,14 +11,23 @@ class Written:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._before = {n: (b, b._version) for n, b in module.named_buffers() if b.is_floating_point()}
+        self._before = [
+            (owner, key, buffer, buffer._version)
+            for owner in modules_of(module)
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
 
     def since(self) -> list[str]:
         """Return the names of those that were written to since."""
-        after = dict(self._module.named_buffers()) if self._before else {}
-        return [name for name, kept in self._before.items() if self._differs(after.get(name), *kept)]
+        changed = {
+            (id(owner), key) for owner, key, tensor, version in self._before if _differs(owner._buffers.get(key), tensor, version)
+        }
+        modules = self._module.named_modules() if changed else ()
+        return [f"{name}.{key}" if name else key for name, m in modules for key in m._buffers if (id(m), key) in changed]
 
-    def _differs(self, now: Tensor | None, tensor: Tensor, version: int) -> bool:
-        if now is tensor:
-            return tensor._version != version
-        return now is None or not same_values(now, tensor)
+
+def _differs(now: Tensor | None, tensor: Tensor, version: int) -> bool:
+    if now is tensor:
+        return tensor._version != version
+    return now is None or not same_values(now, tensor)

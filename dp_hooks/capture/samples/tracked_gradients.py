@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._precision import wide_dtype
 from ..._rerun import autocast_as
 from ..._tree import join
 from ...gradients.terms import Sums, Term
@@ -58,7 +59,7 @@ class TrackedGradients(Term):
         chosen = slice(None) if rows is None else rows
         if self.samples == 0 or self.tracked.custom:
             return None
-        dtype = torch.promote_types(self.rows.dtype, torch.float32)
+        dtype = wide_dtype(self.rows.dtype)
         total = torch.tensordot(factors[chosen].to(dtype) * self.scale, self.rows[chosen].to(dtype), dims=1)
         return {param: self.tracked.to_parameter(param, total) for param in params}
 

@@ -1,6 +1,7 @@
 """What a clipping function promises, and what the optimizer asks of it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,8 +33,12 @@ class ClippingFunction(ABC):
         """The largest norm that one sample's contribution can have, in the units of the gradient."""
 
     @abstractmethod
-    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
-        """Return, per parameter, the factors ``[n]`` for samples of these norms."""
+    def groups(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Put together the parameters whose norm is taken together; each is in one group."""
+
+    @abstractmethod
+    def factors(self, norms: SampleNorms, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+        """Return the factors ``[n]`` for each of ``groups`` of samples of these norms."""
 
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
         """Return the noise on the clipped sum, in units of the sensitivity, if ``noise_multiplier`` is charged."""

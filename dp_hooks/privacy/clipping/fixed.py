@@ -27,9 +27,13 @@ class FlatClipping(ClippingFunction):
         """C."""
         return self._bound
 
-    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
-        """Return the same factors for every parameter."""
-        return norms.factors(self._factors(norms.joint), norms.squares)
+    def groups(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """All together."""
+        return [list(params)]
+
+    def factors(self, norms: SampleNorms, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+        """Return the factors by the norm over all parameters."""
+        return [norms.kept(self._factors(norms.joint))]
 
     def _factors(self, norms: Tensor) -> Tensor:
         return clip(norms, self._bound)
@@ -80,15 +84,17 @@ class GroupClipping(ClippingFunction):
         """``sqrt(sum_k C_k^2)``: all bounds can be reached by one sample."""
         return math.sqrt(sum(bound * bound for bound in self.bounds))
 
-    def factors(self, norms: SampleNorms) -> dict[nn.Parameter, Tensor]:
+    def groups(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Those that have a bound together."""
+        groups: dict[int, list[nn.Parameter]] = {}
+        for p in params:
+            groups.setdefault(self.group_of[p], []).append(p)
+        return list(groups.values())
+
+    def factors(self, norms: SampleNorms, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
         """Return separate factors for every group; a sample that is not finite anywhere is dropped everywhere."""
-        members: dict[int, list[nn.Parameter]] = {}
-        for p in norms.squares:
-            members.setdefault(self.group_of[p], []).append(p)
-        out: dict[nn.Parameter, Tensor] = {}
-        for group, params in members.items():
-            out |= norms.factors(clip(norms.over(params), self.bounds[group]), params)
-        return {p: out[p] for p in norms.squares}
+        bounds = [self.bounds[self.group_of[group[0]]] for group in groups]
+        return [norms.kept(clip(norm, bound)) for norm, bound in zip(norms.of_groups, bounds, strict=True)]
 
 
 def clip(norms: Tensor, bound: float) -> Tensor:

@@ -1,32 +1,23 @@
-"""The norms of per-sample gradients: for every parameter, and over several."""
+"""The norms of per-sample gradients: over every group of parameters, and over all."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class SampleNorms:
-    """Squared norms ``[n]`` of the samples' gradients for every parameter, and their norm over all, worked out once."""
+    """Norms ``[n]`` of the samples' gradients over groups of parameters, and over all, worked out once."""
 
-    def __init__(self, squares: Mapping[nn.Parameter, Tensor]) -> None:
-        """Take the squared norms of at least one parameter."""
-        self.squares = squares  # the squared norms of every parameter, each where that parameter is
-        stacked = self._stacked(squares)
+    def __init__(self, squares: Sequence[Tensor]) -> None:
+        """Take the squared norms ``[n]`` over at least one group, each where its parameters are."""
+        stacked = torch.stack([square.to(squares[0].device) for square in squares])
+        self.of_groups = stacked.sqrt().unbind()  # to be used only for samples that are ``finite``
         total = stacked.sum(0).sqrt()
         # ``[n]`` norms over all parameters; NaN where a square is below 0: that cannot be right, and adding it would hide it.
         self.joint = torch.where((stacked >= 0).all(0), total, torch.full_like(total, torch.nan))
         self.finite = self.joint.isfinite()  # ``[n]`` bools: which samples have a usable norm in every parameter
 
-    def over(self, params: Iterable[nn.Parameter]) -> Tensor:
-        """Return norms ``[n]`` over ``params``; to be used only for samples that are ``finite``."""
-        return self._stacked(params).sum(0).sqrt()
-
-    def _stacked(self, params: Iterable[nn.Parameter]) -> Tensor:
-        device = next(iter(self.squares.values())).device
-        return torch.stack([self.squares[p].to(device) for p in params])
-
-    def factors(self, factors: Tensor, params: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """Return ``factors`` ``[n]`` for each of ``params``, where that is, with 0 for samples that are not finite."""
-        kept = torch.where(self.finite, factors, torch.zeros_like(factors))
-        return {p: kept.to(self.squares[p].device) for p in params}
+    def kept(self, factors: Tensor) -> Tensor:
+        """Return ``factors`` ``[n]`` with 0 for samples that are not finite."""
+        return torch.where(self.finite, factors, torch.zeros_like(factors))

@@ -1,6 +1,5 @@
 """Gaussian noise on the clipped sum."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,13 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from ..._precision import wide_dtype
 from ..._validate import bad
 from ...errors import ScopeError
 from .entropy import fresh_generator
 
+_SMALL = 1 << 13  # on CPU noise for tensors of at most so many numbers is drawn at once, for all of them together
+_TOGETHER = 1 << 24  # at most so many numbers at a time, on any device
 _BLOCK = 1 << 15  # numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few
 _WORTH_A_THREAD = 1 << 18  # sums of fewer numbers than this are not worth starting a thread for
 _PARALLEL_FROM = 1 << 15  # elementwise operators use several threads from this size on
@@ -66,6 +68,7 @@ class GaussianNoise:
         self.generator = generator
         self._process = os.getpid()
         self._fresh: dict[torch.device, list[torch.Generator]] = {}
+        self._draws: tuple[object, Tensor, list[Tensor]] | None = None  # for tensors of these shapes: numbers, and views of them
 
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
@@ -89,7 +92,7 @@ class GaussianNoise:
         """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
 
         The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
-        size is needed on CPU; on other devices one as large as the largest tensor.
+        size is needed on CPU; on other devices one as large as the largest tensor, or 64 MB.
 
         Returns:
             Whether the results can be released: none of them is NaN or infinite.
@@ -98,37 +101,63 @@ class GaussianNoise:
             return _finite([_parts(total.mul_(scale)).sum() for total in totals])
         blocks: list[Tensor] = []
         sums: list[Tensor] = []
+        together: dict[object, list[Tensor]] = {}
         for total in map(_parts, totals):
-            flat = _flat(total) if total.device.type == "cpu" else None
-            if flat is None:
-                (generator,) = self._generators(total.device, 1)
-                draw = torch.empty(total.shape, dtype=_wide(total), device=total.device)
-                sums.append(self._add(total, draw, generator, std, scale))
-            else:
+            on_cpu = total.device.type == "cpu"
+            flat = _flat(total) if on_cpu and total.numel() > _SMALL else None
+            if flat is not None:
                 blocks.extend(flat.split(_BLOCK))
-        return self._add_blocks(blocks, std, scale) and _finite(sums)
+            elif total.numel() <= (_SMALL if on_cpu else _TOGETHER) and total.dtype == wide_dtype(total.dtype):
+                together.setdefault((total.device, total.dtype), []).append(total)
+            else:
+                (generator,) = self._generators(total.device, 1)
+                draw = torch.empty(total.shape, dtype=wide_dtype(total.dtype), device=total.device)
+                sums.append(self._add(total, draw, generator, std, scale))
+        for alike in together.values():
+            for some in _at_most(_TOGETHER, alike):
+                sums += self._add_together(some, std, scale)
+        sums += self._add_blocks(blocks, std, scale)
+        return _finite(sums)
 
-    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> bool:
+    def _add_together(self, totals: list[Tensor], std: float, scale: float) -> list[Tensor]:
+        """Add noise to tensors alike in dtype and device, by one draw for all; return what tells whether all are finite."""
+        (generator,) = self._generators(totals[0].device, 1)
+        shapes = (totals[0].device, totals[0].dtype, *(total.shape for total in totals))
+        if self._draws is None or self._draws[0] != shapes:
+            sizes = [total.numel() for total in totals]
+            draw = torch.empty(sum(sizes), dtype=totals[0].dtype, device=totals[0].device)
+            views = [part.view(total.shape) for part, total in zip(draw.split(sizes), totals, strict=True)]
+            self._draws = (shapes, draw, views)
+        _, draw, views = self._draws
+        draw.normal_(0.0, std * scale, generator=generator)
+        if scale != 1:
+            torch._foreach_mul_(totals, scale)
+        torch._foreach_add_(totals, views)
+        if draw.device.type != "cpu" or draw.numel() > _BLOCK:
+            self._draws = None  # small buffers are kept for the next step
+        return list(torch._foreach_norm(totals, 1))
+
+    def _add_blocks(self, blocks: list[Tensor], std: float, scale: float) -> list[Tensor]:
         if not blocks:
-            return True
+            return []
         wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
         generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
         queue: SimpleQueue[Tensor] = SimpleQueue()
         for block in blocks:
             queue.put(block)
 
-        def work(generator: torch.Generator) -> bool:
-            finite = True
+        def work(generator: torch.Generator) -> list[Tensor]:
+            sums: list[Tensor] = []
             buffers: dict[torch.dtype, Tensor] = {}
             with suppress(Empty):
                 while True:
                     block = queue.get_nowait()
-                    dtype = _wide(block)
+                    dtype = wide_dtype(block.dtype)
                     if dtype not in buffers:
                         buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
-                    total = self._add(block, buffers[dtype][: block.numel()], generator, std, scale)
-                    finite = finite and math.isfinite(total.item())
-            return finite
+                    buffer, size = buffers[dtype], block.numel()
+                    sums.append(self._add(block, buffer if size == _BLOCK else buffer[:size], generator, std, scale))
+            return sums
 
         if len(generators) == 1:
             return work(generators[0])
@@ -136,7 +165,7 @@ class GaussianNoise:
         # for one that shares the core of a busy thread.
         with _idle_cores(), ThreadPoolExecutor(len(generators)) as pool:
             jobs = [pool.submit(work, generator) for generator in generators]
-            return all(job.result() for job in jobs)
+            return [total for job in jobs for total in job.result()]
 
     @staticmethod
     def _add(total: Tensor, draw: Tensor, generator: torch.Generator, std: float, scale: float) -> Tensor:
@@ -156,6 +185,19 @@ def _finite(sums: list[Tensor]) -> bool:
     return all(bool(torch.stack(some).isfinite().all()) for some in alike.values())
 
 
+def _at_most(numbers: int, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into parts with at most so many ``numbers`` each."""
+    part: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.numel() > numbers:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    yield part
+
+
 def _parts(total: Tensor) -> Tensor:
     """Return a view of real and imaginary parts, each of which gets noise of its own; a real tensor as it is."""
     return torch.view_as_real(total) if total.is_complex() else total
@@ -166,7 +208,3 @@ def _flat(tensor: Tensor) -> Tensor | None:
     strides = tensor.stride()
     plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
     return plain.view(-1) if plain.is_contiguous() else None
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

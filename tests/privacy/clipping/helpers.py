@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dp_hooks.privacy.clipping import make_clipping
+from dp_hooks.gradients.sample_gradients import added
+from dp_hooks.privacy.clipping import ClippingFunction, SampleNorms, make_clipping
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -20,6 +21,13 @@ def made(clipping: str, bound: Any, model: nn.Module, **options: float) -> Any:
     """Build a clipping function for ``model``."""
     names, params = names_of(model), list(model.parameters())
     return make_clipping(clipping, bound, params, names=names, expected_batch_size=20.0, options=options or None)
+
+
+def factors_of(function: ClippingFunction, squares: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Return the factors ``[n]`` of every parameter for samples whose gradients have these squared norms in each."""
+    groups = function.groups(list(squares))
+    norms = SampleNorms([added([squares[p] for p in group]) for group in groups])
+    return {p: found for group, found in zip(groups, function.factors(norms, groups), strict=True) for p in group}
 
 
 # Options of a scope, and the sensitivity that they mean.

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from dp_hooks import PrivacyEngineHookBased, dp_step
 from dp_hooks.errors import InvalidArgumentError, ScopeError
-from dp_hooks.privacy.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping, SampleNorms
+from dp_hooks.privacy.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
 
 from ...models import assert_same, build, drawn, each_mode, in_order, norm_of
 from ...training.helpers import Run, backward, sgd, step
 from ..gaussian import Wide, assert_fits_only, fits, noise_of
-from .helpers import KINDS, made
+from .helpers import KINDS, factors_of, made
 
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
@@ -48,7 +48,7 @@ def test_factors_keep_random_gradients_within_the_sensitivity(kind: str, dtype: 
     function = made(*options.values(), model)
     generator = drawn(3)
     norms = {p: 10 ** (torch.rand(2000, generator=generator) * 36 - 18).to(dtype) for p in model.parameters()}
-    factors = function.factors(SampleNorms({p: norm.square() for p, norm in norms.items()}))
+    factors = factors_of(function, {p: norm.square() for p, norm in norms.items()})
     contributions = sum((factors[p].double() * norms[p].double()).square() for p in norms).sqrt()
     assert float(contributions.max()) <= sensitivity * (1 + 4 * torch.finfo(dtype).eps)
 
@@ -63,7 +63,7 @@ def test_a_sample_without_a_usable_norm_is_dropped_everywhere(kind: str) -> None
     for target in model.parameters():
         norms = {p: torch.ones(len(bad) + 1) for p in model.parameters()}
         norms[target][: len(bad)] = torch.tensor(bad)
-        for factors in function.factors(SampleNorms(norms)).values():
+        for factors in factors_of(function, norms).values():
             assert factors[: len(bad)].tolist() == [0.0] * len(bad)
             assert 0 < float(factors[-1]) <= 1
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dp_hooks.errors import InvalidArgumentError
-from dp_hooks.privacy.clipping import SampleNorms
 
 from ...models import BUILDERS, assert_same, build, each_mode, norm_of, scope_over
 from ...training.helpers import Run
-from .helpers import made
+from .helpers import factors_of, made
 
 Factor = Callable[[list[Tensor], int], Any]
 
@@ -111,5 +110,5 @@ def test_automatic_factors_of_extreme_norms() -> None:
     model = build("mlp")
     p, *_ = model.parameters()
     norms = torch.tensor([0.0, 1e-30, 1e30, math.inf, math.nan], dtype=torch.float64)
-    (found,) = made("automatic", 2.0, model).factors(SampleNorms({p: norms})).values()
+    (found,) = factors_of(made("automatic", 2.0, model), {p: norms}).values()
     torch.testing.assert_close(found, torch.tensor([200.0, 200.0, 2e-15, 0, 0], dtype=torch.float64))

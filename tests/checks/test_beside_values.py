@@ -1,0 +1,392 @@
+"""What no value of a first batch shows: gradients that mix alone, state from other passes, criteria called several times."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_hooks import dp_step, errors
+
+from .. import laws
+from ..models import Net, loader_of, randn, scope_over, values
+from ..reference import losses_of
+
+N, D = 8, 4
+whole = dp_step(lambda model, x: losses_of(model, x))
+STYLES = {"bare loop": laws.step_in(laws.MODE["ghost"]), "dp_step": lambda model, opt, batch: whole(model, batch[0])}
+each_style = pytest.mark.parametrize("step", STYLES.values(), ids=STYLES)
+
+
+@contextmanager
+def refused(match: str, model: nn.Module) -> Iterator[None]:
+    """The block is refused, and moves nothing."""
+    before = values(model)
+    with pytest.raises(errors.SelfCheckError, match=match):
+        yield
+    assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+def opened(model: nn.Module, batches: int = 1, **options: Any) -> Any:
+    """A scope with so many batches."""
+    return scope_over(model, loader=loader_of([randn(batches * N, D)], N), max_grad_norm=1.0, **options)
+
+
+# ---------------------------------------------------------------- gradients that mix where no value does
+
+
+class Scaled(torch.autograd.Function):
+    """Identity whose gradient is multiplied with ``factor``."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (factor,) = ctx.saved_tensors
+        return grads[0] * factor, None
+
+
+def by_hook(h: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h * 1
+    if h.requires_grad:
+        h.register_hook(change)
+    return h
+
+
+def centred(h: Tensor) -> Tensor:
+    return h - h.mean(0)
+
+
+def attending(h: Tensor) -> Tensor:
+    return torch.softmax(h @ h.mT, -1) @ h
+
+
+def behind_zero_weights(mix: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda s, x: s.zero(mix(s.a(x)))
+
+
+# forward(self, x), with the mixing and without
+BACKWARD_ONLY: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
+    "centred before a head of zeros": (behind_zero_weights(centred), behind_zero_weights(torch.tanh)),
+    "attention before a head of zeros": (behind_zero_weights(attending), behind_zero_weights(torch.sin)),
+    "adapter that ends in zeros": (lambda s, x: s.b(s.a(x)) + s.zero(centred(s.a(x))), lambda s, x: s.b(s.a(x)) + s.zero(s.a(x))),
+    "branch times a gate of zero": (lambda s, x: s.b(s.a(x) + s.gate * centred(x)), lambda s, x: s.b(s.a(x) + s.gate * x.tanh())),
+    "gradient scaled past the value": (
+        lambda s, x: s.b((h := s.a(x)).detach() + (h - h.detach()) * x.norm()),
+        lambda s, x: s.b((h := s.a(x)).detach() + (h - h.detach()) * x.norm(dim=1, keepdim=True)),
+    ),
+    "custom function": (
+        lambda s, x: s.b(Scaled.apply(s.a(x), x.norm())),
+        lambda s, x: s.b(Scaled.apply(s.a(x), x.norm(dim=1, keepdim=True))),
+    ),
+    "tensor hook": (
+        lambda s, x: s.b(by_hook(s.a(x), lambda g: g - g.mean(0))),
+        lambda s, x: s.b(by_hook(s.a(x), lambda g: g.clamp(-1, 1))),
+    ),
+}
+
+
+def two_layers(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    layers = {"a": nn.Linear(D, D), "b": nn.Linear(D, 3), "zero": nn.Linear(D, 3)}
+    model = Net(forward, **layers, gate=nn.Parameter(torch.zeros(D)))
+    nn.init.zeros_(layers["zero"].weight)
+    return model.double()
+
+
+@pytest.mark.filterwarnings("ignore:the loss did not reach")
+@each_style
+@pytest.mark.parametrize("case", BACKWARD_ONLY)
+def test_gradients_that_mix_where_no_value_does_are_refused(case: str, step: Any) -> None:
+    """Behind weights of zero, in hooks and custom functions: gradients are compared with those of single samples, too."""
+    mixing, sound = map(two_layers, BACKWARD_ONLY[case])
+    with opened(mixing) as (opt, loader), refused("differ from plain autograd", mixing):
+        step(mixing, opt, next(iter(loader)))
+    with opened(sound) as (opt, loader):
+        step(sound, opt, next(iter(loader)))
+
+
+# ---------------------------------------------------------------- state
+
+
+class Keeping(nn.Module):
+    """Subtracts ``kept``, which is written in the backward pass, or in a forward pass when ``when(self)``."""
+
+    def __init__(self, write: Callable[[Any, Tensor], None], *, backward: bool = False, buffer: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3)
+        self.write, self.backward, self.late = write, backward, False
+        start = torch.zeros(D, dtype=torch.float64)
+        if buffer:
+            self.register_buffer("kept", start)
+        else:
+            self.kept: Any = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out = h - (self.kept["mean"] if isinstance(self.kept, dict) else self.kept)
+        if self.backward:
+            return self.b(by_hook(out, lambda g: self.write(self, g.detach())))
+        self.write(self, h.detach())
+        return self.b(out.tanh())
+
+
+def set_mean(s: Any, h: Tensor) -> None:
+    s.kept = h.mean(0)
+
+
+def copy_mean(s: Any, h: Tensor) -> None:
+    s.kept.copy_(h.mean(0))
+
+
+def mean_beside_an_object(s: Any, h: Tensor) -> None:
+    s.kept = {"mean": h.mean(0), "of": print}
+
+
+@each_style
+@pytest.mark.parametrize("buffer", [False, True])
+def test_state_that_a_backward_pass_leaves_is_refused(buffer: bool, step: Any) -> None:
+    """A hook on a gradient that keeps its mean for the next batch is found, as one in the forward pass is."""
+    model = Keeping(copy_mean, backward=True, buffer=buffer).double()
+    with opened(model) as (opt, loader), refused("kept", model):
+        step(model, opt, next(iter(loader)))
+
+
+@each_style
+def test_what_is_kept_beside_other_objects_is_found(step: Any) -> None:
+    """A dictionary with a tensor and something that is no value is looked at, too."""
+    model = Keeping(mean_beside_an_object).double()
+    with opened(model) as (opt, loader), refused("kept", model):
+        step(model, opt, next(iter(loader)))
+
+
+@each_style
+def test_what_begins_to_be_kept_later_is_found_then(step: Any) -> None:
+    """An attribute that changes for the first time in a later step has that step checked."""
+    model = Keeping(lambda s, h: set_mean(s, h) if s.late else None).double()
+    with opened(model, 3) as (opt, loader):
+        for number, batch in enumerate(loader):
+            if number == 1:
+                model.late = True
+                with refused("kept", model):
+                    step(model, opt, batch)
+                break
+            step(model, opt, batch)
+
+
+def _evaluate(model: nn.Module, x: Tensor) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    model.train()
+
+
+@each_style
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("buffer", [False, True])
+def test_what_an_evaluation_leaves_for_training_is_refused(buffer: bool, late: bool, step: Any) -> None:
+    """Statistics that a pass in eval mode leaves for the next training pass are found, before the first step and later."""
+    model = Keeping(lambda s, h: None if s.training else copy_mean(s, h), buffer=buffer).double()
+    with opened(model, 2) as (opt, loader):
+        batches = iter(loader)
+        if late:
+            step(model, opt, next(batches))
+        batch = next(batches)
+        _evaluate(model, batch[0])
+        with refused("kept", model):
+            step(model, opt, batch)
+
+
+@each_style
+def test_metrics_that_an_evaluation_leaves_are_no_reason_to_refuse(step: Any) -> None:
+    """A buffer that evaluations write to and training never reads stays allowed."""
+    model = Net(lambda s, x: s.b(s.count(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 3), count=Counting()).double()
+    with opened(model, 3) as (opt, loader):
+        for batch in loader:
+            _evaluate(model, batch[0])
+            step(model, opt, batch)
+    assert float(model.count.seen) == 3 * N
+
+
+class Counting(nn.Module):
+    """Adds up how many rows evaluations saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.training:
+            self.seen += len(h)
+        return h
+
+
+# ---------------------------------------------------------------- criteria that are called several times
+
+
+def tokens() -> tuple[nn.Module, Tensor, Tensor]:
+    """A model of tokens, a batch, and targets of which every sample has all."""
+    model = nn.Linear(D, 3).double()
+    return model, randn(N, 5, D), torch.arange(N * 5).reshape(N, 5) % 3
+
+
+def _uneven(y: Tensor) -> Tensor:
+    return torch.where(torch.arange(5) < 1 + torch.arange(len(y))[:, None] % 5, y, -100)
+
+
+@pytest.mark.parametrize("first", ["even", "uneven"])
+@pytest.mark.parametrize("later", [False, True])
+def test_every_call_of_a_criterion_is_checked(first: str, later: bool) -> None:
+    """Of two heads' losses the first may be the one that is a mean over the tokens of the batch, at once or later."""
+    model, x, y = tokens()
+    criterion, seen = nn.CrossEntropyLoss(), 0
+    scope = scope_over(model, loader=loader_of([x.repeat(3, 1, 1), y.repeat(3, 1)], N), criterion=criterion, max_grad_norm=1.0)
+    with scope as (opt, loader):
+        for number, (part, target) in enumerate(loader):
+            wrong = _uneven(target) if number == later else target
+            pair = (target, wrong) if first == "even" else (wrong, target)
+            opt.zero_grad()
+            out = model(part).mT
+            (criterion(out, pair[0]) + criterion(out, pair[1])).backward()
+            if number == later:
+                with pytest.raises(errors.SelfCheckError, match="criterion"):
+                    opt.step()
+                seen = 1
+                break
+            opt.step()
+    assert seen
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_call_for_a_log_hides_nothing_and_is_not_judged(detached: bool) -> None:
+    """A loss that is computed to be printed neither hides the one that is trained on nor has to be sound itself."""
+    for even in (True, False):
+        model, x, y = tokens()
+        criterion = nn.CrossEntropyLoss()
+        with scope_over(model, loader=loader_of([x, y], N), criterion=criterion, max_grad_norm=1.0) as (opt, loader):
+            part, target = next(iter(loader))
+            opt.zero_grad()
+            out = model(part).mT
+            loss = criterion(out, target if even else _uneven(target))
+            criterion(out.detach() if detached else out, _uneven(target) if even else target).item()
+            loss.backward()
+            if even:
+                opt.step()
+                continue
+            with pytest.raises(errors.SelfCheckError, match="criterion"):
+                opt.step()
+
+
+class OverAll(nn.Module):
+    """Deep supervision: calls itself for each of several outputs."""
+
+    reduction = "mean"
+
+    def forward(self, outs: Any, y: Tensor) -> Tensor:
+        if isinstance(outs, list):
+            return torch.stack([self(out, y) for out in outs]).sum()
+        return F.cross_entropy(outs, y)
+
+
+def test_a_criterion_may_call_itself() -> None:
+    """A loss over a list of outputs that is the sum of the same loss over each is checked as one."""
+    model = Net(lambda s, x: [s.b(h := s.a(x).tanh()), s.c(h)], a=nn.Linear(D, D), b=nn.Linear(D, 3), c=nn.Linear(D, 3)).double()
+    criterion, y = OverAll(), torch.arange(N) % 3
+    scope = scope_over(model, loader=loader_of([randn(N, D), y], N), criterion=criterion, max_grad_norm=1.0)
+    with scope as (opt, loader):
+        x, target = next(iter(loader))
+        criterion(model(x), target).backward()
+        opt.step()
+    assert "verified" in next(line for line in str(scope.report()).splitlines() if line.strip().startswith("loss "))
+
+
+# ---------------------------------------------------------------- means over targets
+
+LAYOUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "by sample": lambda out, y: (out.mT, y),
+    "flattened": lambda out, y: (out.flatten(0, 1), y.flatten()),
+    "time first": lambda out, y: (out.permute(1, 2, 0), y.T),
+    "time first, flattened": lambda out, y: (out.transpose(0, 1).flatten(0, 1), y.T.flatten()),
+}
+
+
+# A criterion that gets samples along another axis than the first is not checked by itself.
+@pytest.mark.parametrize(
+    ("layout", "style"), [("by sample", "criterion"), ("flattened", "criterion"), *((layout, "dp_step") for layout in LAYOUTS)]
+)
+def test_targets_that_begin_to_count_unevenly_are_noticed(layout: str, style: str) -> None:
+    """Wherever samples are in the targets: the same number of tokens is left out of each at first, and not later."""
+    model, x, y = tokens()
+    y[:, 0] = -100
+    criterion = nn.CrossEntropyLoss()
+    train = dp_step(lambda m, batch: criterion(*LAYOUTS[layout](m(batch[0]), batch[1])))
+    options = {} if style == "dp_step" else {"criterion": criterion}
+    targets = torch.cat([y, y, _uneven(y)])
+    with scope_over(model, loader=loader_of([x.repeat(3, 1, 1), targets], N), max_grad_norm=1.0, **options) as (opt, loader):
+        for number, batch in enumerate(loader):
+            before = values(model)
+
+            def step(batch: Any = batch) -> None:
+                if style == "dp_step":
+                    train(model, batch)
+                    return
+                opt.zero_grad()
+                criterion(*LAYOUTS[layout](model(batch[0]), batch[1])).backward()
+                opt.step()
+
+            if number < 2:
+                step()
+                continue
+            with pytest.raises(errors.SelfCheckError):
+                step()
+            assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+# ---------------------------------------------------------------- trainable tensors that are no parameters
+
+
+class Hiding(nn.Module):
+    """Computes with a trainable tensor that is no parameter of it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3)
+        hidden = torch.ones(D, dtype=torch.float64, requires_grad=True)
+        if where == "buffer":
+            self.register_buffer("hidden", hidden)
+        else:
+            self.hidden = {"attribute": hidden, "list": [nn.Parameter(hidden.detach())], "module": [nn.Linear(D, D).double()]}[
+                where
+            ]
+
+    def tensors(self) -> list[Tensor]:
+        """What is hidden."""
+        hidden = self.hidden[0] if isinstance(self.hidden, list) else self.hidden
+        return list(hidden.parameters()) if isinstance(hidden, nn.Module) else [hidden]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden[0] if isinstance(self.hidden, list) else self.hidden
+        h = self.a(x)
+        return self.b((hidden(h) if isinstance(hidden, nn.Module) else h * hidden).tanh())
+
+
+@each_style
+@pytest.mark.parametrize("where", ["attribute", "buffer", "list", "module"])
+def test_trainable_tensors_that_are_no_parameters_are_not_trained(where: str, step: Any) -> None:
+    """They get gradients of private samples without noise: refused in a loop, and no optimizer applies them after ``@dp_step``."""
+    model = Hiding(where).double()
+    with opened(model) as (opt, loader):
+        other, before = torch.optim.SGD(model.tensors(), lr=1.0), [t.detach().clone() for t in model.tensors()]
+
+        def train() -> None:
+            step(model, opt, next(iter(loader)))
+            other.step()
+
+        with pytest.raises((errors.SelfCheckError, errors.ScopeError), match=r"no parameters of the model|outside the model"):
+            train()
+        assert all(torch.equal(t, old) for t, old in zip(model.tensors(), before, strict=True))
