@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -54,6 +55,8 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules_of(module)]
         self._contents = [(value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)]
+        tensors = (t for _, *held in self._kept for part in held for t in part.values() if isinstance(t, Tensor))
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
 
     def put_back(self) -> None:
         """Make every one of them the very object again that it was."""
@@ -71,13 +74,15 @@ class ModuleState:
             (container.extend if isinstance(container, (list, deque)) else container.update)(before)
 
     def changed(self) -> set[tuple[int, str]]:
-        """Which attributes, by module and name, hold other objects than then; those with an underscore in front are left out."""
-        return {
-            (id(m), key)
-            for m, attributes, _ in self._kept
-            for key, value in vars(m).items()
-            if value is not attributes.get(key) and key[0] != "_"
-        }
+        """Attributes and buffers, by module and name, that are other objects than then, or were written to."""
+        written = {id(t) for t, version in self._versions if t._version != version}
+        written |= {id(value) for value, before in self._contents if not _same_contents(value, before)}
+        found = set()
+        for m, attributes, buffers in self._kept:
+            for now, then in ((vars(m), attributes), (m._buffers, buffers)):
+                found |= {(id(m), key) for key, value in now.items() if value is not then.get(key) and key not in OWN}
+                found |= {(id(m), key) for key, value in then.items() if id(value) in written} if written else set()
+        return found
 
     def made_since(self) -> list[Tensor]:
         """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
@@ -92,13 +97,14 @@ class ModuleState:
         return list({id(t): t for t in found if t.grad_fn is not None}.values())
 
 
+OWN = frozenset(vars(nn.Module())) | {"__getstate__", "__deepcopy__"}  # attributes that are PyTorch's, or ours
 _CONTAINERS = (list, dict, set, deque)
 _LONGEST = 64  # longer ones are data, and nothing that a forward pass is about
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:
     return [
-        value for key, value in attributes.items() if key[0] != "_" and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
+        value for key, value in attributes.items() if key not in OWN and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
     ]
 
 
@@ -147,7 +153,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     generators of PyTorch, Python and NumPy are as they were.
     """
     params = list(model.parameters())
-    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
+    values = [(t, copy_of(t)) for t in (*model.buffers(), *(p for p in params if not p.requires_grad))]
     own = [(p, p.grad, dict(vars(p))) for p in params]
     devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
     _checks.running += 1
@@ -167,6 +173,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 write_back(tensor, value)
 
 
+_copies: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy that nobody writes to: the one made last if ``tensor`` still holds the same, so that many take one's memory.
+
+    To be kept together with ``tensor`` only, by whose identity it is known.
+    """
+    found = _copies.get(id(tensor))
+    if found is None or found.dtype != tensor.dtype or found.device != tensor.device or not same_values(tensor.detach(), found):
+        found = _copies[id(tensor)] = tensor.detach().clone()
+    return found
+
+
 def write_back(tensor: Tensor, value: Tensor) -> None:
     """Give ``tensor`` its earlier value, unless it has it: a graph may have saved it, and would notice."""
     if not same_values(tensor, value):
@@ -183,7 +203,10 @@ def same_values(one: Tensor, other: Tensor) -> bool:
         one, other = one.to_dense(), other.to_dense()
     if one.shape != other.shape or torch.equal(one, other):
         return one.shape == other.shape
-    return one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num())
+    if not one.is_floating_point() or one.dtype != other.dtype:
+        return False
+    kept = (0.0, float("inf"), float("-inf"))
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(*kept), other.nan_to_num(*kept))
 
 
 def is_copy(tensor: Tensor, original: Tensor) -> bool:

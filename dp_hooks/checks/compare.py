@@ -210,7 +210,9 @@ def compare_sums(
     worst = []
     together = torch.stack([norm.double().cpu() for norm in norms.values()]).sum(0) if seen else joint
     apart = float(((together - joint).abs() / together.clamp(min=1e-60)).max())
-    if not apart <= (_SAME_PASS_COARSE if coarse else 2 * max(_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen)):
+    if not apart <= (
+        _SAME_PASS_COARSE if coarse else 2 * max((_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen), default=1.0)
+    ):
         worst.append((apart, "all parameters together"))
     for p in reached:
         limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)

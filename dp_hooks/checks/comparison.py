@@ -115,6 +115,7 @@ class Comparison:
         assert samples is not None
         with self.apart(without, began) as begin:
             begin(None)
+            before = CarriedState(self._model)
             loss = again.whole()
             seen = self._trace.unverified
             if isinstance(again, RepeatedCall) and (hidden := self._hidden(loss)):
@@ -123,7 +124,7 @@ class Comparison:
                 _refuse_hidden(hidden, self._hidden(loss), what)
             if not loss.requires_grad:  # a part without parameters, called by itself: it may mix all the same
                 controller.disable_hooks()
-                self._check_state(samples, begin, again, what)
+                self._check_state(samples, before, begin, again, what)
                 self._compare_values(samples, begin, again, what)
                 self._trace.verify(seen, samples)
                 return again.has_rows
@@ -132,7 +133,7 @@ class Comparison:
             if found is None or found.samples != samples:
                 return False  # a call on something else than the batch of this step
             controller.disable_hooks()
-            self._check_state(samples, begin, again, what)
+            self._check_state(samples, before, begin, again, what)
             self._compare_values(samples, begin, again, what)
             agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
             # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
@@ -230,24 +231,22 @@ class Comparison:
             begin(rows)
             again.compare(rows)
 
-    def _check_state(self, samples: int, begin: Begin, again: Repeated, what: str) -> None:
-        """What a batch leaves behind in the model must not reach the next one, nor the state dict.
+    def _check_state(self, samples: int, before: CarriedState, begin: Begin, again: Repeated, what: str) -> None:
+        """What a batch leaves behind in the model must not reach the next one, nor the state dict; ``before`` it was run.
 
         The call is run on two halves of the batch, each from the same state, forwards and backwards. Where that leaves different
         things behind, they are of the samples: buffers are part of the state dict, and of attributes it is tried whether another
         call depends on them.
         """
-        if samples < 2:
+        now = CarriedState(self._model)
+        if samples < 2 or not (now.stored_unlike(before) or now.attributes_unlike(before)):
             return
         first, second = _halves(samples)
         left = []
         for rows in (first, second[: len(first)]):
             begin(rows)
-            before = CarriedState(self._model)
             _apart_from_others(partial(self._there_and_back, again), rows, what)
             left.append(CarriedState(self._model))
-            if not left[0].stored_unlike(before) and not left[0].attributes_unlike(before):
-                return
         found = []
         for start in left:
             begin(first)
@@ -287,9 +286,7 @@ class Comparison:
                         found.append([out for call in calls for out in RepeatedCall(call, self._controller, samples).outputs(None)])
             # What an evaluation writes into buffers (metrics) is no matter of training, unless it has a part in it.
             self._compare_left(left, found, quiet.name or "the model", buffers=quiet.module.training)
-            if not quiet.with_gradients:
-                recorder.harmless.add((quiet.key, quiet.kind))
-        recorder.quiet = []
+        recorder.cover_quiet()
 
     def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:
         """Two calls on other samples left two things behind, and then the same call gave what was ``found``."""

@@ -18,7 +18,7 @@ from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..errors import SelfCheckError
 from .compare import tolerance
-from .lent import Lent
+from .lent import Lent, can_be_lent
 from .single_samples import nodes_of, not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
@@ -147,7 +147,7 @@ class CriterionCheck:
         """Return arguments that nothing but the criterion uses, in which what it brings to the model's outputs is seen."""
         leaves = [t for t in tensors_of((args, kwargs)) if t.grad_fn is not None]
         sources = {id(t): self._source(t) for t in leaves}
-        whole = bool(sources) and None not in sources.values()
+        whole = bool(sources) and None not in sources.values() and can_be_lent((args, kwargs))
         self._tokens = self._rows_per_sample(leaves, [source for source in sources.values() if source is not None]) if whole else 1
         self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
         if not whole and self._reached and self._outputs:

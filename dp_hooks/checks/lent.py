@@ -9,6 +9,23 @@ from torch import Tensor
 from .._tree import tree_map
 
 
+def can_be_lent(arguments: Any) -> bool:
+    """Whether what is written into a copy of ``arguments`` can be written into them: no fields of objects, no container twice."""
+    seen: set[int] = set()
+
+    def lends(tree: Any) -> bool:
+        if isinstance(tree, (list, Mapping)):
+            if id(tree) in seen:
+                return False
+            seen.add(id(tree))
+            return all(map(lends, tree.values() if isinstance(tree, Mapping) else tree))
+        if isinstance(tree, tuple):
+            return all(map(lends, tree))
+        return not dataclasses.is_dataclass(tree) or isinstance(tree, type)
+
+    return lends(arguments)
+
+
 class Lent:
     """A copy of nested arguments with other tensors in it; what is written into its containers reaches the caller's, too.
 
@@ -37,15 +54,16 @@ class Lent:
         """Do to the caller's containers what was done to the copies: items set, deleted, or put in another order."""
         for own, lent, before in self._containers:
             now = _contents(lent)
-            if now.keys() == before.keys() and all(value is before[key] for key, value in now.items()):
+            if list(now) == list(before) and all(value is before[key] for key, value in now.items()):
                 continue
             if isinstance(own, list):
                 own[:] = [self._own.get(id(value), value) for value in lent]
                 continue
-            for key in before.keys() - now.keys():
+            in_order = list(now) == list(before)
+            for key in before.keys() if not in_order else ():
                 own.pop(key, None)
             for key, value in now.items():
-                if key not in before or value is not before[key]:
+                if not in_order or value is not before[key]:
                     own[key] = self._own.get(id(value), value)
 
 
@@ -60,8 +78,6 @@ def _pairs(tree: Any, copied: Any) -> Iterator[tuple[Any, Any]]:
         parts = list(zip(tree, copied, strict=True))
     elif isinstance(tree, Mapping):
         parts = [(value, copied[key]) for key, value in tree.items()]
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = [(getattr(tree, field.name), getattr(copied, field.name)) for field in dataclasses.fields(tree)]
     if isinstance(tree, list) or (isinstance(tree, Mapping) and hasattr(tree, "__setitem__")):
         yield tree, copied
     for one, other in parts:

@@ -1,5 +1,6 @@
 """Loss modules that cannot be used privately, whatever they are called on."""
 
+import torch
 from torch import nn
 
 from .._validate import bad
@@ -10,11 +11,18 @@ _BY_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)  # their means leave out targets 
 
 
 def check_criterion(criterion: nn.Module, model: nn.Module) -> None:
-    """Refuse a loss module whose means couple samples, or that is trained itself.
+    """Refuse a loss module whose means couple samples, or that is trained itself, or that cannot be watched.
 
     Raises:
-        InvalidArgumentError: a mean over weights of classes, or trainable parameters that are not the model's.
+        InvalidArgumentError: a mean over weights of classes, trainable parameters that are not the model's, a scripted module.
     """
+    if isinstance(criterion, torch.jit.ScriptModule):
+        raise bad(
+            "criterion",
+            type(criterion).__name__,
+            "a scripted module takes no hooks, so it cannot be watched. Pass the module that it was scripted from, and use that in "
+            "the loop, or leave criterion out (the report then says that the loss was not checked).",
+        )
     if foreign := trainable_beside(criterion, model.parameters()):
         raise bad(
             "criterion",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_hooks import dp_step, errors
+from dp_hooks.checks.comparison import Comparison
 
 from .. import laws
 from ..models import Net, loader_of, randn, scope_over, values
@@ -200,6 +201,78 @@ def test_what_an_evaluation_leaves_for_training_is_refused(buffer: bool, late: b
         _evaluate(model, batch[0])
         with refused("kept", model):
             step(model, opt, batch)
+
+
+@each_style
+def test_an_evaluation_that_begins_to_leave_something_is_looked_at_again(step: Any) -> None:
+    """That earlier passes left nothing is no reason to trust one that does."""
+    model = Keeping(lambda s, h: set_mean(s, h) if s.late and not s.training else None).double()
+    with opened(model, 3) as (opt, loader):
+        for number, batch in enumerate(loader):
+            model.late = number == 1
+            _evaluate(model, batch[0])
+            if number == 1:
+                with refused("kept", model):
+                    step(model, opt, batch)
+                break
+            step(model, opt, batch)
+
+
+def into_a_list(s: Any, h: Tensor) -> None:
+    s.bank.append(h)
+
+
+def with_an_underscore(s: Any, h: Tensor) -> None:
+    s._kept = h.mean(0)
+
+
+class Bank(nn.Module):
+    """Adds what is in ``bank`` and ``_kept``; writes to one of them in calls that are ``late``."""
+
+    def __init__(self, write: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.a, self.b, self.write, self.late = nn.Linear(D, D), nn.Linear(D, 3), write, False
+        self.bank: list[Tensor] = []
+        self._kept: Any = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x) + self._kept + sum((h.mean(0) for h in self.bank), torch.zeros(D, dtype=x.dtype))
+        if self.late:
+            self.write(self, x.detach())
+        return self.b(out.tanh())
+
+
+@each_style
+@pytest.mark.parametrize("write", [into_a_list, with_an_underscore])
+def test_what_is_written_to_in_one_later_call_only_is_found_then(write: Callable[[Any, Tensor], None], step: Any) -> None:
+    """Lists and attributes of any name, written to past all operations."""
+    model = Bank(write).double()
+    with opened(model, 3) as (opt, loader):
+        for number, batch in enumerate(loader):
+            model.late = number == 1
+            if number == 1:
+                with refused("bank|_kept", model):
+                    step(model, opt, batch)
+                break
+            step(model, opt, batch)
+
+
+@each_style
+def test_attributes_that_change_in_every_step_are_looked_at_once(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that is written to and made anew by turns is known by its name: one check, not one in every step."""
+    runs = []
+
+    def write(s: Any, h: Tensor) -> None:
+        s.kept.zero_()
+        s.kept = torch.zeros(D, dtype=h.dtype)
+
+    original = Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self, *args: (runs.append(1), original(self, *args))[1])
+    model = Keeping(write).double()
+    with opened(model, 4) as (opt, loader):
+        for batch in loader:
+            step(model, opt, batch)
+    assert len(runs) == 1
 
 
 @each_style

@@ -1,5 +1,6 @@
 """The self-check by values: halves of the batch, gates drawn at random, state carried between batches, calls past the hooks."""
 
+import dataclasses
 import weakref
 from contextlib import nullcontext
 
@@ -474,6 +475,71 @@ def test_what_a_criterion_writes_into_its_arguments_is_there_afterwards():
         return found
 
     assert steps(build("mlp"), Writing(), loss, count=2).report().steps == 2
+
+
+@dataclasses.dataclass
+class Given:
+    logits: torch.Tensor
+    extra: torch.Tensor | None = None
+
+
+class SettingAField(nn.CrossEntropyLoss):
+    def forward(self, given, y):
+        given.extra = given.logits * 2
+        return super().forward(given.logits, y)
+
+
+class Appending(nn.CrossEntropyLoss):
+    def forward(self, first, second, y):
+        first.append(first[0] * 2)
+        return super().forward(second[-1], y)
+
+
+class Reordering(nn.CrossEntropyLoss):
+    def forward(self, given, y):
+        given["out"] = given.pop("out")
+        return super().forward(given["out"], y)
+
+
+def by_field(c, out, y):
+    given = Given(out)
+    return c(given, y) + given.extra.square().mean()
+
+
+def by_list(c, out, y):
+    given = [out]
+    return c(given, given, y) + len(given) * 0.5
+
+
+def by_dictionary(c, out, y):
+    given = {"out": out, "more": torch.zeros_like(out)}
+    return c(given, y) + list(given.values())[-1].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "use"),
+    [(SettingAField, by_field), (Appending, by_list), (Reordering, by_dictionary)],
+    ids=lambda case: case.__name__,
+)
+def test_what_a_criterion_does_to_unusual_arguments_is_as_without_the_scope(criterion, use):
+    """Fields of objects, one list given twice, the order of a dictionary: the loss is what it is, verified or not."""
+    found = []
+
+    def loss(model, c, x, y, k):
+        out = model(x)
+        found.append((use(c, out, y), use(criterion(), out.detach(), y)))
+        return found[-1][0]
+
+    steps(build("mlp"), criterion(), loss, count=2)
+    assert found
+    for inside, outside in found:
+        torch.testing.assert_close(inside, outside)
+
+
+def test_a_scripted_criterion_is_refused_by_name():
+    """It takes no hooks: the error says what to pass instead."""
+    with pytest.raises(errors.InvalidArgumentError, match=r"criterion=.*scripted"):
+        steps(build("mlp"), torch.jit.script(nn.CrossEntropyLoss()), lambda m, c, x, y, k: c(m(x), y))
 
 
 def test_a_criterion_whose_gradient_is_one_number_for_all_outputs_is_watched():

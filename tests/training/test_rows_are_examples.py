@@ -111,6 +111,20 @@ def test_kept_rows_are_clipped_and_added_up(declared: Tensor, mode: str) -> None
     run.assert_moved(run.rows(*(t[KEPT] for t in examples())))
 
 
+@pytest.mark.parametrize("called", [[3, 4, 5], [2, 1, 0]], ids=["the others", "another order"])
+def test_a_call_on_rows_that_were_not_declared_is_refused(called: list[int]) -> None:
+    """Halves of a batch are not called in turn under the declaration of one of them."""
+    run = Run(**POISSON)
+    with run as (model, opt, loader):
+        x, y = next(iter(loader))
+        opt.keep_rows(torch.tensor([0, 1, 2]))
+        backward(model, x[:3], y[:3])
+        with pytest.raises(ScopeError, match=r"declared by opt\.keep_rows|another order"):
+            backward(model, x[called], y[called])
+        opt.skip_batch()
+    run.assert_untouched()
+
+
 @pytest.mark.parametrize("none", [torch.zeros(6, dtype=torch.bool), torch.tensor([], dtype=torch.long)], ids=["mask", "numbers"])
 def test_without_kept_rows_the_step_is_noise_alone(none: Tensor) -> None:
     """A batch of which no row is kept needs no backward pass, and is charged."""
@@ -357,6 +371,58 @@ def test_rows_in_another_order_in_a_second_call_are_refused(other: Callable[[Ten
                 (F.cross_entropy(model(x), y) + F.cross_entropy(model(other(x)), other(y))).backward()
             opt.skip_batch()
     assert_same(values(model), start)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("form", [lambda x: x * 1, lambda x: x[:, :, None], lambda x: x.double()])
+def test_an_order_is_known_when_the_inputs_of_the_first_call_are_gone(form: Callable[[Tensor], Tensor], late: bool) -> None:
+    """Inputs that live for one call only, or have another shape in the second, are told by what their rows add up to."""
+    model = Net(lambda s, x: s.layer(x.flatten(1)), layer=build("mlp"))
+    start = values(model)
+    with scope_over(model, loader=in_order(), **POISSON) as (opt, loader):
+        x, y = next(iter(loader))
+        first = F.cross_entropy(model(form(x)), y)
+        if late:
+            first.backward()
+        with pytest.raises(ScopeError, match="another order"):
+            model(x.roll(1, 0) * 1)
+        opt.skip_batch()
+    assert_same(values(model), start)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], [3, 7], [5, 2, 9, 4, 1, 0]])
+def test_numbers_that_come_in_another_order_by_chance_are_no_reason_to_refuse(numbers: list[int]) -> None:
+    """Two calls on the batch, each with lengths or time steps of its own: these may be the same in another order."""
+    model = Net(lambda s, x, t: s.layer(x * (1 + t[:, None])), layer=build("mlp"))
+    n, t = len(numbers), torch.tensor(numbers)
+    with scope_over(model, loader=in_order(n, n), **POISSON) as (opt, loader):
+        x, y = next(iter(loader))
+        for second in (x, x + 1):
+            (F.cross_entropy(model(x, t), y) + F.cross_entropy(model(second, t.flip(0)), y)).backward()
+        opt.step()
+
+
+def test_texts_in_another_order_beside_the_same_images_are_refused() -> None:
+    """Pairs that do not belong together: an example has a part in the rows of two."""
+    model = Net(lambda s, x, ids: s.layer(x * (1 + ids.double().mean(1, keepdim=True))), layer=build("mlp"))
+    ids = torch.arange(48).reshape(6, 8)
+    with scope_over(model, loader=in_order(), **POISSON) as (opt, loader):
+        x, _ = next(iter(loader))
+        model(x, ids)
+        with pytest.raises(ScopeError, match="another order"):
+            model(x, ids.roll(1, 0))
+        opt.skip_batch()
+
+
+def test_equal_rows_tell_nothing_of_an_order() -> None:
+    """Masks and classes of few kinds may be the same numbers in another order, and of the same examples all the same."""
+    model = Net(lambda s, x, mask: s.layer(x) * mask[:, None], layer=build("mlp"))
+    with scope_over(model, loader=in_order(), **POISSON) as (opt, loader):
+        x, y = next(iter(loader))
+        mask = (torch.arange(6) % 2).double()
+        loss = F.cross_entropy(model(x, mask), y) + F.cross_entropy(model(x + 1, 1 - mask), y)
+        loss.backward()
+        opt.step()
 
 
 @pytest.mark.parametrize("other", [lambda x: x, lambda x: x.clone(), lambda x: x + 1, lambda x: -x])

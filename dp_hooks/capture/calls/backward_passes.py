@@ -92,7 +92,7 @@ class BackwardPasses:
                 f"different numbers of samples ({sorted(sizes)}) met in one step ({listing}). Backward passes between two "
                 "steps must be over the same samples, one row each: generated rows beside those of the loader have to be as many "
                 "as the batch has, and a batch that was cut by hand needs max_physical_batch_size instead. Else call opt.step() or "
-                "opt.zero_grad() in between."
+                "opt.zero_grad() in between (discard() of a HookController that is used alone)."
             )
         if sizes:
             self.samples, self.batch_number = sizes.pop(), finished.batch_number

@@ -35,6 +35,9 @@ class CallRecorder:
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
         self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
+        # What calls without gradients left since the last check of such calls, and before that.
+        self._changed_quietly: set[tuple[int, str]] = set()
+        self._changing_quietly: set[tuple[int, str]] = set()
         self._changing: set[tuple[int, str]] = set()  # attributes that changed in calls which a check has covered
         self.situation = ""  # what else is special about the present batch
         self.paused = False  # whether nothing is recorded, since a check is running calls
@@ -127,14 +130,23 @@ class CallRecorder:
     def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
         """An outermost call begins, without gradients: it may leave something in the model all the same."""
         kind, key = kind_of(name, args, kwargs), self.key(2)
-        known = (key, kind) in self.harmless or any((call.key, call.kind) == (key, kind) for call in self.quiet)
-        if self.paused or self.state is not None or known:
+        if self.paused or self.state is not None or any((call.key, call.kind) == (key, kind) for call in self.quiet):
             return None
-        return self._copied(module, name, args, kwargs, key, kind, with_gradients=False)
+        if (key, kind) not in self.harmless:
+            return self._copied(module, name, args, kwargs, key, kind, with_gradients=False)
+        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, with_gradients=False)
+        call.state = ModuleState(self._model)
+        return call
 
     def end_quiet(self, call: RecordedCall) -> None:
-        """It is over."""
-        if self._left_something(call):
+        """It is over; what such a call left that was harmless so far may be something else now."""
+        if call.carried is None and call.state is not None:
+            if left := call.state.changed() - self._changing_quietly:
+                again = self._copied(call.module, call.name, call.args, call.kwargs, call.key, call.kind, with_gradients=False)
+                self.quiet.append(again)  # from where it left off
+                self._changed_quietly |= left
+        elif self._left_something(call):
+            self._changed_quietly |= set() if call.state is None else call.state.changed()
             self.quiet.append(call)
         else:
             self.harmless.add((call.key, call.kind))
@@ -163,6 +175,12 @@ class CallRecorder:
         """A check has covered them."""
         self._changing |= self.changed
         self._changed = set()
+
+    def cover_quiet(self) -> None:
+        """A check has looked at what calls without gradients left."""
+        self.harmless |= {(call.key, call.kind) for call in self.quiet if not call.with_gradients}
+        self._changing_quietly |= self._changed_quietly
+        self.quiet, self._changed_quietly = [], set()
 
     def has_view(self, call: RecordedCall, index: int, output: Tensor) -> None:
         """An output is a view: when it is changed in place it gets another history, and :meth:`reached` may not be called."""

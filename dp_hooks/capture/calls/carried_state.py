@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._rerun import same_values, write_back
+from ..._rerun import OWN, copy_of, same_values, write_back
 
-_OWN = frozenset(vars(nn.Module())) | {"__getstate__", "__deepcopy__"}
 _CONTAINERS = (list, tuple, dict, set, deque)
 # Longer containers are data, and objects of other classes are left alone.
 _LONGEST = 256
@@ -27,12 +26,12 @@ class CarriedState:
             dot = f"{prefix}." if prefix else ""
             for name, tensor in m._buffers.items():
                 if tensor is not None and not (tensor.is_leaf and tensor.requires_grad):
-                    self._stored[dot + name] = (tensor, tensor.detach().clone())
+                    self._stored[dot + name] = (tensor, copy_of(tensor))
             for name, param in m._parameters.items():
                 if param is not None and not param.requires_grad:
-                    self._stored[dot + name] = (param, param.detach().clone())
+                    self._stored[dot + name] = (param, copy_of(param))
             for name, value in vars(m).items():
-                if name not in _OWN and _is_value(value):
+                if name not in OWN and _is_value(value):
                     self._attributes[dot + name] = (value, _copied(value), _setter(m, name))
 
     def put_back(self) -> None:

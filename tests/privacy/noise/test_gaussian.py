@@ -277,3 +277,25 @@ def test_scope_checks_the_generator_against_the_parameters() -> None:
     with pytest.raises(InvalidArgumentError, match="noise_generator="):
         private_training(model, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=drawn())
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("numel", [1, 5, 1 << 13, (1 << 13) + 1, 1 << 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("std", [0.0, 1e-6])
+def test_sums_of_every_size_are_divided_as_the_noise_is(std: float, dtype: torch.dtype, numel: int) -> None:
+    """The sum itself is multiplied with the scale: where noise is drawn for several sums at once, in blocks, or not at all."""
+    before = [torch.linspace(-8, 8, numel, dtype=dtype), torch.full((3, 2), 5.0, dtype=dtype)]
+    totals = [total.clone() for total in before]
+    assert GaussianNoise(None).add_(totals, std, 0.125)
+    for total, first in zip(totals, before, strict=True):
+        torch.testing.assert_close(total, 0.125 * first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("numel", [0, 4, 1 << 17])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_sums_that_are_not_finite_are_told_whatever_their_size(bad: float, numel: int) -> None:
+    """One number among all is enough, in small tensors and large ones; an empty tensor beside is no reason."""
+    totals = [torch.zeros(numel), torch.zeros(3)]
+    assert GaussianNoise(None).add_(totals, 1.0, 0.5)
+    totals[0 if numel else 1][-1] = bad
+    assert not GaussianNoise(None).add_(totals, 1.0, 0.5)
