@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -194,29 +194,25 @@ def rows_of(batch: Any, rows: Tensor, samples: int, axis: int) -> Any:
     """Return some samples of ``batch``: whatever counts ``samples`` along ``axis`` is cut to ``rows``."""
     if len(rows) == 1:
         return one_sample(batch, int(rows[0]), samples, axis)
-    return _cut(batch, samples, axis, lambda leaf: leaf.index_select(axis, rows.to(leaf.device)))
+    return _cut(batch, {samples}, axis, lambda leaf: leaf.index_select(axis, rows.to(leaf.device)))
 
 
-def one_sample(batch: Any, i: int, samples: int, axis: int) -> Any:
-    """Return sample ``i`` of ``batch`` as a batch of one: whatever counts ``samples`` along ``axis`` is cut."""
-    return _cut(batch, samples, axis, lambda leaf: leaf.narrow(axis, i, 1))
+def one_sample(batch: Any, i: int, samples: int, axis: int, tokens: int = 1) -> Any:
+    """Return sample ``i`` of ``batch`` as a batch of one: whatever counts ``samples`` along ``axis`` is cut.
+
+    With ``tokens`` also what counts so many of each sample, one after the other.
+    """
+
+    def take(leaf: Tensor) -> Tensor:
+        count = leaf.shape[axis] // samples
+        return leaf.narrow(axis, i * count, count)
+
+    return _cut(batch, {samples, samples * tokens}, axis, take)
 
 
-def tokens_of(batch: Any, i: int, samples: int, tokens: int) -> Any:
-    """Return what belongs to sample ``i`` where each has so many rows in a row: whatever counts rows or samples is cut."""
-
+def _cut(batch: Any, sizes: Collection[int], axis: int, take: Callable[[Tensor], Tensor]) -> Any:
     def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] not in (samples, samples * tokens):
-            return leaf
-        count = leaf.shape[0] // samples
-        return leaf.narrow(0, i * count, count)
-
-    return tree_map(cut, batch)
-
-
-def _cut(batch: Any, samples: int, axis: int, take: Callable[[Tensor], Tensor]) -> Any:
-    def cut(leaf: Any) -> Any:
-        counts = isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] == samples
+        counts = isinstance(leaf, Tensor) and leaf.dim() > axis and leaf.shape[axis] in sizes
         return take(leaf) if counts else leaf
 
     return tree_map(cut, batch)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .._precision import wide_dtype
 from .._tree import as_real
 from ..capture.controller import HookController
 from ..errors import SelfCheckError, bullets
@@ -126,7 +127,7 @@ def compare(
     picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
     own = {p: norm[usable] for p, norm in own.items()}
     rows = rows[usable]
-    dtype = _sum_dtype(reached[0])
+    dtype = wide_dtype(reached[0].dtype)
     factors = torch.zeros(found.samples, device=device, dtype=dtype)
     factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
     sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
@@ -135,7 +136,7 @@ def compare(
     for p in reached:
         scale = torch.maximum(own[p], 1e-4 * total.to(own[p])).sqrt().clamp(min=1e-30)
         have = found.grads(p, rows.to(p.device)) if p in sums else None
-        want_sum = torch.zeros_like(p, dtype=_sum_dtype(p))
+        want_sum = torch.zeros_like(p, dtype=wide_dtype(p.dtype))
         squares = []
         for k, gradients in enumerate(expected):  # one after the other: of a large parameter each is large
             want = gradients.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
@@ -200,24 +201,24 @@ def compare_sums(
     seen = [p for p in params if p in set(found.params)]
     norms = found.sq_norms(seen)
     everything = torch.ones(found.samples, dtype=torch.bool, device=factors.device)
-    joint = found.group_sq_norms([seen])[0].double().cpu() if seen else torch.zeros(found.samples)  # as in a step, as are the sums
-    sums = found.weighted_sums({p: factors.to(p.device, _sum_dtype(p)) for p in seen}, everything)
+    joint = [norm.double().cpu() for norm in found.group_sq_norms([seen])] if seen else []  # as in a step, as are the sums
+    sums = found.weighted_sums({p: factors.to(p.device, wide_dtype(p.dtype)) for p in seen}, everything)
     reached = [p for p in params if p in sums or p in expected]
     squares = factors.double().square().cpu()
     size = {p: float((norms[p].double().cpu().clamp(min=0) * squares).sum()) if p in norms else 0.0 for p in reached}
     total = sum(size.values())
     picked = _picked(norms, found.samples)
     worst = []
-    together = torch.stack([norm.double().cpu() for norm in norms.values()]).sum(0) if seen else joint
-    apart = float(((together - joint).abs() / together.clamp(min=1e-60)).max())
-    if not apart <= (
-        _SAME_PASS_COARSE if coarse else 2 * max((_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen), default=1.0)
-    ):
-        worst.append((apart, "all parameters together"))
+    for norm in joint:
+        together = torch.stack([own.double().cpu() for own in norms.values()]).sum(0)
+        apart = float(((together - norm).abs() / together.clamp(min=1e-60)).max())
+        limit = _SAME_PASS_COARSE if coarse else 2 * max(_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen)
+        if not apart <= limit:
+            worst.append((apart, "all parameters together"))
     for p in reached:
         limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)
         scale = max(size[p], 1e-4 * total, 1e-60) ** 0.5
-        want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device)).to(_sum_dtype(p))
+        want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device)).to(wide_dtype(p.dtype))
         error = float(_square(sums[p] - want if p in sums else want)) ** 0.5 / scale
         for i in picked if p in norms else ():  # a norm is that of the gradient that the sums are made of, or a little more
             row = torch.tensor([i], device=p.device)
@@ -245,13 +246,9 @@ def extreme_samples(norms: Sums, samples: int, *, ends: bool = True) -> list[int
     return sorted({*(some_samples(samples) if ends else ()), int(total.argmax()), int(total.argmin())})
 
 
-def _sum_dtype(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
-
-
 def _square(gradient: Tensor) -> Tensor:
     """The squared norm of one gradient, as a float64."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_sum_dtype(gradient))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide_dtype(gradient.dtype))
     return norm.double().square()
 
 

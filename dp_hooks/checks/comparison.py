@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from .single_samples import back_propagate, custom_functions, leaves_of, not_alo
 Repeated = RepeatedCall | RepeatedFunction
 # What the model was when a call began.
 Began = tuple[ModuleState | None, CarriedState | None]
-Begin = Callable[[Tensor | None], None]
+Begin = Callable[[Tensor | None], CarriedState]  # returns what the model carries at the start of the run
+Compared = TypeVar("Compared")
 # Samples that are enough to see whether a number drawn for the whole batch makes them mix.
 _HANDFUL = 8
 # By how much a call may differ from itself where it begins with what other samples left, elementwise.
@@ -93,14 +94,7 @@ class Comparison:
         return True
 
     def _in_either_order(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
-        """Compare, with numbers cut in either order where each sample has several rows of them."""
-        try:
-            return self._compared(without, again, what, began)
-        except SelfCheckError:
-            if without.by_turns or not without.grouped:
-                raise
-            without.by_turns = True
-            return self._compared(without, again, what, began)
+        return _in_either_order(without, partial(self._compared, without, again, what, began))
 
     def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
         left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
@@ -114,8 +108,7 @@ class Comparison:
         controller, samples = self._controller, without.samples
         assert samples is not None
         with self.apart(without, began) as begin:
-            begin(None)
-            before = CarriedState(self._model)
+            before = begin(None)
             loss = again.whole()
             seen = self._trace.unverified
             if isinstance(again, RepeatedCall) and (hidden := self._hidden(loss)):
@@ -186,7 +179,7 @@ class Comparison:
         return all(p.dtype == torch.float64 for p in self._params)
 
     @contextmanager
-    def apart(self, without: NoRandomness, began: Began) -> Iterator[Callable[[Tensor | None], None]]:
+    def apart(self, without: NoRandomness, began: Began) -> Iterator[Begin]:
         """Run the model in the block without a trace; what is given begins a run on some samples (None: all) as the call began."""
         controller, model, (state, carried) = self._controller, self._model, began
         with controller.separate(), self.paused(), undisturbed(model), without, self._trace.apart():
@@ -195,11 +188,12 @@ class Comparison:
                 state.put_back()
             start = carried or CarriedState(model)
 
-            def begin(some: Tensor | None) -> None:
+            def begin(some: Tensor | None) -> CarriedState:
                 without.begin_again(some)
                 if state is not None:
                     state.put_back()
                 start.put_back()
+                return start
 
             try:
                 yield begin
@@ -314,22 +308,16 @@ class Comparison:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
             again = some(torch.arange(samples))
-            self._try_gate(without, again, samples, what, began)
+            _in_either_order(without, partial(self._compare_gate, without, again, samples, began, what))
             if again.has_scalar:  # of which values alone do not tell much
                 self._in_either_order(without, again, what, began)
 
-    def _try_gate(self, without: NoRandomness, again: Repeated, samples: int, what: str, began: Began) -> None:
-        try:
-            with self.apart(without, began) as begin:
-                self._controller.disable_hooks()
-                begin(None)
-                again.whole()
-                self._compare_values(samples, begin, again, what)
-        except SelfCheckError:
-            if without.by_turns or not without.grouped:
-                raise
-            without.by_turns = True
-            self._try_gate(without, again, samples, what, began)
+    def _compare_gate(self, without: NoRandomness, again: Repeated, samples: int, began: Began, what: str) -> None:
+        with self.apart(without, began) as begin:
+            self._controller.disable_hooks()
+            begin(None)
+            again.whole()
+            self._compare_values(samples, begin, again, what)
 
     def _compare_alone(
         self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool
@@ -387,6 +375,17 @@ class Comparison:
             yield
         finally:
             self._recorder.paused = False
+
+
+def _in_either_order(without: NoRandomness, compare: Callable[[], Compared]) -> Compared:
+    """Compare, with numbers cut in either order where each sample has several rows of them."""
+    try:
+        return compare()
+    except SelfCheckError:
+        if without.by_turns or not without.grouped:
+            raise
+        without.by_turns = True
+        return compare()
 
 
 def _refuse_hidden(before: list[Tensor], again: list[Tensor], what: str) -> None:

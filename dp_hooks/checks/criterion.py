@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
+from .._precision import wide_dtype
 from .._rerun import undisturbed
-from .._tree import one_sample, private_copy, tensors_of, tokens_of, tree_map
+from .._tree import one_sample, private_copy, tensors_of, tree_map
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.session import ModelCall
 from ..capture.calls.trace import OpTrace, Transition, untraced
@@ -202,7 +203,7 @@ class CriterionCheck:
         if same_memory and grad._version == self._version:
             off = torch.zeros_like(off)  # handed on as it is: nothing was added
         elif own and not same_memory:
-            a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (grad, sum(own[1:], own[0])))
+            a, b = (t.detach().to(wide_dtype(t.dtype)) for t in (grad, sum(own[1:], own[0])))
             off = ((a - b).norm() / a.norm().clamp(min=1e-30)).nan_to_num(0.0).double()
         self._worse(off)
 
@@ -293,10 +294,6 @@ class CriterionCheck:
 
     def _check_call(self, call: tuple[Any, Any], samples: int, tokens: int) -> None:
         axis, reduction = self._controller.axis, self._controller.loss_reduction
-
-        def sample(tree: Any, i: int) -> Any:
-            return one_sample(tree, i, samples, axis) if tokens == 1 else tokens_of(tree, i, samples, tokens)
-
         with undisturbed(self._criterion), NoRandomness(samples), self._trace.apart():
             whole = self._gradients(call, samples)
             seen = self._trace.unverified
@@ -304,12 +301,12 @@ class CriterionCheck:
                 whole = [g * samples for g in whole]
             for i in some_samples(samples):
                 try:
-                    alone = self._gradients(sample(call, i), 1)
+                    alone = self._gradients(one_sample(call, i, samples, axis, tokens), 1)
                 except SelfCheckError:
                     raise
                 except Exception as error:
                     raise not_alone(self._what, [i], error) from error
-                for batched, single in zip(sample(whole, i), alone, strict=True):
+                for batched, single in zip(one_sample(whole, i, samples, axis, tokens), alone, strict=True):
                     off = float((batched - single).double().norm() / single.double().norm().clamp(min=1e-30))
                     if not off <= tolerance(single.dtype, coarse=False):
                         raise SelfCheckError(

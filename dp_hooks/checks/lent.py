@@ -54,12 +54,12 @@ class Lent:
         """Do to the caller's containers what was done to the copies: items set, deleted, or put in another order."""
         for own, lent, before in self._containers:
             now = _contents(lent)
-            if list(now) == list(before) and all(value is before[key] for key, value in now.items()):
+            in_order = list(now) == list(before)
+            if in_order and all(value is before[key] for key, value in now.items()):
                 continue
             if isinstance(own, list):
                 own[:] = [self._own.get(id(value), value) for value in lent]
                 continue
-            in_order = list(now) == list(before)
             for key in before.keys() if not in_order else ():
                 own.pop(key, None)
             for key, value in now.items():

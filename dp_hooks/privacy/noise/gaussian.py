@@ -133,6 +133,7 @@ class GaussianNoise:
         if scale != 1:
             torch._foreach_mul_(totals, scale)
         torch._foreach_add_(totals, views)
+        draw.zero_()  # no noise outlives its release
         if draw.device.type != "cpu" or draw.numel() > _BLOCK:
             self._draws = None  # small buffers are kept for the next step
         return list(torch._foreach_norm(totals, 1))
