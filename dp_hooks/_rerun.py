@@ -1,12 +1,15 @@
 """The way to run a model aside: what surrounded a call, and what has to be put back afterwards."""
 
 import copy
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,17 +49,27 @@ def _innermost_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     return None if hooks is None or getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" else hooks
 
 
+Place = tuple[Any, ...]  # where something is in a module's state: the id of a module, an attribute, and what leads on from there
+
+
 class ModuleState:
     """The attributes and buffers of a module and its descendants, as they were when this was made.
 
-    Of lists, dictionaries, sets and queues that are not long, what was in them is part of it.
+    Of lists, dictionaries, sets, queues, arrays and objects of other classes that are not long, what was in them is part of it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules_of(module)]
-        self._contents = [(value, copy.copy(value)) for _, attributes, _ in self._kept for value in _containers(attributes)]
-        tensors = (t for _, *held in self._kept for part in held for t in part.values() if isinstance(t, Tensor))
-        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
+        inner = _Inner()
+        for m, attributes, buffers in self._kept:
+            here = id(m)
+            for key, value in attributes.items():
+                if key not in OWN and type(value) not in _SIMPLE:
+                    inner.visit((here, key), value)
+            inner.tensors += [((here, key), t) for key, t in buffers.items() if t is not None]
+            inner.tensors += [((here, key), p) for key, p in m._parameters.items() if p is not None and not p.requires_grad]
+        self._inner = inner
+        self._written = [(place, t, t._version, _address(t)) for place, t in inner.tensors if not t.is_inference()]
 
     def put_back(self) -> None:
         """Make every one of them the very object again that it was."""
@@ -67,57 +80,115 @@ class ModuleState:
             if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
                 now.clear()
                 now.update(attributes)
-        for container, before in self._contents:
-            if _same_contents(container, before):
-                continue
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for _, container, before in self._inner.containers:
+            if next(_unlike(container, before), None) is not None:
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for _, array, before in self._inner.arrays:
+            array[...] = before
 
-    def changed(self) -> set[tuple[int, str]]:
-        """Attributes and buffers, by module and name, that are other objects than then, or were written to."""
-        written = {id(t) for t, version in self._versions if t._version != version}
-        written |= {id(value) for value, before in self._contents if not _same_contents(value, before)}
-        found = set()
-        for m, attributes, buffers in self._kept:
-            for now, then in ((vars(m), attributes), (m._buffers, buffers)):
-                found |= {(id(m), key) for key, value in now.items() if value is not then.get(key) and key not in OWN}
-                found |= {(id(m), key) for key, value in then.items() if id(value) in written} if written else set()
-        return found
+    def changed(self) -> dict[Place, Place | None]:
+        """Places that hold other objects than then, or that were written to; for one that is new, what it was added to."""
+        found = {place: holder for place, holder, _ in self._differences()}
+        found |= {place: None for place, t, version, at in self._written if t._version != version or _address(t) != at}
+        return found | {place: None for place, now, then in self._inner.arrays if not bool(((now == then) | (now != now)).all())}
 
     def made_since(self) -> list[Tensor]:
-        """Tensors with a history that are stored in attributes, or in such containers, and were not then."""
-        old = {id(t) for _, before in self._contents for t in _items(before)}
-        found: list[Tensor] = []
-        for m, attributes, _ in self._kept:
-            for key, value in vars(m).items():
-                if key[0] != "_" and attributes.get(key) is not value and isinstance(value, Tensor):
-                    found.append(value)
-            for container in _containers(vars(m)):
-                found += [t for t in _items(container) if isinstance(t, Tensor) and id(t) not in old]
-        return list({id(t): t for t in found if t.grad_fn is not None}.values())
+        """Tensors with a history that are stored in attributes, or in what these hold, and were not then."""
+        found = _Inner()
+        for place, _, value in self._differences():
+            if len(place) > 2 or place[1][0] != "_" or not isinstance(value, Tensor):
+                found.visit(place, value)
+        old = {id(t) for _, t in self._inner.tensors}
+        return list({id(t): t for _, t in found.tensors if t.grad_fn is not None and id(t) not in old}.values())
+
+    def _differences(self) -> Iterator[tuple[Place, Place | None, Any]]:
+        """Where another object is now than then; what it was added to, if nothing was there; and the object."""
+        for m, attributes, buffers in self._kept:
+            here = id(m)
+            for now, then in ((vars(m), attributes), (m._buffers, buffers)):
+                for key, value in now.items():
+                    if value is not then.get(key, _MISSING) and key not in OWN:
+                        yield (here, key), None if key in then else (here,), value
+        for place, container, before in self._inner.containers:
+            for key, added, value in _unlike(container, before):
+                yield (*place, key), place if added else None, value
 
 
 OWN = frozenset(vars(nn.Module())) | {"__getstate__", "__deepcopy__"}  # attributes that are PyTorch's, or ours
-_CONTAINERS = (list, dict, set, deque)
-_LONGEST = 64  # longer ones are data, and nothing that a forward pass is about
+CONTAINERS = (list, tuple, dict, set, deque)
+LONGEST = 256  # longer ones are data, and nothing that a forward pass is about
+_SIMPLE = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+_LARGEST = 65_536  # bytes of an array that is compared by its values
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "dp_hooks"}  # their objects are not looked into
+_MISSING = object()
 
 
-def _containers(attributes: dict[str, Any]) -> list[Any]:
-    return [
-        value for key, value in attributes.items() if key not in OWN and isinstance(value, _CONTAINERS) and len(value) <= _LONGEST
-    ]
+class _Inner:
+    """What attributes hold: the contents of containers, objects and arrays, and all tensors, each with its place."""
+
+    def __init__(self) -> None:
+        self.containers: list[tuple[Place, Any, Any]] = []  # each with a copy; of objects, the dictionary of their attributes
+        self.arrays: list[tuple[Place, Any, Any]] = []
+        self.tensors: list[tuple[Place, Tensor]] = []
+        self._seen: set[int] = set()
+
+    def visit(self, place: Place, value: Any, *, within: bool = False) -> None:
+        """Add ``value``; ``within`` an object, of which others are not looked into."""
+        if isinstance(value, Tensor):
+            self.tensors.append((place, value))
+            return
+        if type(value) in _SIMPLE or id(value) in self._seen:
+            return
+        if is_object(value):
+            within, contents = True, None if within else vars(value)
+        else:
+            contents = value if isinstance(value, CONTAINERS) else None
+        if contents is not None and len(contents) <= LONGEST:
+            self._seen.add(id(value))
+            if not isinstance(contents, tuple):
+                self.containers.append((place, contents, copy.copy(contents)))
+            for key, item in contents.items() if isinstance(contents, dict) else enumerate(contents):
+                if type(item) not in _SIMPLE:
+                    self.visit((*place, key), item, within=within)
+        elif is_array(value) and type(value).__name__ == "ndarray" and value.nbytes <= _LARGEST:
+            self.arrays.append((place, value, value.copy()))
 
 
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
-def _same_contents(one: Any, other: Any) -> bool:
-    if len(one) != len(other) or (isinstance(one, dict) and list(one) != list(other)):
+def is_object(value: Any) -> bool:
+    """Whether ``value`` is an object of a class of somebody's own that keeps its state in attributes, and no module."""
+    if isinstance(value, (nn.Module, Tensor, type, *CONTAINERS)) or not hasattr(value, "__dict__") or callable(value):
         return False
-    if isinstance(one, set):
-        return bool(one == other)
-    return all(a is b for a, b in zip(_items(one), _items(other), strict=True))
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, SimpleNamespace) or package not in _LIBRARIES
+
+
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array or a number of NumPy."""
+    return type(value).__module__ == "numpy" and hasattr(value, "dtype")
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its values are: what is set as ``.data`` has the same version."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else 0
+
+
+def _unlike(now: Any, then: Any) -> Iterator[tuple[Any, bool, Any]]:
+    """Where a container holds another object than its copy; whether it held nothing there; and the object."""
+    if isinstance(now, set):
+        if now != then:
+            yield None, False, list(now)
+        return
+    if isinstance(now, dict):
+        for key, value in now.items():
+            if value is not then.get(key, _MISSING):
+                yield key, key not in then, value
+        if len(now) < len(then) or any(one is not other for one, other in zip(now, then, strict=False)):
+            yield None, False, None  # something is gone, or in another order
+        return
+    for i, (value, before) in enumerate(zip_longest(now, then, fillvalue=_MISSING)):
+        if value is not before:
+            yield i, before is _MISSING, None if value is _MISSING else value
 
 
 @contextmanager

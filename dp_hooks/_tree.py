@@ -47,8 +47,8 @@ def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
         changed = {key: tree_map(fn, value, *(other[key] for other in others)) for key, value in tree.items()}
         if type(tree) is dict:
             return changed
-        clone = copy.copy(tree)
-        if hasattr(clone, "__setitem__"):
+        if hasattr(tree, "__setitem__"):
+            clone = copy.copy(tree)
             for key, value in changed.items():
                 clone[key] = value
             return clone

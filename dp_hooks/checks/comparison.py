@@ -117,7 +117,7 @@ class Comparison:
                 _refuse_hidden(hidden, self._hidden(loss), what)
             if not loss.requires_grad:  # a part without parameters, called by itself: it may mix all the same
                 controller.disable_hooks()
-                self._check_state(samples, before, begin, again, what)
+                self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
                 self._compare_values(samples, begin, again, what)
                 self._trace.verify(seen, samples)
                 return again.has_rows
@@ -126,7 +126,7 @@ class Comparison:
             if found is None or found.samples != samples:
                 return False  # a call on something else than the batch of this step
             controller.disable_hooks()
-            self._check_state(samples, before, begin, again, what)
+            self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
             self._compare_values(samples, begin, again, what)
             agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
             # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
@@ -225,7 +225,7 @@ class Comparison:
             begin(rows)
             again.compare(rows)
 
-    def _check_state(self, samples: int, before: CarriedState, begin: Begin, again: Repeated, what: str) -> None:
+    def _check_state(self, samples: int, before: CarriedState, begin: Begin, again: Repeated, what: str, *, kept: bool) -> None:
         """What a batch leaves behind in the model must not reach the next one, nor the state dict; ``before`` it was run.
 
         The call is run on two halves of the batch, each from the same state, forwards and backwards. Where that leaves different
@@ -233,7 +233,8 @@ class Comparison:
         call depends on them.
         """
         now = CarriedState(self._model)
-        if samples < 2 or not (now.stored_unlike(before) or now.attributes_unlike(before)):
+        # Where what the model held before the step was not kept, ``before`` is what the same samples left there.
+        if samples < 2 or (kept and not (now.stored_unlike(before) or now.attributes_unlike(before))):
             return
         first, second = _halves(samples)
         left = []
@@ -279,7 +280,7 @@ class Comparison:
                     with torch.enable_grad():
                         found.append([out for call in calls for out in RepeatedCall(call, self._controller, samples).outputs(None)])
             # What an evaluation writes into buffers (metrics) is no matter of training, unless it has a part in it.
-            self._compare_left(left, found, quiet.name or "the model", buffers=quiet.module.training)
+            self._compare_left(left, found, quiet.name or "the model", buffers=quiet.training)
         recorder.cover_quiet()
 
     def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
 from .._precision import wide_dtype
-from .._rerun import undisturbed
+from .._rerun import ModuleState, undisturbed
 from .._tree import one_sample, private_copy, tensors_of, tree_map
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.session import ModelCall
@@ -100,6 +100,13 @@ def _is_whole(factor: float) -> bool:
     return any(abs(f - round(f)) < _CHANGE and 1 <= abs(round(f)) <= _WHOLE for f in (factor, 1 / factor if factor else 0.0))
 
 
+def _opaque(arguments: Any) -> set[str]:
+    found: set[str] = set()
+    plain = (Tensor, int, float, str, type(None))
+    tree_map(lambda leaf: None if isinstance(leaf, plain) else found.add(type(leaf).__name__), arguments)
+    return found
+
+
 class CriterionCheck:
     """Compares the gradient of ``criterion`` on the batch with its gradients on single samples."""
 
@@ -113,6 +120,7 @@ class CriterionCheck:
         self._calls: list[_Call] = []  # those of the present step that a check may have to look at
         self._depth = 0  # of calls: a criterion may call itself
         self._lent: Lent | None = None  # what the present call got instead of its arguments
+        self._state: ModuleState | None = None  # its attributes before the present call
         self._given: Any = None  # its arguments, in containers of their own: it may write into those it got
         self._checked_rows: int | None = None  # how many samples a check is running it on
         self._tokens = 1  # how many rows of the present call's arguments belong to a sample
@@ -121,6 +129,7 @@ class CriterionCheck:
         self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
         self._version = 0  # of what was seen last of it
         self._reached = True  # whether the present call is on outputs of the model
+        self._opaque: set[str] = set()  # classes of arguments that tensors can be hidden in
         self._factors = _Factors()
         self._off: Tensor | None = None  # the largest part of what arrived that was not the criterion's, in any step
         self._what = f"criterion ({type(criterion).__name__})"
@@ -149,8 +158,9 @@ class CriterionCheck:
         leaves = [t for t in tensors_of((args, kwargs)) if t.grad_fn is not None]
         sources = {id(t): self._source(t) for t in leaves}
         whole = bool(sources) and None not in sources.values() and can_be_lent((args, kwargs))
-        self._tokens = self._rows_per_sample(leaves, [source for source in sources.values() if source is not None]) if whole else 1
+        self._tokens = self._rows_per_sample(leaves, [source for source in sources.values() if source is not None])
         self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
+        self._opaque |= set() if self._reached else _opaque((args, kwargs))
         if not whole and self._reached and self._outputs:
             self._worse(torch.ones((), dtype=torch.float64))
         if not whole:
@@ -160,7 +170,7 @@ class CriterionCheck:
         return lent
 
     def _rows_per_sample(self, leaves: list[Tensor], sources: list[tuple[Output, torch.Size]]) -> int:
-        """How many rows each sample has in views of outputs ``[n, t, ...]`` of the model that count all tokens in one axis."""
+        """How many rows each sample has in what comes from outputs ``[n, t, ...]`` of the model and counts tokens in one axis."""
         rows = self._controller.session.call.rows
         if self._controller.axis or not rows or any(not shape or shape[0] != rows for _, shape in sources):
             return 1
@@ -227,6 +237,7 @@ class CriterionCheck:
         if self._depth > 1 or not torch.is_grad_enabled() or self._recorder.state is not None or session.in_backward():
             return None
         self._given = tree_map(lambda leaf: leaf, (args, kwargs))
+        self._state = ModuleState(criterion)
         watched = (args, kwargs) if self._recorder.paused else self._watched(args, kwargs)
         # Those of the model: the criterion may get all tokens in one axis.
         rows = self._checked_rows if self._recorder.paused else session.call.rows
@@ -239,9 +250,10 @@ class CriterionCheck:
         if self._depth:
             return
         self._trace.stop()
+        left = [] if self._state is None else self._state.made_since()
         if self._lent is not None:
-            self._lent.write_back()
-            self._lent = None
+            left += self._lent.write_back()
+        self._lent = self._state = None
         recorder = self._recorder
         in_loop = not recorder.paused and recorder.state is None and not self._controller.session.in_backward()
         if in_loop and torch.is_grad_enabled():
@@ -249,6 +261,8 @@ class CriterionCheck:
                 self._given = None
                 return
             watched = isinstance(output, Tensor) and output.requires_grad
+            if any(t is not output for t in left):  # with which the loop may do anything
+                self._worse(torch.ones((), dtype=torch.float64))
             call = _Call(None, self._tokens, not watched, self._trace.unverified)
             if watched:
                 output.register_hook(partial(self._note_loss, call))
@@ -284,9 +298,11 @@ class CriterionCheck:
         if not self._calls and self._optional:
             return False
         if not self._calls:
+            hidden = f" on outputs of the model (a {' or '.join(sorted(self._opaque))} is not looked into)" if self._opaque else ""
             raise SelfCheckError(
-                "criterion was not called before this step, so it could not be checked. Pass the loss module that the "
-                "training loop calls, or leave criterion out (the report then says that the loss was not checked)."
+                f"criterion was not called{hidden} before this step, so it could not be checked. Pass the loss module that the "
+                "training loop calls, on tensors in tuples, lists, mappings or dataclasses, or leave criterion out (the report "
+                "then says that the loss was not checked)."
             )
         for call in self._used():
             self._check_call(call.given, samples, call.tokens)

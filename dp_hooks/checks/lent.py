@@ -50,8 +50,14 @@ class Lent:
         self._containers = [(own, lent, _contents(lent)) for own, lent in _pairs(arguments, self.copy)]
         self._own |= {id(lent): own for own, lent, _ in self._containers}
 
-    def write_back(self) -> None:
-        """Do to the caller's containers what was done to the copies: items set, deleted, or put in another order."""
+    def write_back(self) -> list[Tensor]:
+        """Do to the caller's containers what was done to the copies: items set, deleted, or put in another order.
+
+        Returns:
+            Tensors with a history that were put there: what the caller does with them is not seen.
+        """
+        now_there = [value for _, lent, _ in self._containers for value in _contents(lent).values()]
+        made = [t for t in now_there if isinstance(t, Tensor) and t.grad_fn is not None and id(t) not in self._own]
         for own, lent, before in self._containers:
             now = _contents(lent)
             in_order = list(now) == list(before)
@@ -65,6 +71,7 @@ class Lent:
             for key, value in now.items():
                 if not in_order or value is not before[key]:
                     own[key] = self._own.get(id(value), value)
+        return made
 
 
 def _contents(container: Any) -> dict[Any, Any]:

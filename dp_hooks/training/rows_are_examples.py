@@ -1,6 +1,5 @@
 """The one assumption under all clipping: row i of what the model sees is example i of the batch that was handed out."""
 
-import itertools
 import weakref
 from collections import deque
 from typing import Any
@@ -9,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .._rerun import checking, is_copy
-from .._tree import as_real, outputs_of, tensors_of
+from .._tree import outputs_of, tensors_of
 from .._validate import bad
 from ..capture.calls.backward_passes import BackwardPasses
 from ..errors import ScopeError
 from ..privacy.sampling.physical import PhysicalBatch
 from .loss_scale import refuse_scaled_loss
+from .row_order import RowOrder, check_kept
 
 AHEAD = (
     "Batches were read ahead of their use (a prefetcher, or several batches fetched for gradient accumulation), and rows would "
@@ -23,8 +23,6 @@ AHEAD = (
     "max_physical_batch_size in the scope."
 )
 
-_CALLS = 16  # how many calls on the present part a further one is compared with
-_FEW = 3  # of so few rows whole numbers tell nothing
 _REMEMBERED = 64  # how many earlier parts are told from the present one
 
 
@@ -50,7 +48,7 @@ class Rows:
         self._unused: list[list[Tensor]] = []
         self._earlier: deque[list[weakref.ref[Tensor]]] = deque(maxlen=_REMEMBERED)  # tensors of the parts before
         self._present: list[weakref.ref[Tensor]] = []  # those of `part`
-        self._sums: deque[list[Tensor]] = deque(maxlen=_CALLS)  # of the inputs of its calls: what every row adds up to
+        self._order = RowOrder()  # of the calls on `part`
         self._seen = False  # whether a backward pass came
         self.was_run = False
         # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
@@ -60,7 +58,7 @@ class Rows:
         """``part`` is handed out as ``batch``."""
         self.part, self._kept = part, None
         self.was_run = False
-        self._sums.clear()
+        self._order.new_part()
         self._earlier.append(self._present)
         tensors = outputs_of(batch)
         self._present = [weakref.ref(t) for t in tensors]
@@ -127,9 +125,10 @@ class Rows:
             if len(self._unused) > 1:
                 self._check_whose(inputs)
             self._check_not_stale(inputs)
-            if self._kept is not None:
-                self._check_kept(inputs)
-            self._check_order(inputs)
+            present = _alive(self._present)
+            if self._rows is not None and self._kept is not None:
+                check_kept(inputs, self._rows, present, self.part.size)
+            self._order.check(inputs, self.expected, present)
         self.used()
         self.was_run = self.part is not None
 
@@ -163,40 +162,6 @@ class Rows:
                 "the step it was handed out for, so a further step on it would not be paid for. Remedy: take each step on the "
                 "batch that the loader has just handed out."
             )
-
-    def _check_kept(self, inputs: list[Tensor]) -> None:
-        """Where rows were declared, calls are on these, and not on others of the batch."""
-        for own, t in itertools.product(_alive(self._present), inputs):
-            alike = t.dim() > 1 and t.shape[1:] == own.shape[1:] and t.dtype == own.dtype and t.device == own.device
-            if not alike or len(t) != self._kept or self.part is None or len(own) != self.part.size or self._rows is None:
-                continue
-            every, mine = _row_sums(own), _row_sums(t)
-            other = not torch.equal(mine, every[self._rows.to(own.device)]) and bool(torch.isin(mine, every).all())
-            if other and len(every.unique()) > len(every) // 2:
-                raise ScopeError(
-                    "the model was called on other rows of the batch than those declared by opt.keep_rows(): examples would be "
-                    "added up row by row. Remedy: declare the rows that all calls of the step are on, in their order."
-                )
-
-    def _check_order(self, inputs: list[Tensor]) -> None:
-        """All calls of a step have the examples in the same order, since gradients are added up row by row.
-
-        Inputs are told by what their rows add up to: they may be gone by the next call, and have another shape in it. Whole numbers
-        of few kinds (lengths, classes, masks) can be the same in another order by chance, unless all that is given is.
-        """
-        counted = [t for t in inputs if t.layout == torch.strided and t.dim() and len(t) == self.expected and t.numel()]
-        mine = [_row_sums(t) for t in counted]
-        for before in self._sums:
-            moved = [[_in_another_order(one, now) for one in before] for now in mine]
-            all_moved = len(before) == len(mine) and all(row[k] for k, row in enumerate(moved))
-            telling = any(any(row) and _is_telling(t) for t, row in zip(counted, moved, strict=True))
-            if telling or (all_moved and len(counted[0]) > _FEW):
-                raise ScopeError(
-                    "the model was called twice in a step, the second time on the same rows in another order: gradients of row i "
-                    "are added up and clipped as those of one example. Remedy: keep the order of the batch in every call of a step."
-                )
-        if mine:
-            self._sums.append(mine)
 
     def _check_foreign(self, inputs: list[Tensor], passes: BackwardPasses) -> None:
         if self._first is None or self._first[0] is not passes:
@@ -247,30 +212,6 @@ class Rows:
             f"the model was called on {samples} rows, but {had} {expected} examples. Every example needs one row of its own, "
             f"since rows are what is clipped; nothing was released. Likely causes: {causes}."
         )
-
-
-def _row_sums(rows: Tensor) -> Tensor:
-    """``[n]``: what the rows add up to; of whole numbers, of which there are few, each counts by its place."""
-    flat = as_real(rows.detach()).reshape(len(rows), -1)
-    if flat.is_floating_point():
-        return flat.sum(1, dtype=torch.float64)
-    return (flat.long() * (torch.arange(flat.shape[1], device=flat.device) * 2654435761 % 1_000_003 + 1)).sum(1)
-
-
-def _is_telling(rows: Tensor) -> bool:
-    """Whether the same rows in another order cannot be chance: fractions, or rows of several numbers of many kinds."""
-    if rows.is_complex() or (rows.is_floating_point() and not bool((rows == rows.round()).all())):
-        return True
-    return rows[0].numel() >= 4 and rows.unique().numel() >= 8
-
-
-def _in_another_order(before: Tensor, now: Tensor) -> bool:
-    """Whether two lists of numbers are the same in another order, and not by chance: few kinds of numbers tell nothing."""
-    if before.shape != now.shape or before.dtype != now.dtype or before.device != now.device or torch.equal(before, now):
-        return False
-    one, other = before.sort().values, now.sort().values
-    kinds = 1 + int((one.diff() > 0).sum())
-    return torch.equal(one, other) and kinds >= min(len(one), max(3, len(one) // 2))
 
 
 def _alive(known: list[weakref.ref[Tensor]]) -> list[Tensor]:

@@ -257,6 +257,106 @@ def test_what_is_written_to_in_one_later_call_only_is_found_then(write: Callable
             step(model, opt, batch)
 
 
+class Holder:
+    """An object of a class of its own, as a model may keep a memory bank in."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _array(value: Tensor) -> Any:
+    return value.numpy().copy()
+
+
+# Where a mean can be kept: what is made of zeros, how it is read, and how it is written.
+PLACES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any], Callable[[Any, Tensor], None]]] = {
+    "in place": (lambda z: z, lambda kept: kept, lambda kept, v: kept.copy_(v)),
+    "in a dictionary": (lambda z: {"a": {"b": z}}, lambda kept: kept["a"]["b"], lambda kept, v: kept["a"]["b"].copy_(v)),
+    "an item of a dictionary": (lambda z: {"a": z}, lambda kept: kept["a"], lambda kept, v: kept.update(a=v)),
+    "in a tuple": (lambda z: (z,), lambda kept: kept[0], lambda kept, v: kept[0].copy_(v)),
+    "among many": (lambda z: [z] * 100, lambda kept: kept[7], lambda kept, v: kept.__setitem__(7, v)),
+    "a frozen parameter": (lambda z: nn.Parameter(z, requires_grad=False), lambda kept: kept, lambda kept, v: kept.copy_(v)),
+    "its data": (lambda z: z, lambda kept: kept, lambda kept, v: setattr(kept, "data", v)),
+    "an array": (_array, torch.from_numpy, lambda kept, v: kept.__setitem__(slice(None), _array(v))),
+    "an object": (Holder, lambda kept: kept.value, lambda kept, v: setattr(kept, "value", v)),
+    "a list of objects": (lambda z: [Holder(z)], lambda kept: kept[0].value, lambda kept, v: setattr(kept[0], "value", v)),
+}
+
+
+class Placed(nn.Module):
+    """Takes off what is kept in some place, and writes a mean of its features there when told to."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        make, self.read, self.write = PLACES[place]
+        self.a, self.b, self.late = nn.Linear(D, D), nn.Linear(D, 3), False
+        self.kept = make(torch.zeros(D, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        out = self.b(3 * (h - self.read(self.kept).clone()))
+        if self.late:
+            with torch.no_grad():
+                self.write(self.kept, h.detach().mean(0))
+        return out
+
+
+@each_style
+@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_kept_is_found_wherever_it_is_as_soon_as_that_begins(place: str, evaluation: bool, step: Any) -> None:
+    """A mean of the batch that a later pass, of training or evaluation, leaves in any place that the model reaches."""
+    model = Placed(place).double()
+    with opened(model, 3) as (opt, loader):
+        batches = iter(loader)
+        step(model, opt, next(batches))
+        batch = next(batches)
+        model.late = True
+        if evaluation:
+            _evaluate(model, batch[0])
+            model.late = False
+        with refused("kept", model.b):
+            step(model, opt, batch)
+
+
+@each_style
+def test_an_item_that_a_log_begins_to_keep_later_is_looked_at(step: Any) -> None:
+    """That other items of the dictionary change in every step, and harmlessly, says nothing about this one."""
+
+    def log(s: Any, h: Tensor) -> None:
+        s.log["calls"] += 1
+        if s.late:
+            s.log["mean"] = h.mean(0)
+
+    model = Keeping(log).double()
+    model.log = {"calls": 0}  # type: ignore[assignment]
+    model.register_forward_pre_hook(lambda m, args: (args[0] + m.log.get("mean", 0.0),))
+    with opened(model, 3) as (opt, loader):
+        batches = iter(loader)
+        step(model, opt, next(batches))
+        model.late = True
+        with refused("log", model):
+            step(model, opt, next(batches))
+
+
+@each_style
+@pytest.mark.parametrize("log", [lambda s, h: setattr(s, f"of_{len(vars(s))}", h), lambda s, h: s.kept_log.append(h)])
+def test_a_log_that_grows_in_every_step_is_looked_at_few_times(
+    log: Callable[[Any, Tensor], None], step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its items is new; after three checks of such no more are made."""
+    runs = []
+    original = Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self, *args: (runs.append(1), original(self, *args))[1])
+    model = Keeping(log).double()
+    model.kept_log = []  # type: ignore[assignment]
+    with opened(model, 6) as (opt, loader):
+        for batch in loader:
+            step(model, opt, batch)
+    assert len(runs) == 3
+    assert len(model.kept_log) + sum(name.startswith("of_") for name in vars(model)) == 6
+
+
 @each_style
 def test_attributes_that_change_in_every_step_are_looked_at_once(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that is written to and made anew by turns is known by its name: one check, not one in every step."""
@@ -287,15 +387,17 @@ def test_metrics_that_an_evaluation_leaves_are_no_reason_to_refuse(step: Any) ->
 
 
 class Counting(nn.Module):
-    """Adds up how many rows evaluations saw."""
+    """Adds up how many rows evaluations saw, and what was in them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.training:
             self.seen += len(h)
+            self.total += h.sum()
         return h
 
 

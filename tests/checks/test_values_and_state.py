@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections import deque
 from contextlib import nullcontext
 
 import pytest
@@ -475,6 +476,68 @@ def test_what_a_criterion_writes_into_its_arguments_is_there_afterwards():
         return found
 
     assert steps(build("mlp"), Writing(), loss, count=2).report().steps == 2
+
+
+class Leaving(nn.CrossEntropyLoss):
+    """Leaves a part of what it computed where the loop finds it."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.part = where, None
+
+    def forward(self, given, y):
+        part = given["logits"].square().mean(1)
+        if self.where == "argument":
+            given["part"] = part
+        else:
+            self.part = part if self.where == "attribute" else part.detach()
+        return super().forward(given["logits"], y)
+
+
+@pytest.mark.parametrize(("where", "verified"), [("argument", False), ("attribute", False), ("detached", True)])
+def test_a_loss_is_not_verified_where_the_loop_can_use_more_of_the_criterion_than_its_loss(where, verified):
+    """What it leaves with a history is past what is watched, whatever is made of it."""
+
+    def loss(model, c, x, y, k):
+        return c({"logits": model(x)}, y)
+
+    found = steps(build("mlp"), Leaving(where), loss, count=2).report()
+    assert found.loss_verified is verified
+
+
+def test_a_criterion_on_a_part_of_the_outputs_is_checked_token_by_token():
+    """Shifted by one place, as language models have it: each sample has as many rows of the flattened logits."""
+
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(1, 7)
+
+        def forward(self, x):
+            return self.out(x[:, :, None])
+
+    def shifted(model, c, x, y, k):
+        wanted = (x[:, 1:] * 10).long().remainder(7)
+        if uneven:
+            wanted = torch.where(torch.arange(len(x))[:, None] > 2, -100, wanted)
+        return c(model(x)[:, :-1].reshape(-1, 7), wanted.reshape(-1))
+
+    uneven = False
+    steps(Texts().double(), nn.CrossEntropyLoss(), shifted, count=2)
+    uneven = True
+    with pytest.raises(errors.SelfCheckError, match=r"criterion .* its gradient for sample"):
+        steps(Texts().double(), nn.CrossEntropyLoss(), shifted, count=2)
+
+
+def test_a_criterion_that_gets_the_outputs_in_an_object_is_refused_with_the_cause():
+    """The class is named: what is in it is not looked into."""
+
+    class Inside(nn.CrossEntropyLoss):
+        def forward(self, given, y):
+            return super().forward(given[0], y)
+
+    with pytest.raises(errors.SelfCheckError, match="a deque is not looked into"):
+        steps(build("mlp"), Inside(), lambda m, c, x, y, k: c(deque([m(x)]), y), count=1)
 
 
 @dataclasses.dataclass

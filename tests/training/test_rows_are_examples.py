@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from dp_hooks.errors import InvalidArgumentError, ScopeError
 
@@ -412,6 +412,52 @@ def test_texts_in_another_order_beside_the_same_images_are_refused() -> None:
         with pytest.raises(ScopeError, match="another order"):
             model(x, ids.roll(1, 0))
         opt.skip_batch()
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_rows_of_the_batch_in_another_order_are_refused_in_small_batches_too(size: int) -> None:
+    """One-hot rows, which all add up to the same, and few of them."""
+    rows = torch.eye(8)[torch.arange(6 * 3).reshape(6, 3) % 8].double()
+    loader = DataLoader(TensorDataset(rows, torch.arange(6) % 3), batch_size=size)
+    model = Net(lambda s, x: s.layer(x.flatten(1)), layer=nn.Linear(24, 3)).double()
+    with scope_over(model, loader=loader, poisson_sampling=False) as (opt, batches):
+        x, _ = next(iter(batches))
+        model(x)
+        with pytest.raises(ScopeError, match="another order"):
+            model(x.flip(0) * 1)
+        opt.skip_batch()
+
+
+def by_level(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    levels = torch.tensor([[0.3], [0.7]])[: len(x)].double()
+    yield from ((x + 1, levels), (x + 2, levels.flip(0)))
+
+
+def by_prototype(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    prototypes = torch.arange(12.0).reshape(3, 4).double() + 0.5
+    yield from ((x, prototypes[y]), (x, prototypes[1 - y % 2]))
+
+
+@pytest.mark.parametrize("calls", [by_level, by_prototype])
+def test_few_rows_of_few_kinds_may_change_places(calls: Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]) -> None:
+    """Levels of noise, and what is known of the right and of the wrong class, beside the examples in their order."""
+    model = Net(lambda s, x, t: s.layer(x) * t.sum(1, keepdim=True), layer=build("mlp"))
+    with scope_over(model, loader=in_order(2, 2), **POISSON) as (opt, loader):
+        x, y = next(iter(loader))
+        sum(F.cross_entropy(model(*given), y) for given in calls(x, y)).backward()  # type: ignore[union-attr]
+        opt.step()
+
+
+def test_pairs_that_are_in_the_batch_both_ways_are_no_other_order() -> None:
+    """Both calls are on what the loader handed out, as it did."""
+    a, b = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    first, second = torch.stack([a, b], 1).flatten(0, 1), torch.stack([b, a], 1).flatten(0, 1)
+    model = build("mlp")
+    with scope_over(model, loader=DataLoader(TensorDataset(first, second), batch_size=2), poisson_sampling=False) as (opt, loader):
+        for one, other in loader:
+            opt.zero_grad()
+            (model(one) - model(other)).square().mean().backward()
+            opt.step()
 
 
 def test_equal_rows_tell_nothing_of_an_order() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..._rerun import AmbientContext, ModuleState
 from ..._tree import modules_of, private_copy
 from .carried_state import CarriedState
+from .changes import Changes
 from .forward_frame import call_in, forward_around
 from .recorded_call import RecordedCall, kind_of
 from .trace import OpTrace
@@ -35,10 +36,7 @@ class CallRecorder:
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
         self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
-        # What calls without gradients left since the last check of such calls, and before that.
-        self._changed_quietly: set[tuple[int, str]] = set()
-        self._changing_quietly: set[tuple[int, str]] = set()
-        self._changing: set[tuple[int, str]] = set()  # attributes that changed in calls which a check has covered
+        self._left_by_training, self._left_quietly = Changes(), Changes()
         self.situation = ""  # what else is special about the present batch
         self.paused = False  # whether nothing is recorded, since a check is running calls
         # While a whole function is to be checked, attributes of the model at its start; calls need none then.
@@ -55,7 +53,7 @@ class CallRecorder:
         self._views = []
         self._frame: FrameType | None = None  # of a forward method that was called past the hooks
         self.overflowed = False  # whether there were more than LIMIT
-        self._changed: set[tuple[int, str]] = set()  # attributes that changed in calls, and never did before
+        self._left_by_training.open.clear()
         self.came_back = False  # whether a backward pass came to any call
         self.quiet = [call for call in self.quiet if not call.with_gradients]  # what these left can reach any later step
         self.trace.unverified = set()
@@ -83,15 +81,9 @@ class CallRecorder:
             return None
         kind, key = kind_of(name, args, kwargs), self.key(2)
         new = (key, kind) not in self.covered
-        if new:
-            args, kwargs = private_copy((args, kwargs))
-        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, new)
         if name and self.state is None:
             self._begin_around(module, key)
-        if self.state is None:
-            call.state, call.carried = ModuleState(self._model), CarriedState(self._model) if new else None
-            self._recorded.add(call)
-        return call
+        return self._begun(module, name, args, kwargs, key, kind, new)
 
     def _begin_around(self, module: nn.Module, key: Any) -> None:
         """A part of the model is called: by a forward method that was called past the hooks, it may be."""
@@ -104,27 +96,19 @@ class CallRecorder:
         kind = ("forward", *kind_of(name, args, kwargs))
         if (key, kind) in self.covered or any(call.kind == kind for call in self.calls):
             return
-        call = self._copied(owner, name, args, kwargs, key, kind, around=True)
-        self._recorded.add(call)
-        self._keep(call)
+        self._keep(self._begun(owner, name, args, kwargs, key, kind, around=True))
 
-    def _copied(
-        self,
-        module: nn.Module,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        key: Any,
-        kind: Any,
-        *,
-        around: bool = False,
-        with_gradients: bool = True,
+    def _begun(
+        self, module: nn.Module, name: str, args: Any, kwargs: Any, key: Any, kind: Any, copied: bool = True, **how: Any
     ) -> RecordedCall:
-        """A call with copies of its inputs, and of what the model carries now."""
-        args, kwargs = private_copy((args, kwargs))
-        context = AmbientContext.current(self._device)
-        call = RecordedCall(module, name, args, kwargs, context, key, kind, True, around=around, with_gradients=with_gradients)
-        call.state, call.carried = ModuleState(self._model), CarriedState(self._model)
+        """A call, with copies of its inputs and of what the model carries now if it is to be ``copied``."""
+        if copied:
+            args, kwargs = private_copy((args, kwargs))
+        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, copied, **how)
+        if self.state is None:
+            call.state, call.carried = ModuleState(self._model), CarriedState(self._model) if copied else None
+            if call.with_gradients:
+                self._recorded.add(call)
         return call
 
     def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
@@ -132,21 +116,16 @@ class CallRecorder:
         kind, key = kind_of(name, args, kwargs), self.key(2)
         if self.paused or self.state is not None or any((call.key, call.kind) == (key, kind) for call in self.quiet):
             return None
-        if (key, kind) not in self.harmless:
-            return self._copied(module, name, args, kwargs, key, kind, with_gradients=False)
-        call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, with_gradients=False)
-        call.state = ModuleState(self._model)
-        return call
+        return self._begun(module, name, args, kwargs, key, kind, (key, kind) not in self.harmless, with_gradients=False)
 
     def end_quiet(self, call: RecordedCall) -> None:
         """It is over; what such a call left that was harmless so far may be something else now."""
         if call.carried is None and call.state is not None:
-            if left := call.state.changed() - self._changing_quietly:
-                again = self._copied(call.module, call.name, call.args, call.kwargs, call.key, call.kind, with_gradients=False)
+            if self._left_quietly.note(call.state):
+                again = self._begun(call.module, call.name, call.args, call.kwargs, call.key, call.kind, with_gradients=False)
                 self.quiet.append(again)  # from where it left off
-                self._changed_quietly |= left
         elif self._left_something(call):
-            self._changed_quietly |= set() if call.state is None else call.state.changed()
+            self._left_quietly.note(call.state)
             self.quiet.append(call)
         else:
             self.harmless.add((call.key, call.kind))
@@ -158,8 +137,7 @@ class CallRecorder:
     def end(self, call: RecordedCall) -> list[Tensor]:
         """The call is over; return what it left in attributes of the model: it can be used in a loss like its outputs."""
         call.transitions, call.draws = self.trace.unverified, self.trace.draws
-        changed = set() if call.state is None else call.state.changed() - self._changing
-        self._changed |= changed
+        changed = self._left_by_training.note(call.state)
         if call.carried is not None and self._left_something(call):
             self.quiet.append(call)  # looked at as such, unless gradients come back from it
         if call.copied or call.transitions or changed or self.quiet:
@@ -167,20 +145,20 @@ class CallRecorder:
         return call.left
 
     @property
-    def changed(self) -> set[tuple[int, str]]:
-        """Attributes that changed in this step, and in none before that a check has covered."""
-        return self._changed if self.state is None else self.state.changed() - self._changing
+    def changed(self) -> bool:
+        """Whether something in the model changed in this step that never did in one that a check has covered."""
+        return bool(self._left_by_training.open or self._left_by_training.new_in(self.state))
 
     def cover_changed(self) -> None:
-        """A check has covered them."""
-        self._changing |= self.changed
-        self._changed = set()
+        """A check has covered it."""
+        self._left_by_training.note(self.state)
+        self._left_by_training.cover()
 
     def cover_quiet(self) -> None:
         """A check has looked at what calls without gradients left."""
         self.harmless |= {(call.key, call.kind) for call in self.quiet if not call.with_gradients}
-        self._changing_quietly |= self._changed_quietly
-        self.quiet, self._changed_quietly = [], set()
+        self._left_quietly.cover()
+        self.quiet = []
 
     def has_view(self, call: RecordedCall, index: int, output: Tensor) -> None:
         """An output is a view: when it is changed in place it gets another history, and :meth:`reached` may not be called."""

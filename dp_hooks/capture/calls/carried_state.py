@@ -2,17 +2,14 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._rerun import OWN, copy_of, same_values, write_back
-
-_CONTAINERS = (list, tuple, dict, set, deque)
-# Longer containers are data, and objects of other classes are left alone.
-_LONGEST = 256
+from ..._rerun import CONTAINERS, LONGEST, OWN, copy_of, is_array, is_object, same_values, write_back
 
 
 class CarriedState:
@@ -22,6 +19,7 @@ class CarriedState:
         """Keep copies; the objects themselves are kept as well, to write into them again."""
         self._stored: dict[str, tuple[Any, Any]] = {}  # by name: an object, and its values
         self._attributes: dict[str, tuple[Any, Any, Callable[[Any], None]]] = {}
+        seen: set[int] = set()
         for prefix, m in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, tensor in m._buffers.items():
@@ -30,9 +28,10 @@ class CarriedState:
             for name, param in m._parameters.items():
                 if param is not None and not param.requires_grad:
                     self._stored[dot + name] = (param, copy_of(param))
-            for name, value in vars(m).items():
-                if name not in OWN and _is_value(value):
-                    self._attributes[dot + name] = (value, _copied(value), _setter(m, name))
+            for place, fields in _holders(m, seen):
+                for name, value in fields.items():
+                    if name not in OWN and _is_value(value):
+                        self._attributes[dot + place + name] = (value, _copied(value), partial(fields.__setitem__, name))
 
     def put_back(self) -> None:
         """Write all values back."""
@@ -55,8 +54,19 @@ class CarriedState:
         return _unlike({k: v[1] for k, v in self._attributes.items()}, {k: v[1] for k, v in other._attributes.items()})
 
 
-def _setter(module: nn.Module, name: str) -> Callable[[Any], None]:
-    return lambda value: vars(module).__setitem__(name, value)
+def _holders(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The attributes of a module, and of the objects that these are, or that are in a list or dictionary of them; each once."""
+    yield "", vars(module)
+    for name, value in vars(module).items():
+        if name in OWN:
+            continue
+        candidates = [(name, value)]
+        if isinstance(value, (list, tuple, dict)) and len(value) <= LONGEST:
+            candidates = [(f"{name}[{key!r}]", v) for key, v in (value.items() if isinstance(value, dict) else enumerate(value))]
+        for place, one in candidates:
+            if is_object(one) and id(one) not in seen and len(vars(one)) <= LONGEST:
+                seen.add(id(one))
+                yield f"{place}.", vars(one)
 
 
 def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -64,16 +74,12 @@ def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _is_value(value: Any) -> bool:
-    if isinstance(value, _CONTAINERS):  # recurrent layers keep a list of their parameters, which is none
+    if isinstance(value, CONTAINERS):  # recurrent layers keep a list of their parameters, which is none
         items = list(value.values() if isinstance(value, dict) else value)
-        return len(items) <= _LONGEST and (not items or any(_is_value(item) for item in items))
+        return len(items) <= LONGEST and (not items or any(_is_value(item) for item in items))
     if isinstance(value, Tensor):  # what is trained is no state
         return not isinstance(value, nn.Parameter) and not (value.is_leaf and value.requires_grad)
-    return isinstance(value, (int, float, complex, str, type(None))) or _is_array(value)
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and hasattr(value, "dtype")
+    return isinstance(value, (int, float, complex, str, type(None))) or is_array(value)
 
 
 def _copied(value: Any) -> Any:
@@ -87,7 +93,7 @@ def _copied(value: Any) -> Any:
         return deque((_copied(item) for item in value), value.maxlen)
     if type(value) in (list, tuple, set):
         return type(value)(_copied(item) for item in value)
-    return copy.copy(value) if isinstance(value, _CONTAINERS) or _is_array(value) else value
+    return copy.copy(value) if isinstance(value, CONTAINERS) or is_array(value) else value
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -103,7 +109,7 @@ def _alike(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple, deque)):
         return len(one) == len(other) and all(_alike(a, b) for a, b in zip(one, other, strict=True))
-    if _is_array(one):
+    if is_array(one):
         return bool(one.shape == other.shape and (one == other).all())
     if isinstance(one, (int, float, complex, str, set)):
         return bool(one == other) or (one != one and other != other)

@@ -31,6 +31,11 @@ class RecordedCall:
     with_gradients: bool = True  # whether it was made with gradients enabled
     carried: CarriedState | None = None  # what the model held when it began, where that is asked for
     state: ModuleState | None = None  # attributes of the model when it began
+    training: bool = field(init=False)  # the mode of the module
+
+    def __post_init__(self) -> None:
+        """Remember the mode: checks run when it may be another one."""
+        self.training = self.module.training
 
     @property
     def left(self) -> list[Tensor]:

@@ -98,7 +98,7 @@ class GaussianNoise:
             Whether the results can be released: none of them is NaN or infinite.
         """
         if std == 0:
-            return _finite([_parts(total.mul_(scale)).sum() for total in totals])
+            return _finite([_parts(total.mul_(scale)).sum(dtype=wide_dtype(total.real.dtype)) for total in totals])
         blocks: list[Tensor] = []
         sums: list[Tensor] = []
         together: dict[object, list[Tensor]] = {}
@@ -175,7 +175,7 @@ class GaussianNoise:
             torch.add(draw, total, alpha=scale, out=total)
         else:
             total.copy_(draw.add_(total, alpha=scale))
-        return total.sum()  # now: it is in the cache still
+        return total.sum(dtype=draw.dtype)  # now: it is in the cache still
 
 
 def _finite(sums: list[Tensor]) -> bool:
