@@ -34,6 +34,11 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return found
 
 
+def rounds() -> bool:
+    """Whether factors of some products in float32 are rounded."""
+    return any(_value(read) not in (*full, None) for read, _, full, _ in _SETTINGS)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Round no factors of products in float32 inside the block.
@@ -41,7 +46,7 @@ def full_precision() -> Iterator[None]:
     Rounded by TF32, products of tokens that cancel are off by more than what is left of them: a norm would tell nothing of the sum
     that is released. And kernels that round differ by 1e-3 of a gradient from one another, which nothing that is compared should.
     """
-    if all(_value(read) in (*full, None) for read, _, full, _ in _SETTINGS):
+    if not rounds():
         yield
         return
     changed = []

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import Draws, NoRandomness
-from .._rerun import undisturbed
 from .._tree import tensors_of, tree_map
 from ..errors import DPHooksError
 from .calls.session import ModelCall, Session
 from .calls.trace import untraced
+from .calls.undisturbed import undisturbed
 from .hooked_modules import HookedModules
 from .samples.axis import SampleAxis
 from .samples.probe import Frame, Probe, wave
@@ -111,7 +111,8 @@ class Discovery:
         axes, key = self._tracker.axes, (call.name, call.module.training)
         apart = None
         if rows > 1 and doubtful(merged(seen)):
-            apart = self._run_probe(call, rows, count, draws, tell_apart=True)
+            apart = self._run_probe(call, rows, count, draws, tell_apart=True, whole_numbers=True)
+            apart = apart or self._run_probe(call, rows, count, draws, tell_apart=True)
         other = axes.learn(seen, two_distinct=rows > 1, apart=None if apart is None else apart.uses)
         self._unsure.discard(key)
         if rows > 1 and axes.unsure & {use for uses in seen for use in uses}:
@@ -139,15 +140,26 @@ class Discovery:
         return new
 
     def _run_probe(
-        self, call: ModelCall, rows: int, count: int, draws: Draws | None, *, mark_first: bool = False, tell_apart: bool = False
+        self,
+        call: ModelCall,
+        rows: int,
+        count: int,
+        draws: Draws | None,
+        *,
+        mark_first: bool = False,
+        tell_apart: bool = False,
+        whole_numbers: bool = False,
     ) -> Probe | None:
-        """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace."""
+        """Run the module on ``count`` rows, without gradients or random numbers, and leave no trace.
+
+        Inputs of the first row are made others to ``tell_apart`` samples, ``whole_numbers`` only where they could not tell.
+        """
         module, session, hooked_modules, tracker = call.module, self._session, self._hooked_modules, self._tracker
         assert module is not None
         probe = Probe(count, two_distinct=rows > 1, mark_first=mark_first, tell_apart=tell_apart)
         args, kwargs = tree_map(lambda leaf: _rows_for_probe(leaf, rows, count, session.axis), (call.args, call.kwargs))
         if tell_apart:
-            args, kwargs = tree_map(lambda leaf: _first_unlike(leaf, count, session.axis), (args, kwargs))
+            args, kwargs = tree_map(lambda leaf: _first_unlike(leaf, count, session.axis, whole_numbers), (args, kwargs))
         kept = (session.call, session.repeating)
         tracker.probe, session.call = probe, ModelCall(rows=count)
         ran = False
@@ -180,7 +192,8 @@ _PRIMES = (5, 7, 11, 13, 17, 19, 23)
 
 def _numbers_of_rows(model: nn.Module, tree: Any) -> list[int]:
     """Choose numbers of rows that no size in the model or its inputs is a multiple of, where there are such."""
-    sizes = {size for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) for size in t.shape if size}
+    known = [t for t in (*model.parameters(), *model.buffers(), *tensors_of(tree)) if not t.is_nested]
+    sizes = {size for t in known for size in t.shape if size}
     good = [p for p in _PRIMES if all(size % p for size in sizes)]
     return [*good, 29, 31, 37][:5]
 
@@ -194,12 +207,29 @@ def _rows_for_probe(leaf: Any, rows: int, count: int, axis: int) -> Any:
     return leaf.detach().index_select(axis, index)
 
 
-def _first_unlike(leaf: Any, rows: int, axis: int) -> Any:
-    """Return a floating-point tensor with ``rows`` rows with numbers of the size of 1 in the first one."""
-    if not is_float(leaf) or leaf.is_complex() or leaf.dim() <= max(axis, 1) or leaf.shape[axis] != rows or not leaf.numel():
+def _first_unlike(leaf: Any, rows: int, axis: int, whole_numbers: bool) -> Any:
+    """Return a tensor with other numbers in the first of ``rows`` rows: of the size of 1, or one next to what all rows have."""
+    if not isinstance(leaf, Tensor) or leaf.dim() <= max(axis, 1) or leaf.shape[axis] != rows or not leaf.numel():
         return leaf
-    first = torch.arange(rows, device=leaf.device) == 0
-    return torch.where(SampleAxis(axis).spread(first, leaf), 0.5 * wave(leaf), leaf)
+    first = SampleAxis(axis).spread(torch.arange(rows, device=leaf.device) == 0, leaf)
+    if is_float(leaf):
+        return leaf if leaf.is_complex() else torch.where(first, 0.5 * wave(leaf), leaf)
+    alike = whole_numbers and leaf.dtype != torch.bool and bool((leaf == leaf.narrow(axis, 0, 1)).all())
+    # A number may be an index: beyond the end of a table it raises an error on CPU, and is the end of the process elsewhere.
+    other = torch.where(leaf > 0, leaf - 1, leaf + 1 if leaf.device.type == "cpu" else leaf)
+    return torch.where(first & _at_the_end(leaf, axis), other, leaf) if alike else leaf
+
+
+def _at_the_end(tensor: Tensor, axis: int) -> Tensor:
+    """Where the last number of every row is."""
+    row = torch.ones((), dtype=torch.bool, device=tensor.device)
+    for at, size in enumerate(tensor.shape):
+        if at != axis:
+            last = (torch.arange(size, device=tensor.device) == size - 1).reshape(
+                [-1 if d == at else 1 for d in range(tensor.dim())]
+            )
+            row = row & last
+    return row
 
 
 @contextmanager

@@ -1,18 +1,19 @@
 """The modules of a model whose calls are captured, and what stands in the place of their parameters meanwhile."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._rerun import attributes_kept, autocast_as
+from .._rerun import autocast_as
 from ..errors import UnsupportedModelError
 from ..rules import GENERIC, Rule, RuleTable
 from .calls.parameter_swap import ParameterSwap
 from .calls.session import Session
+from .calls.undisturbed import attributes_kept
 from .samples.tracker import Tracker
 from .samples.uses import UseLayout
 
@@ -149,11 +150,13 @@ class HookedModules:
         else:
             hooked.track_outside(self._tracker)
 
-    @contextmanager
-    def own_parameters(self, hooked: HookedModule) -> Iterator[None]:
+    def own_parameters(self, hooked: HookedModule) -> AbstractContextManager[None]:
         """Rules find the parameters of a module in the module, also while they are tracked for a part that is run again."""
-        retracked = self._session.retracked_task is not None
-        swapped = [one for one in (hooked, *hooked.inner) if one.swap.swapped] if retracked else []
+        return nullcontext() if self._session.retracked_task is None else self._put_back(hooked)
+
+    @contextmanager
+    def _put_back(self, hooked: HookedModule) -> Iterator[None]:
+        swapped = [one for one in (hooked, *hooked.inner) if one.swap.swapped]
         for one in swapped:
             one.swap.restore()
         try:

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from .._no_randomness import TRIALS, Draws, NoRandomness
-from .._rerun import ModuleState, undisturbed
-from .._tree import modules_of, rows_of, tensors_of
+from .._tree import rows_of, tensors_of
 from ..capture.calls.call_recorder import CallRecorder
 from ..capture.calls.carried_state import CarriedState
+from ..capture.calls.module_state import ModuleState
 from ..capture.calls.recorded_call import RecordedCall
 from ..capture.calls.trace import OpTrace, Transition
+from ..capture.calls.undisturbed import undisturbed
 from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..capture.samples.tracked_value import FAILS
 from ..errors import DPHooksError, SelfCheckError, some_of
 from ..gradients.sample_gradients import SampleGradients
 from .compare import ValuesDiffer, compare, compare_sums, extreme_samples, jump_of, rounded
+from .left_behind import compare_left, trained_kept
 from .repeat_call import RepeatedCall, without_pattern
 from .repeat_function import RepeatedFunction
 from .single_samples import back_propagate, custom_functions, leaves_of, not_alone
@@ -34,8 +36,8 @@ Begin = Callable[[Tensor | None], CarriedState]  # returns what the model carrie
 Compared = TypeVar("Compared")
 # Samples that are enough to see whether a number drawn for the whole batch makes them mix.
 _HANDFUL = 8
-# By how much a call may differ from itself where it begins with what other samples left, elementwise.
-_RERUN = {torch.float64: 1e-6, torch.float32: 1e-4}
+# How many calls after one that left something are looked at, where a queue or a turn may delay what is read.
+_LATER = 8
 # How often gradients are compared before they are said to differ, where rounding can make them jump.
 _ATTEMPTS = 4
 
@@ -183,7 +185,7 @@ class Comparison:
         """Run the model in the block without a trace; what is given begins a run on some samples (None: all) as the call began."""
         controller, model, (state, carried) = self._controller, self._model, began
         with controller.separate(), self.paused(), undisturbed(model), without, self._trace.apart():
-            now = CarriedState(model)
+            now, held = CarriedState(model), None if state is None else state.now()
             if state is not None:
                 state.put_back()
             start = carried or CarriedState(model)
@@ -199,6 +201,8 @@ class Comparison:
                 yield begin
             finally:
                 start.put_back()
+                if held is not None:
+                    held.put_back()
                 now.put_back()
                 controller.enable_hooks()
 
@@ -234,20 +238,24 @@ class Comparison:
         """
         now = CarriedState(self._model)
         # Where what the model held before the step was not kept, ``before`` is what the same samples left there.
-        if samples < 2 or (kept and not (now.stored_unlike(before) or now.attributes_unlike(before))):
+        if samples < 2 or (kept and not now.unlike(before)):
             return
         first, second = _halves(samples)
         left = []
         for rows in (first, second[: len(first)]):
-            begin(rows)
-            _apart_from_others(partial(self._there_and_back, again), rows, what)
-            left.append(CarriedState(self._model))
-        found = []
+            with trained_kept(self._params):
+                begin(rows)
+                _apart_from_others(partial(self._there_and_back, again), rows, what)
+                left.append(CarriedState(self._model))
+        found: list[list[Tensor]] = []
         for start in left:
             begin(first)
             start.put_back()
-            found.append(self._there_and_back(again, first))
-        self._compare_left(left, found, what)
+            found.append([])
+            for _ in range(_LATER if left[0].attributes_unlike(left[1]) else 1):  # a queue is read when it is full
+                found[-1] += self._there_and_back(again, first)
+                CarriedState(self._model).put_back()  # without the history of what was left now
+        compare_left(left, found, what)
 
     def _there_and_back(self, again: Repeated, rows: Tensor) -> list[Tensor]:
         """Run ``again`` on some samples, and a backward pass; return what came out, and the gradients."""
@@ -257,50 +265,41 @@ class Comparison:
         return [*(out.detach() for out in outputs), *gradients.values()]
 
     def check_quiet(self, calls: list[RecordedCall], samples: int) -> None:
-        """The same for calls without gradients: what they leave behind must not reach the calls with gradients."""
-        recorder, axis = self._recorder, self._controller.axis
-        modes = [(module, module.training) for module in modules_of(self._model)]
+        """The same for calls that no gradients came back to: what they leave must not reach the calls with gradients.
+
+        What they did leave of their samples is remembered, and tried again in every later check: training may begin to read it.
+        """
+        recorder, axis, model = self._recorder, self._controller.axis, self._model
         for quiet in recorder.quiet:
             rows = rows_of_inputs(tensors_of((quiet.args, quiet.kwargs)), axis) or 0
             if rows < 2 or quiet.reached:  # the latter is among ``calls``
                 continue
             left: list[CarriedState] = []
-            found: list[list[Tensor]] = []
             first, second = _halves(rows)
-            for part in (first, second[: len(first)]):
-                with self.apart(NoRandomness(rows), (quiet.state, quiet.carried)) as begin, torch.no_grad():
+            for half in (first, second):
+                part = half.repeat(3)[:rows]  # a model may count on their number (caches)
+                mode = torch.inference_mode if quiet.inference else torch.no_grad
+                with trained_kept(self._params), self.apart(NoRandomness(rows), (quiet.state, quiet.carried)) as begin:
                     self._controller.disable_hooks()
                     begin(part)
                     args, kwargs = rows_of((quiet.args, quiet.kwargs), part, rows, axis)
-                    with quiet.context.restored():
-                        quiet.module(*args, **kwargs)
-                    left.append(CarriedState(self._model))
-                    for module, training in modes:
-                        module.training = training
-                    with torch.enable_grad():
-                        found.append([out for call in calls for out in RepeatedCall(call, self._controller, samples).outputs(None)])
+                    with quiet.context.restored(), mode():
+                        for _ in range(_LATER):  # what is gathered may be made use of by turns
+                            quiet.module(*args, **kwargs)
+                    left.append(CarriedState(model))
+            recorder.remember(quiet, left)
+        for (what, training), both in recorder.left_quietly.items():
+            came_out: list[list[Tensor]] = [[], []]
+            for call in calls:
+                for one, outputs in zip(both, came_out, strict=True):
+                    with self.apart(NoRandomness(samples), recorder.began(call)) as begin:
+                        self._controller.disable_hooks()
+                        begin(None)
+                        one.overlay()
+                        outputs += RepeatedCall(call, self._controller, samples).outputs(None)
             # What an evaluation writes into buffers (metrics) is no matter of training, unless it has a part in it.
-            self._compare_left(left, found, quiet.name or "the model", buffers=quiet.training)
+            compare_left(both, came_out, what, buffers=training)
         recorder.cover_quiet()
-
-    def _compare_left(self, left: list[CarriedState], found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:
-        """Two calls on other samples left two things behind, and then the same call gave what was ``found``."""
-        first, second = left
-        if (names := first.stored_unlike(second)) and buffers:
-            raise SelfCheckError(
-                f"{some_of(names)}: written during the forward pass, from private samples and without noise, and part of "
-                "the state dict, as buffers and frozen parameters are. Remedy: call .eval() on the module that does it (an "
-                "observer, running statistics), or take it out of the model."
-            )
-        names += first.attributes_unlike(second)
-        for one, other in zip(*found, strict=True) if names else ():
-            if one.shape != other.shape or not _alike(one, other):
-                raise SelfCheckError(
-                    f"{what}: what comes out depends on {some_of(names)}, where an earlier batch left something of its "
-                    "samples: an example would have a part in later batches, too, where nothing bounds it. Nothing was released. "
-                    "Remedy: keep no statistics, queues or states between batches, or reset them at the beginning of every "
-                    "forward pass."
-                )
 
     def _try_gates(self, samples: int, some: Callable[[Tensor], Repeated], what: str, draws: Draws | None, began: Began) -> None:
         """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
@@ -414,12 +413,6 @@ def on_some(call: RecordedCall, controller: HookController, samples: int, rows: 
     """Return ``call``, which was on ``samples`` samples, as a call on some of them only."""
     args, kwargs = rows_of((call.args, call.kwargs), rows, samples, controller.axis)
     return RepeatedCall(replace(call, args=args, kwargs=kwargs), controller, len(rows))
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two runs of the same call on the same samples gave the same; kernels need not add up in the same order."""
-    tolerance = _RERUN.get(one.dtype, 1e-3)
-    return torch.allclose(one.double(), other.double(), tolerance, 1e-3 * tolerance, equal_nan=True)
 
 
 def _all_finite(found: SampleGradients) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
 from .._precision import wide_dtype
-from .._rerun import ModuleState, undisturbed
-from .._tree import one_sample, private_copy, tensors_of, tree_map
+from .._tree import one_sample, tensors_of, tree_map
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
+from ..capture.calls.module_state import ModuleState
 from ..capture.calls.session import ModelCall
 from ..capture.calls.trace import OpTrace, Transition, untraced
+from ..capture.calls.undisturbed import undisturbed
 from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..errors import SelfCheckError
@@ -98,6 +99,11 @@ class _Factors:
 def _is_whole(factor: float) -> bool:
     """Whether ``factor`` or its inverse is a whole number."""
     return any(abs(f - round(f)) < _CHANGE and 1 <= abs(round(f)) <= _WHOLE for f in (factor, 1 / factor if factor else 0.0))
+
+
+def _apart_with_history(leaf: Any) -> Any:
+    """A copy of a tensor, which requires a gradient if it has one."""
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _opaque(arguments: Any) -> set[str]:
@@ -201,6 +207,8 @@ class CriterionCheck:
         return alone
 
     def _note_brought(self, output: Output, shape: torch.Size, grad: Tensor) -> None:
+        if self._depth:  # it runs a backward pass of its own
+            self._worse(torch.ones((), dtype=torch.float64))
         own = grad.detach().reshape(shape)
         self._own.setdefault(output, []).append(own)
         self._version = own._version
@@ -250,7 +258,8 @@ class CriterionCheck:
         if self._depth:
             return
         self._trace.stop()
-        left = [] if self._state is None else self._state.made_since()
+        left = [] if self._state is None else self._state.made_since(hidden=True)
+        left += [t for t in vars(output).values() if isinstance(t, Tensor)] if isinstance(output, Tensor) else []
         if self._lent is not None:
             left += self._lent.write_back()
         self._lent = self._state = None
@@ -265,7 +274,9 @@ class CriterionCheck:
                 self._worse(torch.ones((), dtype=torch.float64))
             call = _Call(None, self._tokens, not watched, self._trace.unverified)
             if watched:
-                output.register_hook(partial(self._note_loss, call))
+                assert output.grad_fn is not None
+                # After hooks of the loop, which may change the gradient.
+                output.grad_fn.register_prehook(partial(self._note_loss, call, output.output_nr))
             if recorder.armed or self._trace.unverified:
                 if len(self._calls) == LIMIT:
                     raise SelfCheckError(
@@ -273,13 +284,15 @@ class CriterionCheck:
                         "released. Remedy: call it once on the whole batch, or leave criterion out (the report then says that the "
                         "loss was not checked)."
                     )
-                call.given = private_copy(self._given)
+                call.given = tree_map(_apart_with_history, self._given)
                 self._calls.append(call)
         self._given = None
 
-    def _note_loss(self, call: _Call, grad: Tensor) -> None:
-        call.reached = True
-        self._factors.note(grad)
+    def _note_loss(self, call: _Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
+        grad = grads[number]
+        if grad is not None:
+            call.reached = True
+            self._factors.note(grad)
 
     def takes_new_way(self, samples: int) -> bool:
         """Whether the criterion went through operations that no check on so many samples did."""
@@ -338,7 +351,7 @@ class CriterionCheck:
         leaves: list[Tensor] = []
 
         def leaf(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
             leaves.append(value.detach().requires_grad_())
             return leaves[-1].clone()  # which may be changed in place

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._rerun import AmbientContext, undisturbed
+from .._rerun import AmbientContext
 from .._tree import private_copy, tensors_of
 from .._validate import bad, boolean, one_of
 from ..capture.calls.backward_passes import Refusals
 from ..capture.calls.recorded_call import RecordedCall
+from ..capture.calls.undisturbed import undisturbed
 from ..capture.controller import MODES, HookController
 from ..capture.module_hooks import is_hooked
 from ..capture.samples.tracked_gradients import BatchedOpGradients, TrackedGradients

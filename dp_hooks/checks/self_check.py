@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._no_randomness import NoRandomness
 from .._precision import full_precision
-from .._tree import tensors_of
+from .._tree import modules_of, tensors_of
 from ..capture.calls.call_recorder import LIMIT, CallRecorder
 from ..capture.calls.recorded_call import RecordedCall
 from ..capture.calls.trace import OpTrace, Transition
@@ -49,7 +49,7 @@ class SelfCheck:
         self._controller = controller
         self._model = model
         self._params = params
-        self._trace = OpTrace(model.buffers)
+        self._trace = OpTrace(lambda: [b for m in modules_of(model) for b in m._buffers.values() if b is not None])
         self._recorder = CallRecorder(model, params, self._trace)
         self._criterion = (
             None if criterion is None else CriterionCheck(criterion, controller, self._recorder, optional=criterion_is_optional)
@@ -154,7 +154,9 @@ class SelfCheck:
 
     def _check_calls(self, samples: int) -> None:
         recorder, controller = self._recorder, self._controller
-        calls = [call for call in recorder.used() if self._has_rows(call, samples)]
+        # A backward pass that left something may have come to calls that are known.
+        used = recorder.used() or (recorder.came_back_to if recorder.changed else [])
+        calls = [call for call in used if self._has_rows(call, samples)]
         if recorder.overflowed:
             raise SelfCheckError(
                 f"more than {LIMIT} separate calls into the model before one step: too many to compare. Call them from the "
@@ -242,6 +244,7 @@ class SelfCheck:
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."
             )
+        self._comparison.check_quiet([call for call in recorder.calls if self._has_rows(call, samples)], samples)
         self._check_padding(recorder.calls, samples)
         self._passed(samples, recorder.calls, [0] * len(recorder.calls))
         self._loss_verified = samples > 1 or self._loss_verified

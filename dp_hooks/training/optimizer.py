@@ -78,7 +78,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._meter = meter
         self._self_check = self_check
         self.outside = OutsideGradients(controller)
-        self._rows = Rows()
+        self._rows = Rows(controller.axis)
         self._lifetime = lifetime  # who can step can still use the scope
         self._paused = False
         self._step_hooks: list[StepHook] = []
@@ -424,4 +424,4 @@ class PrivateOptimizer(WrappedOptimizer):
         self._closed = True
         self._sum.clear()
         self.outside.clear()
-        self._rows = Rows()
+        self._rows = Rows(self._controller.axis)

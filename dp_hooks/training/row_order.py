@@ -10,9 +10,9 @@ from torch import Tensor
 from .._tree import as_real
 from ..errors import ScopeError
 
-_CALLS = 16  # how many calls on the present part a further one is compared with
-_FEW = 3  # so few rows are in the order of others by chance, unless they are rows of the batch
-_MANY, _MANY_SHORT = 6, 12  # so many different rows are not; of one or two numbers it takes more
+_CALLS = 64  # how many calls on the present part a further one is compared with
+# So many different rows are not in the order of others by chance; rows of the batch that hold little, so many.
+_MANY, _MANY_SHORT = 6, 12
 _LONG = 1024  # numbers of a row that count by their places
 _PRIME, _BELOW = 2654435761, 1_000_003  # two numbers without a common factor: places count by multiples of the one
 
@@ -33,13 +33,14 @@ class RowOrder:
         """Forget the calls on an earlier part."""
         self._calls.clear()
 
-    def check(self, inputs: list[Tensor], rows: int | None, handed_out: list[Tensor]) -> None:
-        """A call begins, on ``inputs`` of so many ``rows``, of a part that was ``handed_out``.
+    def check(self, inputs: list[Tensor], rows: int | None, handed_out: list[Tensor], axis: int = 0) -> None:
+        """A call begins, on ``inputs`` of so many ``rows`` along ``axis``, of a part that was ``handed_out``.
 
         Raises:
             ScopeError: they are those of an earlier call, in another order.
         """
-        counted = [t for t in inputs if t.layout == torch.strided and t.dim() and len(t) == rows and t.numel()]
+        counted = [_rows_first(t, axis) for t in inputs if _has_rows(t, axis) and t.shape[axis] == rows]
+        handed_out = [_rows_first(t, at) for t in handed_out for at in {0, axis} if _has_rows(t, at) and t.shape[at] == rows]
         mine = [_row_sums(t) for t in counted]
         for before in self._calls:
             if _moved(before, mine, counted, handed_out):
@@ -59,7 +60,7 @@ def check_kept(inputs: list[Tensor], rows: Tensor, handed_out: list[Tensor], siz
     """
     for own, t in itertools.product(handed_out, inputs):
         alike = t.dim() > 1 and t.shape[1:] == own.shape[1:] and t.dtype == own.dtype and t.device == own.device
-        if not alike or len(t) != len(rows) or len(own) != size:
+        if not alike or len(t) != len(rows) or len(own) != size or not t.numel():
             continue
         every, mine = _row_sums(own), _row_sums(t)
         other = not torch.equal(mine, every[rows.to(own.device)]) and bool(torch.isin(mine, every).all())
@@ -75,16 +76,23 @@ def _moved(before: list[Tensor], mine: list[Tensor], counted: list[Tensor], hand
     pairs = [(k, j) for k, now in enumerate(mine) for j, one in enumerate(before) if _in_another_order(one, now)]
     if not pairs:
         return False
-    own = [_row_sums(t.to(mine[0].device)) for t in handed_out if t.layout == torch.strided and t.dim() and t.numel()]
+    own = [_row_sums(t.to(mine[0].device)) for t in handed_out]
     in_order = [(_among(before[j], own), _among(mine[k], own)) for k, j in pairs]
-    left = [(k, j, any(known)) for (k, j), known in zip(pairs, in_order, strict=True) if not all(known)]
-    all_moved = len(before) == len(mine) and {(k, k) for k in range(len(mine))} <= {(k, j) for k, j, _ in left}
-    for k, _, of_batch in left:
-        if len(mine[k].unique()) >= (_MANY if counted[k][0].numel() > 2 else _MANY_SHORT):
+    for k, of_batch in [(k, any(known)) for (k, _), known in zip(pairs, in_order, strict=True) if not all(known)]:
+        kinds = len(mine[k].unique())
+        if (of_batch or kinds >= _MANY) and _is_telling(counted[k]):
             return True
-        if (of_batch or (all_moved and len(mine[k]) > _FEW)) and _is_telling(counted[k]):
+        if of_batch and kinds >= _MANY_SHORT:
             return True
     return False
+
+
+def _has_rows(tensor: Tensor, axis: int) -> bool:
+    return tensor.layout == torch.strided and tensor.dim() > axis and tensor.numel() > 0
+
+
+def _rows_first(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.movedim(axis, 0) if axis else tensor
 
 
 def _among(sums: Tensor, others: Sequence[Tensor]) -> bool:
@@ -94,19 +102,26 @@ def _among(sums: Tensor, others: Sequence[Tensor]) -> bool:
 def _row_sums(rows: Tensor) -> Tensor:
     """``[n]``: what the rows add up to, each number by its place; exactly, so that the same rows give the same anywhere."""
     flat = as_real(rows.detach()).reshape(len(rows), -1)
-    if flat.is_floating_point() and flat.shape[1] > _LONG:
-        return flat.sum(1, dtype=torch.float64)
-    places = torch.arange(flat.shape[1], device=flat.device) * _PRIME % _BELOW + 1
     if flat.is_floating_point():
-        return (flat.float() + 0.0).view(torch.int32).mul_(places.int()).sum(1)  # zeros have a sign
-    return (flat.long() * places).sum(1)
+        if flat.shape[1] > _LONG:  # neighbours count together
+            each = flat.shape[1] // _LONG
+            flat = flat[:, : each * _LONG].reshape(len(flat), _LONG, each).sum(2, dtype=torch.float32)
+        flat = (flat.float() + 0.0).view(torch.int32)  # zeros have a sign
+    places = torch.arange(flat.shape[1], device=flat.device) * _PRIME % _BELOW + 1
+    return flat.mul(places.int()).sum(1) if flat.dtype == torch.int32 else (flat.long() * places).sum(1)
 
 
 def _is_telling(rows: Tensor) -> bool:
-    """Whether a row holds so much that it is no class, level or the like: several numbers of some kinds, or many."""
-    if rows[0].numel() >= 16 or (rows[0].numel() >= 3 and rows.unique().numel() >= 4):
+    """Whether a row holds so much that it is no class, level or the like: some numbers of some kinds, or many of two."""
+    flat = as_real(rows.detach()).reshape(len(rows), -1)
+    if flat.shape[1] < 3:
+        return False
+    kinds = flat.unique()
+    fractions = flat.is_floating_point() and not bool((flat == flat.round()).all())
+    if len(kinds) >= 4 or (len(kinds) == 3 and fractions):
         return True
-    return len(rows) > _FEW and (rows.is_complex() or (rows.is_floating_point() and not bool((rows == rows.round()).all())))
+    rarer = torch.minimum((flat == kinds[0]).sum(1), (flat != kinds[0]).sum(1))
+    return flat.shape[1] >= 16 and int(rarer.median()) >= 3
 
 
 def _in_another_order(before: Tensor, now: Tensor) -> bool:

@@ -39,8 +39,9 @@ class Rows:
         was_run: whether the model was called on it with gradients, and it was neither stepped nor skipped since.
     """
 
-    def __init__(self) -> None:
-        """Nothing was handed out yet."""
+    def __init__(self, axis: int = 0) -> None:
+        """Nothing was handed out yet; the model counts rows along ``axis``."""
+        self._axis = axis
         self.part: PhysicalBatch | None = None
         self._kept: int | None = None
         self._rows: Tensor | None = None  # which they are
@@ -128,7 +129,7 @@ class Rows:
             present = _alive(self._present)
             if self._rows is not None and self._kept is not None:
                 check_kept(inputs, self._rows, present, self.part.size)
-            self._order.check(inputs, self.expected, present)
+            self._order.check(inputs, self.expected, present, self._axis)
         self.used()
         self.was_run = self.part is not None
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dp_hooks import HookController, errors
+from dp_hooks.capture.discovery import Discovery
 
 from .. import laws
 from ..cases import N, param
@@ -61,6 +62,29 @@ def test_a_first_batch_whose_rows_are_alike(name, mode):
             expected = sample_grads(model, losses_of, *batch)
             controller.enable_hooks()
             laws.agrees(controller, mode, lambda batch=batch: losses_of(model, *batch), expected)
+
+
+@pytest.mark.parametrize("mode", laws.MODES, ids=str)
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_whole_numbers_that_are_all_alike_are_learned_once(first, time_first, mode, monkeypatch):
+    """Types of tokens that are the same in every choice of every sample: known after one batch, in whatever order they come."""
+
+    def forward(s, x, types):
+        rows = [t.transpose(0, 1).flatten(0, 1) if time_first else t.flatten(0, 1) for t in (x, types)]
+        h = (s.a(rows[0]) + s.types(rows[1])).tanh()
+        return h.unflatten(0, (3, len(x))).transpose(0, 1) if time_first else h.unflatten(0, (len(x), 3))
+
+    runs, original = [], Discovery._run_probe
+    monkeypatch.setattr(Discovery, "_run_probe", lambda self, *args, **kw: (runs.append(1), original(self, *args, **kw))[1])
+    model, x = Net(forward, a=linear(), types=nn.Embedding(2, 4)).double(), randn(4, 3, 5, 4)
+    with laws.attached(model, mode) as controller:
+        for types in (torch.full((4, 3, 5), first), torch.arange(60).reshape(4, 3, 5) % 2):
+            controller.disable_hooks()
+            expected, before = sample_grads(model, losses_of, x, types), len(runs)
+            controller.enable_hooks()
+            laws.agrees(controller, mode, lambda types=types: losses_of(model, x, types), expected)
+    assert 0 < before == len(runs)  # none in the second batch
 
 
 def transformer():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dp_hooks import HookController, explain
-from dp_hooks._rerun import undisturbed
+from dp_hooks.capture.calls.undisturbed import undisturbed
 from dp_hooks.rules import linear, registry
 
 from .. import models

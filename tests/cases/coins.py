@@ -1,6 +1,7 @@
 """Models that take another way than in their first passes: by a switch, to one that mixes samples, or by the toss of a coin."""
 
 import random
+from enum import IntEnum
 
 import numpy
 import torch
@@ -64,6 +65,13 @@ def between(change):
 
 
 # Right until ``s.switch`` is on: then samples mix, or are in another order.
+class Axis(IntEnum):
+    """Axes by name."""
+
+    ROWS = 0
+    TOKENS = 1
+
+
 SWITCHES = {
     "how tokens are flattened": _flattened,
     "the order of rows": _other_order,
@@ -72,6 +80,9 @@ SWITCHES = {
     "a factor that was zero": between(lambda h, on: (h - (0.5 if on else 0.0) * h.mean(0)).mean(1)),
     "a factor that was very small": between(lambda h, on: (h - (0.6 if on else 1e-10) * h.mean(0)).mean(1)),
     "a factor of numpy": between(lambda h, on: (h - numpy.float32(0.5 if on else 0.0) * h.mean(0)).mean(1)),
+    "an axis that is a member of an enumeration": between(
+        lambda h, on: (h - h.mean(Axis.ROWS if on else Axis.TOKENS, keepdim=True)).square().mean(1)
+    ),
     "the axis of a mean": between(lambda h, on: (h - h.mean(0 if on else 1, keepdim=True)).square().mean(1)),
     "an equation": between(lambda h, on: torch.einsum("ntd,ksd->nd" if on else "ntd,nsd->nd", h, h)),
     "the axis of a roll": between(lambda h, on: (h + h.roll(1, 0 if on else 1)).mean(1)),

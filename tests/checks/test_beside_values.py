@@ -1,7 +1,8 @@
 """What no value of a first batch shows: gradients that mix alone, state from other passes, criteria called several times."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -268,6 +269,18 @@ def _array(value: Tensor) -> Any:
     return value.numpy().copy()
 
 
+class Callable_(Holder):
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+def hidden(z: Tensor) -> list[nn.Module]:
+    """A module that is not registered."""
+    inner = nn.Identity()
+    inner.register_buffer("value", z)
+    return [inner]
+
+
 # Where a mean can be kept: what is made of zeros, how it is read, and how it is written.
 PLACES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any], Callable[[Any, Tensor], None]]] = {
     "in place": (lambda z: z, lambda kept: kept, lambda kept, v: kept.copy_(v)),
@@ -279,6 +292,13 @@ PLACES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any], Callable[
     "its data": (lambda z: z, lambda kept: kept, lambda kept, v: setattr(kept, "data", v)),
     "an array": (_array, torch.from_numpy, lambda kept, v: kept.__setitem__(slice(None), _array(v))),
     "an object": (Holder, lambda kept: kept.value, lambda kept, v: setattr(kept, "value", v)),
+    "an object that can be called": (Callable_, lambda kept: kept(), lambda kept, v: setattr(kept, "value", v)),
+    "objects in an object": (
+        lambda z: Holder(Holder(z)),  # type: ignore[arg-type]
+        lambda kept: kept.value.value,
+        lambda kept, v: setattr(kept.value, "value", v),
+    ),
+    "a module in a list": (hidden, lambda kept: kept[0].value, lambda kept, v: kept[0].value.copy_(v)),
     "a list of objects": (lambda z: [Holder(z)], lambda kept: kept[0].value, lambda kept, v: setattr(kept[0], "value", v)),
 }
 
@@ -384,6 +404,306 @@ def test_metrics_that_an_evaluation_leaves_are_no_reason_to_refuse(step: Any) ->
             _evaluate(model, batch[0])
             step(model, opt, batch)
     assert float(model.count.seen) == 3 * N
+
+
+class Turns(nn.Module):
+    """Gathers means of evaluations, of training batches or of both, and takes off what came of it so many calls later."""
+
+    def __init__(self, turns: int, *, training: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3)
+        self.turns, self.in_training, self.count, self.reads = turns, training, 0, True
+        self.register_buffer("kept", torch.zeros(D, dtype=torch.float64))
+        self.gathered: list[Tensor] = []
+        self.read = torch.zeros(D, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        out = self.b(3 * (h - self.read)) if self.reads else self.b(3 * h + 1)
+        if self.training is self.in_training:
+            self.gathered.append(h.detach().mean(0))
+            if len(self.gathered) == self.turns:
+                self.read, self.gathered = torch.stack(self.gathered).mean(0), []
+        return out
+
+
+@each_style
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("turns", [2, 4])
+def test_what_is_gathered_over_several_calls_is_found_at_the_first(turns: int, training: bool, step: Any) -> None:
+    """A queue that is read when it is full, and class means published after some evaluations."""
+    model = Turns(turns, training=training).double()
+    with opened(model, 2) as (opt, loader):
+        batch = next(iter(loader))
+        if not training:
+            _evaluate(model, batch[0])
+        with refused("read|gathered", model):
+            step(model, opt, batch)
+
+
+@each_style
+def test_what_training_begins_to_read_later_is_found_then(step: Any) -> None:
+    """Prototypes that evaluations leave from the start, and that a flag has training make use of after some steps."""
+    model = Turns(1, training=False).double()
+    model.reads = False
+    with opened(model, 3) as (opt, loader):
+        for number, batch in enumerate(loader):
+            if number == 2:
+                model.reads = True
+                with refused("read", model):
+                    step(model, opt, batch)
+                break
+            step(model, opt, batch)
+            _evaluate(model, batch[0])
+
+
+def with_gradients(model: nn.Module, x: Tensor) -> None:
+    """An evaluation without ``no_grad``."""
+    model.eval()
+    model(x)
+    model.train()
+
+
+def past_the_hooks(model: nn.Module, x: Tensor) -> None:
+    """An evaluation by the method itself."""
+    model.eval()
+    with torch.no_grad():
+        model.forward(x)
+    model.train()
+
+
+def in_inference_mode(model: nn.Module, x: Tensor) -> None:
+    """An evaluation in inference mode."""
+    model.eval()
+    with torch.inference_mode():
+        model(x)
+    model.train()
+
+
+@each_style
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("evaluate", [with_gradients, past_the_hooks, in_inference_mode])
+def test_an_evaluation_of_any_kind_may_leave_nothing(evaluate: Callable[[Any, Tensor], None], after: bool, step: Any) -> None:
+    """With gradients, past ``__call__``, and in inference mode; before a step, and after one."""
+    model = Keeping(lambda s, h: None if s.training else set_mean(s, h)).double()
+    with opened(model, 2) as (opt, loader):
+        for batch in loader:
+            if not after:
+                evaluate(model, batch[0])
+            with refused("kept", model) if not after or model.late else nullcontext():
+                step(model, opt, batch)
+            if not after or model.late:
+                break
+            evaluate(model, batch[0])
+            model.late = True
+
+
+@each_style
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_pass_may_not_write_into_what_is_trained(training: bool, step: Any) -> None:
+    """Codes that follow the features in an exponential mean get no noise; weights that are only kept in bounds need none."""
+
+    class Codes(nn.Module):
+        def __init__(self, follows: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.follows = nn.Linear(D, D), nn.Linear(D, 3), follows
+            self.code = nn.Parameter(torch.zeros(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            if self.training is training:
+                self.code.data.lerp_(h.detach().mean(0), 0.5) if self.follows else self.code.data.clamp_(-1, 1)
+            return self.b(h - self.code)
+
+    for follows in (True, False):
+        model = Codes(follows).double()
+        with opened(model, 2) as (opt, loader):
+            batches = iter(loader)
+            batch = next(batches)
+            _evaluate(model, batch[0])
+            with pytest.raises(errors.SelfCheckError, match="code: what is trained is written to") if follows else nullcontext():
+                step(model, opt, batch)
+
+
+class Caching(nn.Module):
+    """Grows a table, in a buffer, to the length of what it gets: in evaluations of longer rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.longest = nn.Linear(1, 3), 0
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.longest:
+            self.longest = x.shape[1]
+            self.table = torch.arange(self.longest, dtype=torch.float64).cos()
+        return self.a((x * self.table[: x.shape[1]]).mean(1, keepdim=True))
+
+
+@each_style
+def test_a_cache_that_an_evaluation_grows_is_no_reason_to_refuse(step: Any) -> None:
+    """Codes of positions follow from the length alone."""
+    model = Caching().double()
+    with opened(model, 3) as (opt, loader):
+        for k, batch in enumerate(loader):
+            step(model, opt, batch)
+            _evaluate(model, torch.cat([batch[0]] * (k + 1), 1))
+
+
+class Sized(nn.Module):
+    """Keeps a cache of as many rows as it got first, in an object, for evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.cache = nn.Linear(D, D), nn.Linear(D, 3), Holder(torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if not self.training:
+            if not self.cache.value.numel():
+                self.cache.value = torch.zeros_like(h)
+            self.cache.value.copy_(h.detach())
+        return self.b(h)
+
+
+@each_style
+def test_a_cache_of_as_many_rows_as_the_batch_is_no_reason_to_refuse(step: Any) -> None:
+    """An evaluation is run aside on as many rows as it was on."""
+    model = Sized().double()
+    with opened(model, 3) as (opt, loader):
+        for batch in loader:
+            _evaluate(model, batch[0])
+            step(model, opt, batch)
+
+
+class Activations(dict):  # type: ignore[type-arg]
+    """A dictionary of a class of its own."""
+
+
+@each_style
+@pytest.mark.parametrize("kept", [lambda h: [h], lambda h: (h, [h.tanh()]), lambda h: Activations(h=(h,)), Holder])
+def test_activations_may_be_kept_in_anything(kept: Callable[[Tensor], Any], step: Any) -> None:
+    """With their history, in lists that grow and in tuples inside: the next run puts others there."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x)
+        s.log.append(kept(h))
+        s.last = kept(h)
+        s.log = s.log[-3:]
+        return s.b(h.tanh())
+
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    model.log, model.last = Doubling(), None  # type: ignore[assignment]
+    with opened(model, 3, spot_check_rate=1.0) as (opt, loader):
+        for batch in loader:
+            step(model, opt, batch)
+    assert len(model.log) == 3
+
+
+class Hooking(nn.Module):
+    """Collects what its layers give out by hooks that it puts on them in its first call, as ``transformers`` models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.hooked = nn.Linear(D, D), nn.Linear(D, 3), False
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.hooked:
+            self.a.register_forward_hook(lambda m, args, out: self.found.append(out))
+            self.hooked = True
+        self.found = []
+        out = self.b(self.a(x).tanh())
+        return (out, *self.found)
+
+
+def test_hooks_that_a_model_puts_on_itself_are_there_once() -> None:
+    """Runs of checks leave none behind, and outputs of inner layers beside those of the model are compared as they are."""
+    model = Hooking().double()
+    with opened(model, 3, spot_check_rate=1.0) as (opt, loader):
+        for (x,) in loader:
+            opt.zero_grad()
+            out = model(x)
+            assert len(out) == 2
+            out[0].square().mean(1).mean().backward()
+            opt.step()
+    assert len(model.a._forward_hooks) == 1
+
+
+class Meter:
+    """Sums up, as a log does."""
+
+    def __init__(self) -> None:
+        self.total, self.items = torch.zeros(D, dtype=torch.float64), [0.0]
+
+    def update(self, h: Tensor) -> None:
+        self.total += h.sum(0)
+        self.items.append(float(h.sum()))
+
+
+class Doubling(list):  # type: ignore[type-arg]
+    """A list that does more than it is told."""
+
+    def extend(self, items: Any) -> None:
+        super().extend([*items, *items])
+
+
+def _frozen(array: Any) -> Any:
+    array.setflags(write=False)
+    return array
+
+
+# What a model may hold, and what it does with it in every training pass.
+LOGS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
+    "tensor in place": (lambda: torch.zeros(D, dtype=torch.float64), lambda kept, h: kept.add_(h.sum(0))),
+    "in an ordered dictionary": (
+        lambda: OrderedDict(a=torch.zeros(D, dtype=torch.float64)),
+        lambda kept, h: kept["a"].add_(h.sum(0)),
+    ),
+    "a meter": (Meter, lambda kept, h: kept.update(h)),
+    "meters in a dictionary": (lambda: {"a": {"b": Meter()}}, lambda kept, h: kept["a"]["b"].update(h)),
+    "a long list": (lambda: [0.0] * 254, lambda kept, h: kept.append(1.0)),
+    "a large array": (lambda: torch.zeros(20_000).numpy(), lambda kept, h: kept.__iadd__(1.0)),
+    "an array that cannot be written to": (lambda: _frozen(torch.zeros(3).numpy()), lambda kept, h: kept + 1),
+    "a list of its own kind": (lambda: Doubling([0.0]), lambda kept, h: kept.append(1.0)),
+    "a circle": (lambda: [c := [1.0], c.append(c)], lambda kept, h: kept[0].append(1.0)),  # type: ignore[func-returns-value]
+    "numbers of eight bits": (lambda: torch.zeros(3).to(torch.float8_e4m3fn), lambda kept, h: kept.fill_(1.0)),
+}
+
+
+@each_style
+@pytest.mark.parametrize("log", LOGS)
+def test_what_a_model_logs_is_the_same_with_the_checks(log: str, step: Any) -> None:
+    """Logs, meters and arrays hold afterwards what they would without a scope, and are the objects they were."""
+    make, write = LOGS[log]
+    found = []
+    for private in (True, False):
+        model, kept = Keeping(lambda s, h: write(s.held, h)).double(), make()
+        model.held = kept  # type: ignore[assignment]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.1)
+        scope = opened(model, 6, spot_check_rate=1.0, noise_multiplier=0.0) if private else nullcontext((None, None))
+        with scope as (opt, _):
+            for i in range(6):
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.fill_(0.1)
+                if private:
+                    step(model, opt, [torch.full((N, D), i + 1.0).double()])
+                else:
+                    model(torch.full((N, D), i + 1.0).double())
+        assert model.held is kept
+        found.append(_contents(kept))
+    assert found[0] == found[1]
+
+
+def _contents(kept: Any) -> str:
+    if isinstance(kept, Meter):
+        return f"{kept.total} {kept.items}"
+    if isinstance(kept, dict):
+        return str({key: _contents(value) for key, value in kept.items()})
+    return str(kept)
 
 
 class Counting(nn.Module):

@@ -486,23 +486,50 @@ class Leaving(nn.CrossEntropyLoss):
         self.where, self.part = where, None
 
     def forward(self, given, y):
-        part = given["logits"].square().mean(1)
+        part, loss = given["logits"].square().mean(1), super().forward(given["logits"], y)
         if self.where == "argument":
             given["part"] = part
+        elif self.where == "loss":
+            loss.part = part
+        elif self.where == "in place":
+            self.part = torch.zeros(N, dtype=part.dtype) if self.part is None else self.part.detach()
+            self.part.copy_(part)
+        elif self.where == "backward":
+            part.mean().backward(retain_graph=True)
         else:
-            self.part = part if self.where == "attribute" else part.detach()
-        return super().forward(given["logits"], y)
+            setattr(self, "_part" if self.where == "private" else "part", part.detach() if self.where == "detached" else part)
+        return loss
 
 
-@pytest.mark.parametrize(("where", "verified"), [("argument", False), ("attribute", False), ("detached", True)])
-def test_a_loss_is_not_verified_where_the_loop_can_use_more_of_the_criterion_than_its_loss(where, verified):
+@pytest.mark.parametrize("where", ["argument", "attribute", "private", "loss", "in place", "backward", "detached"])
+def test_a_loss_is_not_verified_where_the_loop_can_use_more_of_the_criterion_than_its_loss(where):
     """What it leaves with a history is past what is watched, whatever is made of it."""
 
     def loss(model, c, x, y, k):
         return c({"logits": model(x)}, y)
 
     found = steps(build("mlp"), Leaving(where), loss, count=2).report()
-    assert found.loss_verified is verified
+    assert found.loss_verified is (where == "detached")
+
+
+def test_a_hook_on_the_loss_is_seen_in_its_factor():
+    """It changes the gradient after the criterion is done, by anything."""
+
+    def loss(model, c, x, y, k):
+        found = c(model(x), y)
+        found.register_hook(lambda g: g * (1.0 + 0.1 * k))
+        return found
+
+    assert not steps(build("mlp"), nn.CrossEntropyLoss(), loss, count=2).report().loss_verified
+
+
+def test_targets_whose_gradient_is_infinite_are_no_reason_to_refuse():
+    """Only what comes from the model has gradients that matter; soft targets of zero have no finite one."""
+
+    def loss(model, c, x, y, k):
+        return c(model(x).log_softmax(1), F.one_hot(y, 3).double())
+
+    assert steps(build("mlp"), nn.KLDivLoss(reduction="batchmean"), loss, count=2).report().steps == 2
 
 
 def test_a_criterion_on_a_part_of_the_outputs_is_checked_token_by_token():

@@ -428,6 +428,35 @@ def test_rows_of_the_batch_in_another_order_are_refused_in_small_batches_too(siz
         opt.skip_batch()
 
 
+def test_rows_that_are_not_the_first_axis_are_told_as_well() -> None:
+    """With ``batch_first=False`` the examples of a call are its columns."""
+    model = Net(lambda s, x: s.layer(x.transpose(0, 1).flatten(1)).unsqueeze(0), layer=nn.Linear(15, 3)).double()
+    loader = DataLoader(TensorDataset(torch.randn(6, 5, 3).double()), batch_size=6)
+    with scope_over(model, loader=loader, batch_first=False, poisson_sampling=False) as (opt, batches):
+        (x,) = next(iter(batches))
+        x = x.transpose(0, 1)
+        model(x)
+        with pytest.raises(ScopeError, match="another order"):
+            model(x.roll(1, 1))
+        opt.skip_batch()
+
+
+def test_keeping_no_row_is_a_step_on_none() -> None:
+    """A mask without any example in it."""
+    run = Run(loader=in_order())
+    with run as (model, opt, loader):
+        for x, y in loader:
+            keep = torch.zeros(len(x), dtype=torch.bool)
+            opt.keep_rows(keep)
+            F.cross_entropy(model(x[keep]), y[keep], reduction="sum").backward()
+            opt.step()
+
+
+def by_sign(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    signs = torch.tensor([[0.5, -0.5, 0.5], [-0.5, 0.5, -0.5]]).double()
+    yield from ((x, signs), (x, -signs))
+
+
 def by_level(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     levels = torch.tensor([[0.3], [0.7]])[: len(x)].double()
     yield from ((x + 1, levels), (x + 2, levels.flip(0)))
@@ -438,7 +467,7 @@ def by_prototype(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((x, prototypes[y]), (x, prototypes[1 - y % 2]))
 
 
-@pytest.mark.parametrize("calls", [by_level, by_prototype])
+@pytest.mark.parametrize("calls", [by_level, by_prototype, by_sign])
 def test_few_rows_of_few_kinds_may_change_places(calls: Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]) -> None:
     """Levels of noise, and what is known of the right and of the wrong class, beside the examples in their order."""
     model = Net(lambda s, x, t: s.layer(x) * t.sum(1, keepdim=True), layer=build("mlp"))

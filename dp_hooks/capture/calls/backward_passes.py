@@ -1,10 +1,14 @@
 """Backward passes between two boundaries: all over the same samples, and no gradient beside what was captured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ..._precision import full_precision, rounds
+from ..._rerun import autocast_dtype, without_autocast
 from ...errors import ScopeError, UnsupportedModelError, bullets, some_of
 from ...gradients.terms import Term
 
@@ -37,6 +41,19 @@ class BackwardPass:
     found: list[Term] = field(default_factory=list)
     sizes: set[tuple[str, int]] = field(default_factory=set)
     refusals: Refusals = field(default_factory=Refusals)
+    _plain: dict[str, bool] = field(default_factory=dict)  # per kind of device, whether nothing rounds in this pass
+
+    def full_precision(self, device: str) -> AbstractContextManager[Any]:
+        """Return a context in which nothing rounds: ``backward()`` may be called in autocast, which is not for sums."""
+        if device not in self._plain:  # asked once for all layers
+            self._plain[device] = autocast_dtype(device) is None and not rounds()
+        return nullcontext() if self._plain[device] else _full_precision(device)
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    with without_autocast(device), full_precision():
+        yield
 
 
 @dataclass(eq=False)

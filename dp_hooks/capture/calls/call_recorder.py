@@ -8,11 +8,12 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from ..._rerun import AmbientContext, ModuleState
+from ..._rerun import AmbientContext
 from ..._tree import modules_of, private_copy
 from .carried_state import CarriedState
 from .changes import Changes
 from .forward_frame import call_in, forward_around
+from .module_state import ModuleState
 from .recorded_call import RecordedCall, kind_of
 from .trace import OpTrace
 
@@ -35,6 +36,8 @@ class CallRecorder:
         self.checked: set[tuple[Any, ...]] = set()  # states of the model that a check has covered
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
+        # What such calls were found to leave of their samples, by the name and mode of what was called.
+        self.left_quietly: dict[tuple[str, bool], tuple[CarriedState, CarriedState]] = {}
         self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
         self._left_by_training, self._left_quietly = Changes(), Changes()
         self.situation = ""  # what else is special about the present batch
@@ -46,16 +49,19 @@ class CallRecorder:
 
     def new_step(self) -> None:
         """Forget calls recorded before a boundary."""
+        # What is left by calls that no gradients came back to can reach any later step.
+        self.quiet = [call for call in self.quiet if not call.reached]
         for call in self._recorded:
-            call.state = call.carried = None
+            if call not in self.quiet:
+                call.state = call.carried = None
         self._recorded.clear()
         self.calls: list[RecordedCall] = []  # those of the present step that a check may have to look at
         self._views = []
+        self.came_back_to: list[RecordedCall] = []  # all that gradients came back from in this step, known ones too
+        self._begin: ModuleState | None = None  # what the model was when the first call of the step began
         self._frame: FrameType | None = None  # of a forward method that was called past the hooks
         self.overflowed = False  # whether there were more than LIMIT
         self._left_by_training.open.clear()
-        self.came_back = False  # whether a backward pass came to any call
-        self.quiet = [call for call in self.quiet if not call.with_gradients]  # what these left can reach any later step
         self.trace.unverified = set()
 
     def forget(self, situation: str | None = None) -> None:
@@ -85,7 +91,7 @@ class CallRecorder:
             self._begin_around(module, key)
         return self._begun(module, name, args, kwargs, key, kind, new)
 
-    def _begin_around(self, module: nn.Module, key: Any) -> None:
+    def _begin_around(self, module: nn.Module, key: Any, *, with_gradients: bool = True) -> None:
         """A part of the model is called: by a forward method that was called past the hooks, it may be."""
         frame = forward_around(module, self._names)
         if frame is None or frame is self._frame:  # by the second part called in it, its inputs may be other ones
@@ -94,9 +100,11 @@ class CallRecorder:
         owner, args, kwargs = call_in(frame)
         name = self._names[id(owner)]
         kind = ("forward", *kind_of(name, args, kwargs))
-        if (key, kind) in self.covered or any(call.kind == kind for call in self.calls):
-            return
-        self._keep(self._begun(owner, name, args, kwargs, key, kind, around=True))
+        if not with_gradients:
+            if (key, kind) not in self.harmless and all(call.kind != kind for call in self.quiet):
+                self.quiet.append(self._begun(owner, name, args, kwargs, key, kind, around=True, with_gradients=False))
+        elif (key, kind) not in self.covered and all(call.kind != kind for call in self.calls):
+            self._keep(self._begun(owner, name, args, kwargs, key, kind, around=True))
 
     def _begun(
         self, module: nn.Module, name: str, args: Any, kwargs: Any, key: Any, kind: Any, copied: bool = True, **how: Any
@@ -109,12 +117,17 @@ class CallRecorder:
             call.state, call.carried = ModuleState(self._model), CarriedState(self._model) if copied else None
             if call.with_gradients:
                 self._recorded.add(call)
+                self._begin = self._begin or call.state
         return call
 
     def begin_quiet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
         """An outermost call begins, without gradients: it may leave something in the model all the same."""
         kind, key = kind_of(name, args, kwargs), self.key(2)
-        if self.paused or self.state is not None or any((call.key, call.kind) == (key, kind) for call in self.quiet):
+        if self.paused or self.state is not None:
+            return None
+        if name:
+            self._begin_around(module, key, with_gradients=False)
+        if any((call.key, call.kind) == (key, kind) for call in self.quiet):
             return None
         return self._begun(module, name, args, kwargs, key, kind, (key, kind) not in self.harmless, with_gradients=False)
 
@@ -131,14 +144,18 @@ class CallRecorder:
             self.harmless.add((call.key, call.kind))
 
     def _left_something(self, call: RecordedCall) -> bool:
-        before, now = call.carried, CarriedState(self._model)
-        return before is not None and bool(now.stored_unlike(before) or now.attributes_unlike(before))
+        return call.carried is not None and CarriedState(self._model).unlike(call.carried)
 
     def end(self, call: RecordedCall) -> list[Tensor]:
         """The call is over; return what it left in attributes of the model: it can be used in a loss like its outputs."""
         call.transitions, call.draws = self.trace.unverified, self.trace.draws
         changed = self._left_by_training.note(call.state)
-        if call.carried is not None and self._left_something(call):
+        if changed and call.carried is None and self.state is None:  # it may be that no gradients come back: from where it left off
+            again = self._begun(call.module, call.name, call.args, call.kwargs, call.key, call.kind)
+            again.reached = call.reached
+            self.quiet.append(again)
+        known = (call.key, call.kind) in self.harmless
+        if call.carried is not None and self._left_something(call) and (not known or self._left_quietly.note(call.state)):
             self.quiet.append(call)  # looked at as such, unless gradients come back from it
         if call.copied or call.transitions or changed or self.quiet:
             self._keep(call)
@@ -147,16 +164,24 @@ class CallRecorder:
     @property
     def changed(self) -> bool:
         """Whether something in the model changed in this step that never did in one that a check has covered."""
-        return bool(self._left_by_training.open or self._left_by_training.new_in(self.state))
+        return bool(self._left_by_training.open or self._left_by_training.new_in(self.state or self._begin))
 
     def cover_changed(self) -> None:
         """A check has covered it."""
-        self._left_by_training.note(self.state)
+        self._left_by_training.note(self.state or self._begin)
         self._left_by_training.cover()
+
+    def remember(self, quiet: RecordedCall, left: Sequence[CarriedState]) -> None:
+        """Two runs of it, on other samples each, left these two things behind: where they differ, they are of the samples."""
+        first, second = left
+        names = {*first.trained_unlike(second), *first.stored_unlike(second), *first.attributes_unlike(second)}
+        if names:
+            what = (quiet.name or "the model", quiet.training)
+            self.left_quietly[what] = (first.narrowed(names), second.narrowed(names))
 
     def cover_quiet(self) -> None:
         """A check has looked at what calls without gradients left."""
-        self.harmless |= {(call.key, call.kind) for call in self.quiet if not call.with_gradients}
+        self.harmless |= {(call.key, call.kind) for call in self.quiet if not call.reached}
         self._left_quietly.cover()
         self.quiet = []
 
@@ -169,8 +194,9 @@ class CallRecorder:
         """Gradients come back from floating-point output number ``index`` of the call."""
         if self.paused:
             return
-        self.came_back = True
         call.reached.add(index)
+        if call not in self.came_back_to:
+            self.came_back_to.append(call)
         if call not in self.calls and index not in self.covered.get((call.key, call.kind), ()):
             self._keep(call)
 
@@ -186,7 +212,7 @@ class CallRecorder:
         for call, index, alias, version in views:
             if alias._version != version:  # which it shares with the output, changed in place
                 self.reached(call, index)
-        return [call for call in self.calls if call.reached or call.around] if self.came_back else self.calls
+        return [call for call in self.calls if call.reached or call.around] if self.came_back_to else self.calls
 
     def began(self, call: RecordedCall | None) -> tuple[ModuleState | None, CarriedState | None]:
         """What the model was when ``call``, or the function around it, began."""

@@ -1,99 +1,117 @@
-"""CarriedState: what a model carries from one batch to the next, in buffers, frozen parameters and attributes."""
+"""CarriedState: what a model carries from one batch to the next, in buffers, frozen parameters and attributes, by value."""
 
 import copy
-from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._rerun import CONTAINERS, LONGEST, OWN, copy_of, is_array, is_object, same_values, write_back
+from ..._rerun import copy_of, same_values, write_back
+from ..._tree import as_real
+from .module_state import OWN, SIMPLE, ModuleState, Place, same_array
 
 
 class CarriedState:
-    """Values, as they were when this was made, of all buffers, frozen parameters and attributes of a module and its descendants."""
+    """Values, as they were when this was made, of all that :class:`.ModuleState` finds in a module."""
 
     def __init__(self, module: nn.Module) -> None:
         """Keep copies; the objects themselves are kept as well, to write into them again."""
-        self._stored: dict[str, tuple[Any, Any]] = {}  # by name: an object, and its values
-        self._attributes: dict[str, tuple[Any, Any, Callable[[Any], None]]] = {}
-        seen: set[int] = set()
-        for prefix, m in module.named_modules():
-            dot = f"{prefix}." if prefix else ""
-            for name, tensor in m._buffers.items():
-                if tensor is not None and not (tensor.is_leaf and tensor.requires_grad):
-                    self._stored[dot + name] = (tensor, copy_of(tensor))
-            for name, param in m._parameters.items():
-                if param is not None and not param.requires_grad:
-                    self._stored[dot + name] = (param, copy_of(param))
-            for place, fields in _holders(m, seen):
-                for name, value in fields.items():
-                    if name not in OWN and _is_value(value):
-                        self._attributes[dot + place + name] = (value, _copied(value), partial(fields.__setitem__, name))
+        self._state = state = ModuleState(module)
+        self._names = names = {id(m): name for name, m in module.named_modules()}
+        self._tops: dict[str, Place] = {}  # for the name of a place, the attribute of a module that leads there
+        names |= {number: self._name(place) for number, place in state.found_at.items()}
+        self._trained: set[str] = set()
+        # Tensors that are no state: those that are trained.
+        kept = [(place, t) for place, t in state.tensors if not (t.is_leaf and t.requires_grad)]
+        self._tensors = [(place, t, copy_of(t)) for place, t in kept]
+        self._values: dict[str, Any] = {self._name(place): value for place, _, value in self._tensors}
+        self._values |= {self._name(place): array for place, _, array in state.arrays}
+        for m, attributes, _ in state.modules:
+            self._add(attributes, (id(m),), OWN)
+            # A forward pass that writes to what is trained shows in sums; nobody puts that back.
+            for key, p in m._parameters.items():
+                if p is not None and p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_meta:
+                    name = self._name((id(m), key))
+                    self._values[name] = _sums(p)
+                    self._trained.add(name)
+        stored = [(id(m), key) for m, _, buffers in state.modules for key in (*buffers, *m._parameters)]
+        self._stored = {self._name(place) for place in stored} - self._trained
+        for place, _, contents in state.containers:
+            if isinstance(contents, dict):
+                self._add(contents, place)
+            elif isinstance(contents, set):
+                self._values[self._name(place)] = {item for item in contents if type(item) in SIMPLE}
+            else:
+                self._add(dict(enumerate(contents)), place)
+
+    def _name(self, place: Place) -> str:
+        """What leads to a place, from the name of a module on."""
+        owner, key, *inside = place
+        name = f"{self._names[owner]}.{key}" if self._names.get(owner) else str(key)
+        name += "".join(f".{step}" if isinstance(step, str) else f"[{step!r}]" for step in inside)
+        self._tops[name] = place[:2]
+        return name
+
+    def _add(self, values: dict[Any, Any], place: Place, but: Collection[str] = ()) -> None:
+        for key, value in values.items():
+            if type(value) in SIMPLE and key not in but:
+                self._values[self._name((*place, key))] = value
 
     def put_back(self) -> None:
-        """Write all values back."""
+        """Make all objects what they were, and write all values back.
+
+        In the place of tensors with a history, which is over, and of those made in inference mode there are ordinary ones then.
+        """
+        self._put_back(None)
+
+    def overlay(self) -> None:
+        """The same for the attributes only that this was :meth:`narrowed` to."""
+        self._put_back({self._tops[name] for name in self._values})
+
+    def narrowed(self, names: Collection[str]) -> "CarriedState":
+        """What is at some places only."""
+        other = copy.copy(self)
+        other._values = {name: value for name, value in self._values.items() if name in names}
+        tops = {self._tops[name] for name in other._values}
+        other._tensors = [kept for kept in self._tensors if kept[0][:2] in tops]
+        return other
+
+    def _put_back(self, only: Collection[Place] | None) -> None:
+        self._state.put_back(only)
         with torch.no_grad():
-            for tensor, value in self._stored.values():
-                write_back(tensor, value)
-            for object_, value, put in self._attributes.values():
-                if isinstance(object_, Tensor) and not object_.requires_grad and object_.shape == value.shape:
-                    write_back(object_, value)
-                    put(object_)
+            for place, tensor, value in self._tensors:
+                if only is not None and place[:2] not in only:
+                    continue
+                if tensor.grad_fn is not None or tensor.is_inference():
+                    self._state.put(place, value.clone())
                 else:
-                    put(_copied(value))
+                    write_back(tensor, value)
+
+    def trained_unlike(self, other: "CarriedState") -> list[str]:
+        """Names of trained parameters that hold something else in ``other``."""
+        return [name for name in self._unlike(other) if name in self._trained]
 
     def stored_unlike(self, other: "CarriedState") -> list[str]:
         """Names of buffers and frozen parameters that hold something else in ``other``."""
-        return _unlike({k: v for k, (_, v) in self._stored.items()}, {k: v for k, (_, v) in other._stored.items()})
+        return [name for name in self._unlike(other) if name in self._stored]
 
     def attributes_unlike(self, other: "CarriedState") -> list[str]:
         """Names of attributes that hold something else in ``other``, or are in one of them only."""
-        return _unlike({k: v[1] for k, v in self._attributes.items()}, {k: v[1] for k, v in other._attributes.items()})
+        return [name for name in self._unlike(other) if name not in self._stored and name not in self._trained]
+
+    def unlike(self, other: "CarriedState") -> bool:
+        """Whether anything is another."""
+        return bool(self._unlike(other))
+
+    def _unlike(self, other: "CarriedState") -> list[str]:
+        one, two = self._values, other._values
+        return [name for name in {**one, **two} if name not in one or name not in two or not _alike(one[name], two[name])]
 
 
-def _holders(module: nn.Module, seen: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The attributes of a module, and of the objects that these are, or that are in a list or dictionary of them; each once."""
-    yield "", vars(module)
-    for name, value in vars(module).items():
-        if name in OWN:
-            continue
-        candidates = [(name, value)]
-        if isinstance(value, (list, tuple, dict)) and len(value) <= LONGEST:
-            candidates = [(f"{name}[{key!r}]", v) for key, v in (value.items() if isinstance(value, dict) else enumerate(value))]
-        for place, one in candidates:
-            if is_object(one) and id(one) not in seen and len(vars(one)) <= LONGEST:
-                seen.add(id(one))
-                yield f"{place}.", vars(one)
-
-
-def _unlike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [name for name in {**one, **other} if name not in one or name not in other or not _alike(one[name], other[name])]
-
-
-def _is_value(value: Any) -> bool:
-    if isinstance(value, CONTAINERS):  # recurrent layers keep a list of their parameters, which is none
-        items = list(value.values() if isinstance(value, dict) else value)
-        return len(items) <= LONGEST and (not items or any(_is_value(item) for item in items))
-    if isinstance(value, Tensor):  # what is trained is no state
-        return not isinstance(value, nn.Parameter) and not (value.is_leaf and value.requires_grad)
-    return isinstance(value, (int, float, complex, str, type(None))) or is_array(value)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()} if type(value) is dict else copy.copy(value)
-    if isinstance(value, deque):
-        return deque((_copied(item) for item in value), value.maxlen)
-    if type(value) in (list, tuple, set):
-        return type(value)(_copied(item) for item in value)
-    return copy.copy(value) if isinstance(value, CONTAINERS) or is_array(value) else value
+def _sums(param: Tensor) -> Tensor:
+    real = as_real(param.detach())
+    return torch.stack([real.sum(dtype=torch.float64), torch.linalg.vector_norm(real, dtype=torch.float64)])
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -101,16 +119,8 @@ def _alike(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return False
-    if isinstance(one, nn.Parameter):
-        return True  # those that train are no state, and others are kept as such
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and same_values(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple, deque)):
-        return len(one) == len(other) and all(_alike(a, b) for a, b in zip(one, other, strict=True))
-    if is_array(one):
-        return bool(one.shape == other.shape and (one == other).all())
-    if isinstance(one, (int, float, complex, str, set)):
-        return bool(one == other) or (one != one and other != other)
-    return True  # objects of other classes: not known
+    if hasattr(one, "dtype"):
+        return same_array(one, other)
+    return bool(one == other) or (one != one and other != other)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..._rerun import ModuleState, Place
+from .module_state import ModuleState, Place
 
 # So many checks look at what is added to a container or to the attributes of a module; it may be another item in every call.
 _GROWS = 3

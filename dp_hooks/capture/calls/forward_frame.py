@@ -18,7 +18,7 @@ def forward_around(module: nn.Module, names: dict[int, str]) -> FrameType | None
     for _ in range(_DEPTH):
         if frame is None:
             break
-        owner = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        owner = _owner(frame) if frame.f_code.co_name == "forward" else None
         if isinstance(owner, nn.Module) and owner is not module and id(owner) in names:
             found = frame
         frame = frame.f_back
@@ -35,4 +35,10 @@ def call_in(frame: FrameType) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any
     only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     kwargs = {name: given.locals[name] for name in only}
     kwargs |= given.locals[given.keywords] if given.keywords else {}
-    return given.locals["self"], tuple(args), kwargs
+    return _owner(frame), tuple(args), kwargs
+
+
+def _owner(frame: FrameType) -> Any:
+    """The first argument of a method, whatever it is called."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

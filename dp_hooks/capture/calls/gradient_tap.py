@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._precision import full_precision
-from ..._rerun import without_autocast
 from ...errors import UnsupportedModelError
 from ...gradients.terms import Term
 from .session import Session
@@ -50,8 +48,7 @@ class TappedCall:
             try:
                 for term in self.make(saved(), [None if g is None else g.detach() for g in grads]):
                     opened.sizes.add((term.name, term.samples))
-                    # backward() may be called inside the user's autocast, which is not for sums
-                    with without_autocast(term.params[0].device.type), full_precision():
+                    with opened.full_precision(term.params[0].device.type):
                         opened.found.extend(session.sink.receive(term))
             except UnsupportedModelError as error:
                 session.refuse(error, self.name, opened)  # go on, so that all that stands in the way is named

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._no_randomness import Draws
-from ..._rerun import AmbientContext, ModuleState
+from ..._rerun import AmbientContext
 from ..._tree import tensors_of
 from .carried_state import CarriedState
+from .module_state import ModuleState
 from .trace import Transition
 
 
@@ -32,6 +34,7 @@ class RecordedCall:
     carried: CarriedState | None = None  # what the model held when it began, where that is asked for
     state: ModuleState | None = None  # attributes of the model when it began
     training: bool = field(init=False)  # the mode of the module
+    inference: bool = field(default_factory=torch.is_inference_mode_enabled)  # whether it was made in inference mode
 
     def __post_init__(self) -> None:
         """Remember the mode: checks run when it may be another one."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from typing_extensions import ParamSpec, TypeVar
 
@@ -19,11 +20,12 @@ from ..._operations import CHANGES_GRADIENT, DRAWS, METADATA, TAKES_SIZES, VIEWS
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Transition = tuple[Any, Any, Any]  # one operation: the module it was in, what came before it there, and itself
-_FEW = range(-5, 5)
+Transition = tuple[Any, Any, Any]  # one operation: the module it was in, the number of what came before it there, and its own
+_ENDS, _FEW = frozenset((-1, 0)), frozenset(range(-5, 5))
 # Factors are told apart by their power of two, from this one up to 1: a schedule that rises is looked at as it does.
 _SMALLEST = -14
-_CALL = "a module"
+_CALL = -1  # the number of a call of a module
+_PLAIN = frozenset((bool, str, type(None), type(Ellipsis)))  # kept as they are
 
 
 class _Paused(threading.local):
@@ -49,19 +51,25 @@ def untraced(method: Callable[P, T]) -> Callable[P, T]:
 
 def _kind(value: Any, sized: bool) -> Any:
     """What is kept of an argument: enough to tell dimensions and switches apart, not numbers that change all the time."""
-    if isinstance(value, Tensor):
-        return type(value).__name__
-    if isinstance(value, (bool, str)) or value is None or value is Ellipsis:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is int:
+        return value if value in _ENDS or (not sized and value in _FEW) else int
+    if kind is slice:
+        start, stop, step = value.start, value.stop, value.step
+        if isinstance(start, Tensor) or isinstance(stop, Tensor) or isinstance(step, Tensor):
+            return slice
+        empty = start is not None and start == stop
+        return (slice, _kind(start, sized), _kind(stop, sized), _kind(step, sized), empty)
+    if isinstance(value, (bool, str)):  # of a class derived from it, as switches and dimensions may be
         return value
     if isinstance(value, int):
-        return value if value in (-1, 0) or (not sized and value in _FEW) else int
+        return _kind(int(value), sized)
     if isinstance(value, float):
         return value if value in (0.0, 1.0) else (float, min(1, max(_SMALLEST, math.frexp(value)[1])))
-    if isinstance(value, slice):
-        if any(isinstance(end, Tensor) for end in (value.start, value.stop, value.step)):
-            return slice
-        empty = value.start is not None and value.start == value.stop
-        return (slice, _kind(value.start, sized), _kind(value.stop, sized), _kind(value.step, sized), empty)
+    if isinstance(value, Tensor):
+        return kind
     if isinstance(value, (tuple, list)) and len(value) <= 8:
         return tuple([_kind(item, sized) for item in value])
     numpy = sys.modules.get("numpy")
@@ -94,30 +102,46 @@ def _uneven(args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int | Non
     return tuple(torch.stack([(size != size[:1]).any() for size in sizes]).tolist())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Function:
+    """What is known of a torch function by its name alone."""
+
+    name: str
+    followed: bool  # whether it computes something
+    sized: bool
+    draws: bool
+    made_new: bool  # of its arguments only shape and type count
+    mean: bool  # of targets
+
+
+@functools.lru_cache(maxsize=4096)
+def _function(func: Any) -> _Function:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", "")
+        followed = name in VIEWS_BY_NAME
+    else:
+        followed = name not in METADATA or name in CHANGES_GRADIENT
+    made_new = name.startswith("new_") or name.endswith("_like")
+    return _Function(name, followed, name in TAKES_SIZES, name in DRAWS, made_new, any(mean in name for mean in _MEANS_OF_TARGETS))
+
+
 class _Follow(TorchFunctionMode):
     def __init__(self, trace: "OpTrace") -> None:
         super().__init__()
         self._trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if _paused.depth:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")
-            if name not in VIEWS_BY_NAME:
-                return func(*args)
-        elif name in METADATA and name not in CHANGES_GRADIENT:
+        function = _function(func)
+        if not function.followed or _paused.depth:
             return func(*args, **kwargs) if kwargs else func(*args)
         trace = self._trace
-        constant = trace.is_constant(name, args, kwargs)
-        if not constant:
-            trace.note(name, args, kwargs)
+        constant = trace.note(function, args, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
         if constant:
-            trace.note_constant(name, args, out)
-        if name in DRAWS:
-            trace.note_draw(name, out)
+            trace.note_constant(function, args, out)
+        if function.draws:
+            trace.note_draw(function.name, out)
         return out
 
 
@@ -144,8 +168,7 @@ class OpTrace:
     # Tensors that depend on neither inputs nor parameters, by identity; held, so that identities stay theirs.
     _constants: dict[int, Tensor] = field(default_factory=dict)
     _from_constants: set[Transition] = field(default_factory=set)
-    _own_buffers: dict[int, Tensor] | None = None
-    _stale: bool = False
+    _numbers: dict[Any, int] = field(default_factory=dict)  # of operations: quicker to compare
     _below: list[TorchFunctionMode] | None = None  # modes that were there when ours was put on top; None while it is not
     _mode: _Follow = field(init=False)
 
@@ -156,7 +179,6 @@ class OpTrace:
     @contextmanager
     def function(self) -> Iterator[None]:
         """Follow a whole function, the calls of modules in it included."""
-        self._stale = bool(self.unverified)
         self.rows, self.unverified, self.draws = None, set(), Draws()
         self._open(None)
         self._whole = True
@@ -172,7 +194,6 @@ class OpTrace:
         if self._whole:
             self.enter(name)
             return
-        self._stale = bool(self.unverified)
         self.unverified, self.draws = set(), self.drawn_inside
         self._open(name)
 
@@ -185,9 +206,7 @@ class OpTrace:
 
     def _open(self, frame: str | None) -> None:
         self.close()
-        if self._own_buffers is None or self._stale:
-            self._own_buffers = {id(b): b for b in self.buffers()}
-        self._frames, self._constants = [[frame, None]], dict(self._own_buffers)
+        self._frames, self._constants = [[frame, None]], {id(b): b for b in self.buffers()}  # which are others now, it may be
         self._below = _get_current_function_mode_stack()
         _push_mode(self._mode)
 
@@ -215,7 +234,7 @@ class OpTrace:
     def enter(self, name: str) -> None:
         """A module is called."""
         if self._frames:
-            self._note(_CALL)
+            self._frames[-1][1] = self._pass_by(_CALL)[2]
             self._frames.append([name, None])
 
     def leave(self) -> None:
@@ -229,23 +248,30 @@ class OpTrace:
         if self.drawn_inside is not self.draws:
             self.drawn_inside.note(name, out, self.rows)
 
-    def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
-        """Keep in mind that the function ``name`` was called."""
+    def note(self, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Keep in mind that ``function`` was called, unless all tensors among its arguments are constant; whether they are."""
+        known = self._constants
+        if function.made_new or self._all_constant(args if not kwargs else (*args, *kwargs.values())):
+            return True
         if not self._frames:
-            return
-        sized = name in TAKES_SIZES
-        kinds = tuple([_kind(arg, sized) for arg in args])
+            return False
         first = args[0] if args else None
         where: Any = None
-        if isinstance(first, Tensor):
-            shape = first.shape
-            where = (len(shape), shape.index(self.rows) if self.rows in shape else self._multiple(shape))
+        if isinstance(first, Tensor) and not first.is_nested:
+            shape, rows = first.shape, self.rows
+            where = (len(shape), shape.index(rows) if rows in shape else self._multiple(shape))
+        sized = function.sized
+        kinds = [t if (t := type(a)) is Tensor or t is Parameter else a if t in _PLAIN else _kind(a, sized) for a in args]
         named: Any = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
-        if any(mean in name for mean in _MEANS_OF_TARGETS):
+        if function.mean:
             named = (named, _uneven(args, kwargs or {}, self.rows))
-        self._note((name, where, kinds, named))
-        for target in (first, kwargs.get("out") if kwargs else None):
-            self._constants.pop(id(target), None)  # it may have been written to
+        number = self._numbered((function.name, where, tuple(kinds), named))
+        self._pass_by(number)
+        self._frames[-1][1] = number
+        known.pop(id(first), None)  # it may have been written to
+        if kwargs and "out" in kwargs:
+            known.pop(id(kwargs["out"]), None)
+        return False
 
     def note_written(self, names: Sequence[str]) -> None:
         """The call that is over wrote to buffers: whether of what is in the samples, a check has to find out."""
@@ -253,12 +279,9 @@ class OpTrace:
         if transition not in self._known:
             self.unverified.add(transition)
 
-    def is_constant(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-        """Whether all tensors among the arguments are constant; of some functions only shape and type count."""
-        if name.startswith("new_") or name.endswith("_like"):
-            return True
+    def _all_constant(self, args: Iterable[Any]) -> bool:
         known = self._constants
-        for arg in (*args, *(kwargs.values() if kwargs else ())):
+        for arg in args:
             if isinstance(arg, Tensor):
                 if id(arg) not in known:
                     return False
@@ -266,7 +289,7 @@ class OpTrace:
                 return False
         return True
 
-    def note_constant(self, name: str, args: tuple[Any, ...], out: Any) -> None:
+    def note_constant(self, function: _Function, args: tuple[Any, ...], out: Any) -> None:
         """Keep in mind that ``out`` was made of constants."""
         if not self._frames:
             return
@@ -274,20 +297,20 @@ class OpTrace:
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
             # Not what the next operation follows: a cache is there the second time.
-            self._from_constants.add(self._pass_by((name, *(_kind(arg, name in TAKES_SIZES) for arg in args))))
+            operation = (function.name, *(_kind(arg, function.sized) for arg in args))
+            self._from_constants.add(self._pass_by(self._numbered(operation)))
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""
         rows = self.rows
         return None if not rows else next((i for i, size in enumerate(shape) if size and size % rows == 0), None)
 
-    def _note(self, operation: Any) -> None:
-        self._pass_by(operation)
-        self._frames[-1][1] = operation
+    def _numbered(self, operation: Any) -> int:
+        return self._numbers.setdefault(operation, len(self._numbers))
 
-    def _pass_by(self, operation: Any) -> Transition:
+    def _pass_by(self, number: int) -> Transition:
         name, before = self._frames[-1]
-        transition = (name, before, operation)
+        transition = (name, before, number)
         if transition not in self._known:
             self.unverified.add(transition)
         return transition

@@ -12,7 +12,7 @@ class Written:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._before = [
-            (owner, key, buffer, buffer._version)
+            (owner, key, buffer, 0 if buffer.is_inference() else buffer._version)
             for owner in modules_of(module)
             for key, buffer in owner._buffers.items()
             if buffer is not None and buffer.is_floating_point()
@@ -29,5 +29,5 @@ class Written:
 
 def _differs(now: Tensor | None, tensor: Tensor, version: int) -> bool:
     if now is tensor:
-        return tensor._version != version
+        return not tensor.is_inference() and tensor._version != version
     return now is None or not same_values(now, tensor)
