@@ -83,6 +83,10 @@ class _Drawing(threading.local):
 _drawing = _Drawing()  # whether one of these modes draws: others around it, of a check that runs a probe, take no part
 
 
+class TooLong(Exception):
+    """A run takes many more operations than it should."""
+
+
 class NoRandomness(TorchFunctionMode):
     """Replaces dropout by the identity and noise by a constant, so that runs of different size can be compared.
 
@@ -105,6 +109,8 @@ class NoRandomness(TorchFunctionMode):
         self.grouped = False  # whether numbers with several rows for each sample were cut
         self.noisy = False  # whether noise with rows for each sample was replaced
         self.gates = False  # whether a number for the whole batch was drawn
+        self.operations = 0  # in the present run
+        self._limit: int | None = None  # more than so many in it are an error
         self._coins = 0
         self._some: Tensor | None = None
         self._drawn: list[Tensor] = []
@@ -120,11 +126,21 @@ class NoRandomness(TorchFunctionMode):
         self._seed(0)
         self._put_generators_back()
         self._coins, self._next, self._count, self._asked, self._some = 0, 0, 0, 0, some
+        self.operations = 0
         if some is None:
             self._drawn, self._are_gates = [], []
         if self.draws is not None:
             self.draws.begin_again()
         self._others = _other_generators()
+
+    @contextmanager
+    def limited(self, operations: int) -> Iterator[None]:
+        """Break the block off with :class:`TooLong` after so many operations."""
+        self.operations, self._limit = 0, operations
+        try:
+            yield
+        finally:
+            self._limit = None
 
     def _note_others(self) -> None:
         """Whether the run before drew from the generators of Python or NumPy."""
@@ -153,6 +169,10 @@ class NoRandomness(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
+        self.operations += 1
+        if self._limit is not None and self.operations > self._limit:
+            self._limit = None
+            raise TooLong("a run takes many more operations than it should.")
         if name == "gumbel_softmax":  # draws inside
             return self._gumbel_softmax(*args, **(kwargs or {}))
         if name not in DRAWS:

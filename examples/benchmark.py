@@ -30,7 +30,8 @@ ratio is a turn divided by the mean of the turns of ``ordinary`` before and afte
 the ratios over the rounds and, in brackets, their quartiles. Memory comes after all turns, in processes of its own, and
 only on Linux: the peak of the resident set during some steps, minus the resident set before the model was built. These
 processes return memory to the system as soon as it is free (MALLOC_MMAP_THRESHOLD_), so that what is measured are the
-tensors alive, and not the holes that glibc's heap has by chance.
+tensors alive, and not the holes that glibc's heap has by chance. Below the table the same for the processes that were timed,
+as a user would see it: with those holes, and with the first step.
 
 An engine that refuses a model, or crashes on it, is listed with the reason.
 """
@@ -424,6 +425,8 @@ def serve(name: str, engine: str, tiny: bool) -> None:
                 command, count = line.split()
                 if command == "time":
                     answer(seconds=[next(steps) for _ in range(int(count))])
+                elif command == "resident":
+                    answer(peak=resident("VmHWM"))
                 else:
                     answer(peak=peak_memory(steps, int(count)))
         except Exception as error:  # noqa: BLE001 - whatever an engine raises is its result
@@ -486,6 +489,7 @@ class Result:
     turns: list[list[float]]
     peak: int | None = None
     before: int | None = None
+    resident: int | None = None
     failure: str | None = None
 
     def seconds(self) -> list[float]:
@@ -501,6 +505,12 @@ class Result:
     def first(self, baseline: "Result") -> float:
         """What the first step takes beyond the first one of ``baseline``, in its steps: learning the layout, self-check."""
         return float(self.facts["first"] - baseline.facts["first"]) / statistics.median(baseline.seconds())
+
+    def whole(self, baseline: "Result") -> float | None:
+        """The peak of the resident set over the whole run, first step included, relative to ``baseline``."""
+        if self.resident is None or baseline.resident is None:
+            return None
+        return float((self.resident - self.facts["before"]) / (baseline.resident - baseline.facts["before"]))
 
     def memory(self, baseline: "Result") -> float | None:
         """What the training needs at its peak, relative to ``baseline``."""
@@ -535,7 +545,7 @@ class Measurement:
                     self._guard(engine, self._turn)
             self._guard(BASELINE, self._turn)  # so that the last round, too, has one on both sides
             for engine in list(self.children):
-                self.children.pop(engine).close()
+                self._guard(engine, self._resident)
                 self._guard(engine, self._memory)
         finally:
             for child in self.children.values():
@@ -564,6 +574,13 @@ class Measurement:
         if count is None:
             count = min(50, max(2, round(TURN_SECONDS / self.results[engine].facts["seconds"])))
         turns.append(self.children[engine].ask("time", count)["seconds"])
+
+    def _resident(self, engine: str) -> None:
+        child = self.children.pop(engine)
+        try:
+            self.results[engine].resident = child.ask("resident", 0)["peak"]
+        finally:
+            child.close()
 
     def _memory(self, engine: str) -> None:
         progress(f"{self.name}: memory of {engine}")
@@ -647,6 +664,11 @@ def table(results: Results, engines: list[str]) -> str:
         lines.append(
             f"\nThe first step with {engine}, which checks itself, takes so many ordinary steps more: {', '.join(firsts)}."
         )
+        wholes = [f"{name} {ratio:.2f}" for name, (mine, plain) in pairs.items() if (ratio := mine.whole(plain)) is not None]
+        if wholes:
+            lines.append(
+                f"\nThe peak of resident memory with {engine}, over the whole run, with glibc's own settings: {', '.join(wholes)}."
+            )
     lines.append("")
     for name, result in results.items():
         for engine in engines:

@@ -116,7 +116,7 @@ class State(nn.Module):
             before = self.kept[-1] if self.kept else 0.0
             self.kept.append(mean)
         elif self.where == "number":
-            before, self.kept = self.kept, float(mean.sum())
+            before, self.kept = self.kept, float(mean[0])
         else:
             before = self.kept.to(x).clone()
             if self.where == "buffer":

@@ -197,6 +197,11 @@ class HookController:
         """Another batch is handed out: what is captured from now on belongs to it."""
         self.session.batch_number += 1
 
+    def peek(self) -> SampleGradients | None:
+        """What the backward passes since the last boundary captured, which stays here; None if there were none."""
+        samples = self.session.passes.samples
+        return None if samples is None else self.session.sink.peek(samples)
+
     def take(self) -> SampleGradients | None:
         """Hand over what the backward passes since the last boundary captured; None if there were none."""
         samples = self.session.passes.samples

@@ -22,14 +22,19 @@ _BATCH_NORM = (
 
 
 def check_is_module(model: object) -> nn.Module:
-    """Return ``model`` if it is a bare module, not wrapped by anything that hides it; else raise ``InvalidArgumentError``."""
+    """Return ``model``, or what it was compiled from; raise ``InvalidArgumentError`` if it is no module, or hidden in a wrapper."""
+    model = uncompiled(model)
     if not isinstance(model, nn.Module):
         raise bad("model", model, "pass a torch.nn.Module.")
-    compiled = getattr(torch._dynamo, "OptimizedModule", None) if hasattr(torch, "_dynamo") else None
-    wrappers = (AbstractGradSampleModule, DataParallel, DistributedDataParallel, *((compiled,) if compiled else ()))
-    if isinstance(model, wrappers):
+    if isinstance(model, (AbstractGradSampleModule, DataParallel, DistributedDataParallel)):
         raise bad("model", type(model).__name__, "the model is wrapped; pass the module inside. dp_hooks needs no wrapper.")
     return model
+
+
+def uncompiled(model: object) -> object:
+    """Return the module that ``torch.compile`` was called on, if ``model`` is what it returned; else ``model``."""
+    compiled = getattr(torch._dynamo, "OptimizedModule", None) if hasattr(torch, "_dynamo") else None
+    return model._orig_mod if compiled is not None and isinstance(model, compiled) else model
 
 
 def trainable_beside(module: nn.Module, params: Iterable[nn.Parameter]) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether what was captured agrees with plain autograd on single samples, up to rounding."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ _TIMES_ROUNDING = 30
 # The same for gradients, which jump: they may differ by so many times that change, and not by more than a part of themselves:
 # between a sample alone and in a batch it was 2 % in float32, and up to 56 % in bfloat16 (ResNets after some steps).
 _TIMES_JUMP, _LARGEST_JUMP, _LARGEST_COARSE_JUMP = 3, 0.1, 0.6
+_AT_ONCE = 1 << 20  # how many numbers are held in float64
 _FEW = 16  # of so few samples all norms are looked at
 # How much too small the norm of a sample's whole gradient may be: it is what keeps its contribution below the bound.
 _NORM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-3}
@@ -45,11 +46,17 @@ def values_off(batch: Tensor, rows: Tensor | slice, apart: Tensor) -> Tensor:
 
     Small values are compared with the size of those of all samples that are finite.
     """
-    batch, apart = (as_real(t.detach()).double().flatten(1) for t in (batch, apart))
-    floor = _FLOOR * batch.norm(dim=1).nan_to_num(0.0, 0.0).square().mean().sqrt().clamp(min=1e-12)
-    apart = apart.nan_to_num()
-    off: Tensor = (batch[rows].nan_to_num() - apart).norm(dim=1) / apart.norm(dim=1).maximum(floor)
-    return off
+    batch, apart = (as_real(t.detach()).flatten(1) for t in (batch, apart))
+    step = max(1, _AT_ONCE // max(1, batch.shape[1]))  # with a large vocabulary a batch is large, too
+    sizes = torch.cat([part.double().norm(dim=1) for part in batch.split(step)])
+    floor = _FLOOR * sizes.nan_to_num(0.0, 0.0).square().mean().sqrt().clamp(min=1e-12)
+    found = []
+    chosen = torch.arange(len(batch), device=batch.device)[rows]
+    for some, other in zip(chosen.split(step), apart.split(step), strict=True):
+        alone = other.double().nan_to_num()
+        lengths = alone.norm(dim=1).maximum(floor)
+        found.append(alone.sub_(batch[some].double().nan_to_num()).norm(dim=1) / lengths)
+    return torch.cat(found)
 
 
 def value_tolerance(dtype: torch.dtype, *, coarse: bool, rounding: float) -> float:
@@ -61,25 +68,14 @@ class ValuesDiffer(SelfCheckError):
     """Values of samples in a batch are not those in a smaller one, or differ by rounding that the model enlarges."""
 
 
-@contextmanager
-def rounded(params: Iterable[nn.Parameter], *, coarse: bool = False, sign: int = 1) -> Iterator[None]:
-    """Change parameters by some units in the last place (``coarse``: of bfloat16), unseen: every second one the other way."""
-    kept = [(p, p.detach().clone()) for p in params if p.is_floating_point()]
-    try:
-        for p, _ in kept:
-            signs = torch.arange(p.numel(), device=p.device).remainder(2).mul(2).sub(1).reshape(p.shape)
-            size = torch.finfo(torch.bfloat16).eps / 2 if coarse else 4 * torch.finfo(p.dtype).eps
-            p.data.mul_(1 + sign * size * signs.to(p.dtype))
-        yield
-    finally:
-        for p, before in kept:
-            p.data.copy_(before)
+class NotFinite(SelfCheckError):
+    """A sample has no finite gradient: such are left out of every step, and nothing can be compared."""
 
 
 def compare(
     found: SampleGradients,
-    picked: list[int],
-    expected: list[dict[nn.Parameter, Tensor]],
+    i: int,
+    expected: dict[nn.Parameter, Tensor],
     params: list[nn.Parameter],
     controller: HookController,
     what: str,
@@ -87,12 +83,12 @@ def compare(
     coarse: bool,
     jump: float = 0.0,
 ) -> None:
-    """Compare per-sample gradients, norms and a weighted sum with what single samples gave.
+    """Compare the gradients of one sample, their norms and a sum with what that sample gave alone.
 
     Args:
         found: what was captured of the whole batch.
-        picked: numbers of the samples that were run alone.
-        expected: the gradients of each of them.
+        i: the number of the sample that was run alone.
+        expected: the gradients of it.
         params: the parameters to compare.
         controller: for names.
         what: for messages.
@@ -100,73 +96,50 @@ def compare(
         jump: by how much rounding changes the gradients of single samples, see :func:`jump_of`.
 
     Raises:
+        NotFinite: the sample has no finite gradient.
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
     """
     seen = [p for p in params if p in set(found.params)]
-    reached = [p for p in params if p in set(seen) or any(p in e for e in expected)]
+    reached = [p for p in params if p in set(seen) or p in expected]
     if not reached:
         return
-    device = reached[0].device
-    rows = torch.tensor(picked, device=device)
-    own = {
-        p: torch.stack([_square(e[p]) if p in e else torch.zeros((), device=p.device, dtype=torch.float64) for e in expected])
-        for p in reached
-    }
-    total = torch.stack([norm.to(device) for norm in own.values()]).sum(0)
-    norms = found.sq_norms(seen)
-    finite = torch.ones(found.samples, dtype=torch.bool, device=device)
-    for norm in norms.values():
-        finite &= torch.isfinite(norm).to(device)
-    # Samples without a finite gradient are left out of every step; here, too, as long as others remain.
-    usable = [k for k, i in enumerate(picked) if bool(finite[i]) and bool(torch.isfinite(total[k]))]
-    if not usable:
-        raise SelfCheckError(
+    norms = {p: float(norm[i]) for p, norm in found.sq_norms(seen).items()}
+    own = {p: float(_square(expected[p])) if p in expected else 0.0 for p in reached}
+    total = sum(own.values())
+    if not math.isfinite(total) or not all(map(math.isfinite, norms.values())):
+        raise NotFinite(
             f"{what}: no sample that the self-check looked at has a finite gradient (data, loss or weights with NaN or "
             "infinite values); nothing was released."
         )
-    picked, expected, total = [picked[k] for k in usable], [expected[k] for k in usable], total[usable]
-    own = {p: norm[usable] for p, norm in own.items()}
-    rows = rows[usable]
-    dtype = wide_dtype(reached[0].dtype)
-    factors = torch.zeros(found.samples, device=device, dtype=dtype)
-    factors[rows] = torch.linspace(0.5, 1.0, len(picked), device=device, dtype=dtype)
-    sums = found.weighted_sums({p: factors.to(p.device) for p in seen}, finite)
+    here = torch.arange(found.samples, device="cpu") == i  # the others are left out, whatever is in them
     worst: list[tuple[float, str]] = []
-    missing: dict[nn.Parameter, Tensor] = {}  # what is missing from the squared norms
-    for p in reached:
-        scale = torch.maximum(own[p], 1e-4 * total.to(own[p])).sqrt().clamp(min=1e-30)
-        have = found.grads(p, rows.to(p.device)) if p in sums else None
-        want_sum = torch.zeros_like(p, dtype=wide_dtype(p.dtype))
-        squares = []
-        for k, gradients in enumerate(expected):  # one after the other: of a large parameter each is large
-            want = gradients.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
-            want_sum += float(factors[rows[k]]) * want
-            squares.append(_square(want if have is None else have[k] - want.to(have.dtype)))
-        off = torch.stack(squares).to(scale).sqrt() / scale
-        off_sum = _square(sums[p] - want_sum.to(sums[p].dtype) if p in sums else want_sum).to(scale).sqrt() / scale.sum()
-        have_norm = norms[p][rows.to(p.device)].to(own[p]) if p in norms else torch.zeros_like(own[p])
-        off_norm = (own[p].sqrt() - have_norm.clamp(min=0).sqrt()).abs() / scale
-        missing[p] = (own[p] - have_norm).to(device)
-        error = float(torch.stack([off.max(), off_sum, off_norm.max()]).nan_to_num(nan=float("inf")).max())
+    summed = found.sums_in_turn({p: here.to(p.device, wide_dtype(p.dtype)) for p in seen}, here.to(reached[0].device))
+    for p, its_sum in chain(summed, ((p, None) for p in reached if p not in norms)):
+        scale = max(own[p], 1e-4 * total, 1e-60) ** 0.5
+        row = torch.tensor([i], device=p.device)
+        want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
+        pairs = [] if its_sum is None else [(found.grads(p, row)[0], want), (its_sum, want)]
+        off = [float(_square(mine - theirs.to(mine.dtype))) ** 0.5 for mine, theirs in pairs] or [own[p] ** 0.5]
+        off.append(abs(own[p] ** 0.5 - max(norms.get(p, 0.0), 0.0) ** 0.5))
+        error = max(off) / scale
         largest = _LARGEST_COARSE_JUMP if coarse or p.dtype not in TOLERANCE else _LARGEST_JUMP
-        if error > max(tolerance(p.dtype, coarse=coarse), min(_TIMES_JUMP * jump, largest)):
+        if not error <= max(tolerance(p.dtype, coarse=coarse), min(_TIMES_JUMP * jump, largest)):
             worst.append((error, controller.name_of(p)))
     if not worst and not coarse:
-        short = float((torch.stack(list(missing.values())).sum(0) / total.clamp(min=1e-60)).max()) / 2
+        missing = {p: own[p] - norms.get(p, 0.0) for p in reached}  # from the squared norms
+        short = sum(missing.values()) / max(total, 1e-60) / 2
         if short > max(_NORM_TOLERANCE.get(p.dtype, COARSE) for p in reached):
-            worst.append((short, controller.name_of(max(missing, key=lambda p: float(missing[p].sum())))))
+            worst.append((short, controller.name_of(max(missing, key=lambda p: missing[p]))))
     if worst:
         _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
 
 
-def jump_of(expected: list[dict[nn.Parameter, Tensor]], again: list[dict[nn.Parameter, Tensor]]) -> float:
-    """The largest change, relative, of a parameter's gradient between two runs on the same samples."""
-    largest = 0.0
-    for before, after in zip(expected, again, strict=True):
-        whole = sum(float(_square(g)) for g in before.values())
-        for p in before.keys() & after.keys():
-            scale = max(float(_square(before[p])), 1e-4 * whole, 1e-60)
-            largest = max(largest, (float(_square(before[p] - after[p])) / scale) ** 0.5)
+def jump_of(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float:
+    """The largest change, relative, of a parameter's gradient between two runs on the same sample."""
+    largest, whole = 0.0, sum(float(_square(g)) for g in before.values())
+    for p in before.keys() & after.keys():
+        scale = max(float(_square(before[p])), 1e-4 * whole, 1e-60)
+        largest = max(largest, (float(_square(before[p] - after[p])) / scale) ** 0.5)
     return largest
 
 
@@ -202,8 +175,8 @@ def compare_sums(
     norms = found.sq_norms(seen)
     everything = torch.ones(found.samples, dtype=torch.bool, device=factors.device)
     joint = [norm.double().cpu() for norm in found.group_sq_norms([seen])] if seen else []  # as in a step, as are the sums
-    sums = found.weighted_sums({p: factors.to(p.device, wide_dtype(p.dtype)) for p in seen}, everything)
-    reached = [p for p in params if p in sums or p in expected]
+    summed = found.sums_in_turn({p: factors.to(p.device, wide_dtype(p.dtype)) for p in seen}, everything)
+    reached = [p for p in params if p in norms or p in expected]
     squares = factors.double().square().cpu()
     size = {p: float((norms[p].double().cpu().clamp(min=0) * squares).sum()) if p in norms else 0.0 for p in reached}
     total = sum(size.values())
@@ -215,11 +188,11 @@ def compare_sums(
         limit = _SAME_PASS_COARSE if coarse else 2 * max(_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen)
         if not apart <= limit:
             worst.append((apart, "all parameters together"))
-    for p in reached:
+    for p, its_sum in chain(summed, ((p, None) for p in reached if p not in norms)):
         limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)
         scale = max(size[p], 1e-4 * total, 1e-60) ** 0.5
         want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device)).to(wide_dtype(p.dtype))
-        error = float(_square(sums[p] - want if p in sums else want)) ** 0.5 / scale
+        error = float(_square(want if its_sum is None else its_sum - want)) ** 0.5 / scale
         for i in picked if p in norms else ():  # a norm is that of the gradient that the sums are made of, or a little more
             row = torch.tensor([i], device=p.device)
             norm, own = float(norms[p][row]) ** 0.5, float(_square(found.grads(p, row)[0])) ** 0.5
@@ -241,9 +214,11 @@ def extreme_samples(norms: Sums, samples: int, *, ends: bool = True) -> list[int
 
     What others share of a sample's loss is most different for samples unlike the rest: the longest text, the outlier.
     """
-    finite = [norm.double().cpu().nan_to_num(0.0, 0.0) for norm in norms.values()]
-    total = torch.stack(finite).sum(0) if finite else torch.zeros(samples)
-    return sorted({*(some_samples(samples) if ends else ()), int(total.argmax()), int(total.argmin())})
+    known = [norm.double().cpu() for norm in norms.values()]
+    total = torch.stack(known).sum(0) if known else torch.zeros(samples, device="cpu")
+    finite = total.isfinite()  # others cannot be compared
+    extremes = {int(total.where(finite, -torch.inf).argmax()), int(total.where(finite, torch.inf).argmin())}
+    return sorted({*(some_samples(samples) if ends else ()), *extremes})
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """Comparison: how a call, or a train function, is compared with itself on some of its samples, and with plain autograd."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, TypeVar
 
@@ -23,30 +21,33 @@ from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..capture.samples.tracked_value import FAILS
 from ..errors import DPHooksError, SelfCheckError, some_of
 from ..gradients.sample_gradients import SampleGradients
-from .compare import ValuesDiffer, compare, compare_sums, extreme_samples, jump_of, rounded
+from .compare import ValuesDiffer, extreme_samples
+from .gradient_comparison import Begin, GradientComparison, Repeated
 from .left_behind import compare_left, trained_kept
-from .repeat_call import RepeatedCall, without_pattern
-from .repeat_function import RepeatedFunction
-from .single_samples import back_propagate, custom_functions, leaves_of, not_alone
+from .other_weights import exchanged, rounded
+from .parts import a_few, halves, parts_of
+from .repeat_call import RepeatedCall
+from .single_samples import NotAlone, leaves_of, not_alone
+from .unsaved import Unsaved
 
-Repeated = RepeatedCall | RepeatedFunction
 # What the model was when a call began.
 Began = tuple[ModuleState | None, CarriedState | None]
-Begin = Callable[[Tensor | None], CarriedState]  # returns what the model carries at the start of the run
 Compared = TypeVar("Compared")
-# Samples that are enough to see whether a number drawn for the whole batch makes them mix.
+# Samples that are enough to see whether a number drawn for the whole batch makes them mix, and to compare gradients of.
 _HANDFUL = 8
 # How many calls after one that left something are looked at, where a queue or a turn may delay what is read.
 _LATER = 8
-# How often gradients are compared before they are said to differ, where rounding can make them jump.
-_ATTEMPTS = 4
+# With other parameters a loop may have no end: after so many times the operations of a run it is broken off.
+_LONGER = 20
+# So many bytes of activations, beside what a step has captured, are no matter.
+_LITTLE = 1 << 22
 
 
 class Comparison:
     """Runs the model aside, on all samples of a batch and on some, and compares what comes out, gradients, and what is left behind.
 
     Attributes:
-        coarse: whether autocast or half precision is in use.
+        gradients: compares those.
     """
 
     def __init__(
@@ -54,17 +55,14 @@ class Comparison:
     ) -> None:
         self._controller, self._model, self._params = controller, model, params
         self._trace, self._recorder = trace, recorder
-        self.coarse = False
+        self.gradients = GradientComparison(controller, model, params)
+        self._unsaved = Unsaved(model.parameters())
+        self._captured: SampleGradients | None = None
+        self._operations = 0  # in the last run
+        self._enough = _HANDFUL  # samples for a comparison that need not be of all
 
     def run(
-        self,
-        samples: int,
-        again: Repeated,
-        what: str,
-        transitions: set[Transition],
-        draws: Draws | None,
-        began: Began,
-        some: Callable[[Tensor], Repeated],
+        self, samples: int, again: Repeated, what: str, transitions: set[Transition], draws: Draws | None, began: Began
     ) -> bool:
         """Compare; whether there was anything to compare.
 
@@ -75,7 +73,6 @@ class Comparison:
             transitions: what the pass in question went through; the check has to go there, too.
             draws: what it drew: where random numbers led it another way than constants do, the check follows.
             began: the state of the model when it began: counters and caches of the model are no reason to go another way.
-            some: the same on a smaller batch.
         """
         without = NoRandomness(samples)
         if not self._in_either_order(without, again, what, began):
@@ -85,7 +82,9 @@ class Comparison:
         if self._unseen(transitions, samples) and draws is not None:
             self._in_either_order(NoRandomness(samples, draws=draws), again, what, began)
         if samples > 1 and without.gates:
-            self._try_gates(min(samples, _HANDFUL), some, what, draws, began)
+            self._try_gates(min(samples, _HANDFUL), again, what, draws, began)
+        if samples > 1:
+            self._compare_otherwise(min(samples, self._enough), again, what, draws, began, gates=without.gates)
         if left := self._unseen(transitions, samples):
             places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
             raise SelfCheckError(
@@ -111,74 +110,57 @@ class Comparison:
         assert samples is not None
         with self.apart(without, began) as begin:
             before = begin(None)
-            loss = again.whole()
-            seen = self._trace.unverified
-            if isinstance(again, RepeatedCall) and (hidden := self._hidden(loss)):
-                begin(None)
-                loss = again.whole()
+            rows = self._run_unsaved(samples, again)
+            seen = set() if rows is None else self._trace.unverified
+            now = None if rows is None else CarriedState(self._model)  # what all samples left
+            controller.session.sink.count_as = samples
+            some, begin_some = (again, begin) if rows is None else (again.on(rows), partial(_begin_among, begin, rows))
+            begin_some(None)
+            loss = some.whole() if rows is None else _apart_from_others(lambda _: some.whole(), rows, what)
+            seen |= self._trace.unverified
+            self._operations = without.operations
+            if isinstance(some, RepeatedCall) and (hidden := self._hidden(loss)):
+                begin_some(None)
+                loss = some.whole()
                 _refuse_hidden(hidden, self._hidden(loss), what)
-            if not loss.requires_grad:  # a part without parameters, called by itself: it may mix all the same
-                controller.disable_hooks()
-                self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
-                self._compare_values(samples, begin, again, what)
-                self._trace.verify(seen, samples)
-                return again.has_rows
-            back_propagate(loss, [controller.session.anchor, *controller.params])
-            found = controller.take()
-            if found is None or found.samples != samples:
-                return False  # a call on something else than the batch of this step
+            found, count = None, samples if rows is None else len(rows)
+            if loss.requires_grad:  # else it is a part without parameters, called by itself: it may mix all the same
+                found = self.gradients.capture(loss)
+                if found is None or found.samples != count:
+                    return False  # a call on something else than the batch of this step
             controller.disable_hooks()
-            self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
+            self._check_state(samples, before, begin, again, what, kept=began[1] is not None, now=now)
             self._compare_values(samples, begin, again, what)
-            agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
-            # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
-            if samples > 1 or again.has_scalar or not agreed:
-                self._compare_alone(samples, begin, again, found, what, jumps=agreed)
+            if found is not None:
+                if isinstance(some, RepeatedCall) and isinstance(again, RepeatedCall) and some is not again:
+                    some.take_layout(again)
+                self.gradients.compare(count, begin_some, some, found, what)
         self._trace.verify(seen, samples)
-        return True
+        return found is not None or again.has_rows
+
+    def _run_unsaved(self, samples: int, again: Repeated) -> Tensor | None:
+        """Run it on all samples, for values; choose those to compare gradients of. None: all, of a run that is to come.
+
+        A step has captured what it needs of the whole batch by now, and the activations of another run beside that can be more
+        than there is room for. Of many samples with large activations values are compared of all, and gradients of some.
+        """
+        self._enough, few = _HANDFUL, max(2, min(_HANDFUL, samples // 2))
+        if samples <= few:
+            return None
+        with self._unsaved.run():
+            again.keep()
+        if self._unsaved.failed or self._unsaved.bytes <= _LITTLE:
+            return None
+        self._enough = few
+        captured, first = self._captured, []
+        if captured is not None and captured.samples == samples:
+            first = extreme_samples(captured.sq_norms(captured.params), samples, ends=False)
+        return a_few(samples, first, few)
 
     def _hidden(self, loss: Tensor) -> list[Tensor]:
         """Tensors that ``loss`` would give gradients to, and that are no parameters of the model."""
         known = {id(self._controller.session.anchor), *(id(p) for p in self._model.parameters())}
         return [leaf for leaf in leaves_of([loss]) if id(leaf) not in known and type(leaf) in (Tensor, nn.Parameter)]
-
-    def _compare_passes(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> bool:
-        """Compare with plain autograd of the same forward pass, run once more; False if single samples have to tell.
-
-        It need not come out to the last digit as it did: products depend on where tensors lie in memory. Where that switches a
-        unit, the gradient jumps, but not in every run; what is wrong is wrong in all of them. A loss over the whole batch is
-        compared as it is, one that has rows with a factor for each.
-        """
-        controller = self._controller
-        factors = without_pattern((samples,))
-        factors = torch.ones_like(factors) if again.has_scalar else factors.sign() * (0.25 + 0.75 * factors.abs())
-        left = 1 if self._exact else _ATTEMPTS
-        while True:
-            assert found is not None
-            begin(None)
-            plain = again.weighted(factors)
-            custom = custom_functions(plain)
-            expected = self._gradients(plain)
-            try:
-                on_device = factors.to(plain.device)
-                compare_sums(found, on_device, expected, self._params, controller, what, coarse=self.coarse)
-                return not (custom and again.has_scalar)
-            except SelfCheckError:
-                left -= 1
-                if custom:  # which may do anything with the gradients of several samples
-                    return False
-                if not left:
-                    raise
-            controller.enable_hooks()
-            begin(None)
-            back_propagate(again.whole(), [controller.session.anchor, *controller.params])
-            found = controller.take()
-            controller.disable_hooks()
-
-    @property
-    def _exact(self) -> bool:
-        """Whether rounding is too small to switch a unit of the model."""
-        return all(p.dtype == torch.float64 for p in self._params)
 
     @contextmanager
     def apart(self, without: NoRandomness, began: Began) -> Iterator[Begin]:
@@ -206,9 +188,9 @@ class Comparison:
                 now.put_back()
                 controller.enable_hooks()
 
-    def _compare_values(self, samples: int, begin: Begin, again: Repeated, what: str) -> None:
-        """What comes out for a sample must not depend on who else is in the batch: halves of it are run, and a sample alone."""
-        for rows in _parts(samples, twice=again.has_scalar):
+    def _compare_values(self, samples: int, begin: Begin, again: Repeated, what: str, *, alone: bool = True) -> None:
+        """What comes out for a sample must not depend on who else is in the batch: halves of it are run, and a sample ``alone``."""
+        for rows in parts_of(samples, twice=again.has_scalar, alone=alone):
             try:
                 self._compare_some(rows, begin, again)
             except DPHooksError:
@@ -216,31 +198,77 @@ class Comparison:
             except FAILS:  # it may count on the order of the samples: sequences sorted by length
                 _apart_from_others(partial(self._compare_some, begin=begin, again=again), rows.sort().values, what)
 
+    def _compare_otherwise(
+        self, samples: int, whole: Repeated, what: str, draws: Draws | None, began: Began, *, gates: bool
+    ) -> None:
+        """The same with other parameters, which later steps may lead to: what is dead or closed in this batch may mix later."""
+        without = NoRandomness(samples)
+        _in_either_order(without, partial(self._with_other_weights, without, whole, samples, began, what))
+        for sign in (1, -1) if gates else ():
+            with _if_it_can_be_computed(), exchanged(self._trainable, sign):
+                self._try_gates(samples, whole, what, draws, began, values_only=True)
+
+    def _with_other_weights(self, without: NoRandomness, whole: Repeated, samples: int, began: Began, what: str) -> None:
+        with self.apart(without, began) as begin:
+            self._controller.disable_hooks()
+            for sign in (1, -1):
+                for closed in (False, True):
+                    again = whole.on(torch.arange(samples, device="cpu"))
+                    with _if_it_can_be_computed(), exchanged(self._trainable, sign, closed=closed):
+                        begin(None)
+                        before = CarriedState(self._model)
+                        with without.limited(_LONGER * self._operations):
+                            again.keep()
+                        self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
+                        self._compare_values(samples, begin, again, what, alone=False)
+                    if again.is_finite:
+                        break  # else what is not closed may keep it from being computed
+
+    @property
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
     def _compare_some(self, rows: Tensor, begin: Begin, again: Repeated) -> None:
-        begin(rows)
         try:
-            again.compare(rows)
+            self._run_some(rows, begin, again)
         except ValuesDiffer:
             if again.rounding:  # was measured
                 raise
             with rounded(self._model.parameters()):
                 begin(None)
                 again.measure_rounding()
+            self._run_some(rows, begin, again)
+
+    def _run_some(self, rows: Tensor, begin: Begin, again: Repeated) -> None:
+        begin(rows)
+        with self._unsaved.run():
+            again.compare(rows)
+        if self._unsaved.failed:
             begin(rows)
             again.compare(rows)
 
-    def _check_state(self, samples: int, before: CarriedState, begin: Begin, again: Repeated, what: str, *, kept: bool) -> None:
+    def _check_state(
+        self,
+        samples: int,
+        before: CarriedState,
+        begin: Begin,
+        again: Repeated,
+        what: str,
+        *,
+        kept: bool,
+        now: CarriedState | None = None,
+    ) -> None:
         """What a batch leaves behind in the model must not reach the next one, nor the state dict; ``before`` it was run.
 
         The call is run on two halves of the batch, each from the same state, forwards and backwards. Where that leaves different
         things behind, they are of the samples: buffers are part of the state dict, and of attributes it is tried whether another
         call depends on them.
         """
-        now = CarriedState(self._model)
+        now = now or CarriedState(self._model)
         # Where what the model held before the step was not kept, ``before`` is what the same samples left there.
         if samples < 2 or (kept and not now.unlike(before)):
             return
-        first, second = _halves(samples)
+        first, second = halves(samples)
         left = []
         for rows in (first, second[: len(first)]):
             with trained_kept(self._params):
@@ -248,20 +276,21 @@ class Comparison:
                 _apart_from_others(partial(self._there_and_back, again), rows, what)
                 left.append(CarriedState(self._model))
         found: list[list[Tensor]] = []
+        unlike = left[0].unlike(left[1])
         for start in left:
             begin(first)
             start.put_back()
             found.append([])
-            for _ in range(_LATER if left[0].attributes_unlike(left[1]) else 1):  # a queue is read when it is full
+            for _ in range(_LATER if unlike.attributes else 1):  # a queue is read when it is full
                 found[-1] += self._there_and_back(again, first)
                 CarriedState(self._model).put_back()  # without the history of what was left now
-        compare_left(left, found, what)
+        compare_left(unlike, found, what)
 
     def _there_and_back(self, again: Repeated, rows: Tensor) -> list[Tensor]:
         """Run ``again`` on some samples, and a backward pass; return what came out, and the gradients."""
         outputs = again.outputs(rows)
         losses = [out.abs().square().sum() for out in outputs if out.requires_grad]  # whose gradients depend on what came out
-        gradients = self._gradients(reduce(torch.add, (loss.to(losses[0]) for loss in losses))) if losses else {}
+        gradients = self.gradients.of(reduce(torch.add, (loss.to(losses[0]) for loss in losses))) if losses else {}
         return [*(out.detach() for out in outputs), *gradients.values()]
 
     def check_quiet(self, calls: list[RecordedCall], samples: int) -> None:
@@ -275,7 +304,7 @@ class Comparison:
             if rows < 2 or quiet.reached:  # the latter is among ``calls``
                 continue
             left: list[CarriedState] = []
-            first, second = _halves(rows)
+            first, second = halves(rows)
             for half in (first, second):
                 part = half.repeat(3)[:rows]  # a model may count on their number (caches)
                 mode = torch.inference_mode if quiet.inference else torch.no_grad
@@ -288,7 +317,7 @@ class Comparison:
                             quiet.module(*args, **kwargs)
                     left.append(CarriedState(model))
             recorder.remember(quiet, left)
-        for (what, training), both in recorder.left_quietly.items():
+        for (what, training), (unlike, *both) in recorder.left_quietly.items():
             came_out: list[list[Tensor]] = [[], []]
             for call in calls:
                 for one, outputs in zip(both, came_out, strict=True):
@@ -298,74 +327,38 @@ class Comparison:
                         one.overlay()
                         outputs += RepeatedCall(call, self._controller, samples).outputs(None)
             # What an evaluation writes into buffers (metrics) is no matter of training, unless it has a part in it.
-            compare_left(both, came_out, what, buffers=training)
+            compare_left(unlike, came_out, what, buffers=training)
         recorder.cover_quiet()
 
-    def _try_gates(self, samples: int, some: Callable[[Tensor], Repeated], what: str, draws: Draws | None, began: Began) -> None:
+    def _try_gates(
+        self, samples: int, whole: Repeated, what: str, draws: Draws | None, began: Began, *, values_only: bool = False
+    ) -> None:
         """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
         ways = [NoRandomness(samples, trial=trial) for trial in range(1, TRIALS)]
         if draws is not None and draws.numbers:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
-            again = some(torch.arange(samples))
+            again = whole.on(torch.arange(samples, device="cpu"))
             _in_either_order(without, partial(self._compare_gate, without, again, samples, began, what))
-            if again.has_scalar:  # of which values alone do not tell much
+            if again.has_scalar and not values_only:  # of which values alone do not tell much
                 self._in_either_order(without, again, what, began)
 
     def _compare_gate(self, without: NoRandomness, again: Repeated, samples: int, began: Began, what: str) -> None:
         with self.apart(without, began) as begin:
             self._controller.disable_hooks()
             begin(None)
-            again.whole()
+            with without.limited(_LONGER * self._operations):
+                again.keep()
             self._compare_values(samples, begin, again, what)
 
-    def _compare_alone(
-        self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool
-    ) -> None:
-        """Compare with the gradients of single samples; ``jumps``: all that differs may be units that rounding has switched.
-
-        How far they may differ then is measured, where it matters: by what rounding of the parameters, up and down, does to them.
-        """
-        # That gradients depend on others shows in any sample, where its own ones are known to be right.
-        picked = extreme_samples(found.sq_norms(found.params), samples, ends=again.has_scalar or not jumps)
-        expected = self._gradients_alone(picked, begin, again, what)
-        compared = partial(compare, found, picked, expected, self._params, self._controller, what, coarse=self.coarse)
+    @contextmanager
+    def of_step(self, captured: SampleGradients | None) -> Iterator[None]:
+        """The checks in the block are for the sake of these gradients."""
+        self._captured = captured
         try:
-            compared()
-        except SelfCheckError:
-            if not jumps or self._exact:
-                raise
-            measured = []
-            for sign in (1, -1):
-                with rounded(self._model.parameters(), coarse=self.coarse, sign=sign):
-                    measured.append(jump_of(expected, self._gradients_alone(picked, begin, again, what, compared=False)))
-            compared(jump=max(measured))
-
-    def _gradients_alone(
-        self, picked: list[int], begin: Begin, again: Repeated, what: str, *, compared: bool = True
-    ) -> list[dict[nn.Parameter, Tensor]]:
-        """The gradients of single samples; values are ``compared`` as well."""
-        expected = []
-        for i in picked:
-            begin(torch.tensor([i]))
-            try:
-                expected.append(self._gradients(again.alone(i, compared=compared)))
-            except DPHooksError:
-                raise
-            except Exception as error:
-                raise not_alone(what, [i], error) from error
-        return expected
-
-    def _gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Gradients by plain autograd."""
-        for p in self._model.parameters():
-            p.grad = None
-        if loss.requires_grad:
-            back_propagate(loss, self._params)
-        found = {p: p.grad.to_dense() if p.grad.is_sparse else p.grad for p in self._params if p.grad is not None}
-        for p in found:  # the next run begins without any
-            p.grad = None
-        return found
+            yield
+        finally:
+            self._captured = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -377,6 +370,11 @@ class Comparison:
             self._recorder.paused = False
 
 
+def _begin_among(begin: Begin, rows: Tensor, some: Tensor | None) -> CarriedState:
+    """Begin a run on ``some`` of those samples that are ``rows`` of the batch."""
+    return begin(rows if some is None else rows[some])
+
+
 def _in_either_order(without: NoRandomness, compare: Callable[[], Compared]) -> Compared:
     """Compare, with numbers cut in either order where each sample has several rows of them."""
     try:
@@ -386,6 +384,19 @@ def _in_either_order(without: NoRandomness, compare: Callable[[], Compared]) -> 
             raise
         without.by_turns = True
         return compare()
+
+
+@contextmanager
+def _if_it_can_be_computed() -> Iterator[None]:
+    """The block may fail for reasons of the model's own, which has parameters that it need not be made for."""
+    try:
+        yield
+    except NotAlone:
+        return
+    except (DPHooksError, TimeoutError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - whatever a model raises
+        return
 
 
 def _refuse_hidden(before: list[Tensor], again: list[Tensor], what: str) -> None:
@@ -407,30 +418,3 @@ def _apart_from_others(run: Callable[[Tensor], Any], rows: Tensor, what: str) ->
         raise
     except Exception as error:
         raise not_alone(what, rows.tolist(), error) from error
-
-
-def on_some(call: RecordedCall, controller: HookController, samples: int, rows: Tensor) -> RepeatedCall:
-    """Return ``call``, which was on ``samples`` samples, as a call on some of them only."""
-    args, kwargs = rows_of((call.args, call.kwargs), rows, samples, controller.axis)
-    return RepeatedCall(replace(call, args=args, kwargs=kwargs), controller, len(rows))
-
-
-def _all_finite(found: SampleGradients) -> bool:
-    return all(bool(torch.isfinite(norms).all()) for norms in found.sq_norms(found.params).values())
-
-
-def _parts(samples: int, *, twice: bool) -> list[Tensor]:
-    """Two halves of the batch, in which neighbours are parted, and a sample alone; ``twice``: two other halves, too."""
-    if samples == 1:
-        return []
-    first, second = _halves(samples)
-    parts = [first, second.flip(0)]  # which also shows where a sample's rows depend on its place among the others
-    if samples <= 2:
-        return parts
-    return [*parts, first[:1], *(_halves(samples, 1) if twice else ())]  # of losses added up a difference can cancel by chance
-
-
-def _halves(samples: int, seed: int = 0) -> list[Tensor]:
-    """Two halves of the batch, of any samples, but in order: a model may count on it (sequences sorted by length)."""
-    order = random.Random(samples + 1000 * seed).sample(range(samples), samples)
-    return [torch.tensor(sorted(part), dtype=torch.long) for part in (order[: samples // 2], order[samples // 2 :])]

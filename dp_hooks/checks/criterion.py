@@ -168,7 +168,7 @@ class CriterionCheck:
         self._reached = whole or not self._outputs or any(self._comes_from_model(t) for t in leaves)
         self._opaque |= set() if self._reached else _opaque((args, kwargs))
         if not whole and self._reached and self._outputs:
-            self._worse(torch.ones((), dtype=torch.float64))
+            self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
         if not whole:
             return args, kwargs
         self._lent = Lent((args, kwargs), lambda t: self._apart(t, sources.get(id(t))))
@@ -208,7 +208,7 @@ class CriterionCheck:
 
     def _note_brought(self, output: Output, shape: torch.Size, grad: Tensor) -> None:
         if self._depth:  # it runs a backward pass of its own
-            self._worse(torch.ones((), dtype=torch.float64))
+            self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
         own = grad.detach().reshape(shape)
         self._own.setdefault(output, []).append(own)
         self._version = own._version
@@ -271,7 +271,7 @@ class CriterionCheck:
                 return
             watched = isinstance(output, Tensor) and output.requires_grad
             if any(t is not output for t in left):  # with which the loop may do anything
-                self._worse(torch.ones((), dtype=torch.float64))
+                self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
             call = _Call(None, self._tokens, not watched, self._trace.unverified)
             if watched:
                 assert output.grad_fn is not None

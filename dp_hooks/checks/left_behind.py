@@ -1,35 +1,34 @@
 """What calls leave behind in a model, where another call depends on it, is refused."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .._rerun import write_back
-from ..capture.calls.carried_state import CarriedState
+from ..capture.calls.carried_state import Unlike
 from ..errors import SelfCheckError, some_of
 
 # By how much a call may differ from itself where it begins with what other samples left, elementwise.
 _RERUN = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-def compare_left(left: Sequence[CarriedState], found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:
-    """Two calls on other samples left two things behind, and then the same call gave what was ``found``."""
-    first, second = left
-    if trained := first.trained_unlike(second):
+def compare_left(unlike: Unlike, found: list[list[Tensor]], what: str, *, buffers: bool = True) -> None:
+    """Two calls on other samples left things behind that are ``unlike``, and then the same call gave what was ``found``."""
+    if unlike.trained:
         raise SelfCheckError(
-            f"{what}: {some_of(trained)}: what is trained is written to in a forward pass, with what is in the batch: no noise is "
-            "added to that. Nothing was released. Remedy: leave parameters to the optimizer, or keep what follows from the batch "
-            "out of them."
+            f"{what}: {some_of(unlike.trained)}: what is trained is written to in a forward pass, with what is in the batch: no "
+            "noise is added to that. Nothing was released. Remedy: leave parameters to the optimizer, or keep what follows from "
+            "the batch out of them."
         )
-    if (names := first.stored_unlike(second)) and buffers:
+    if unlike.stored and buffers:
         raise SelfCheckError(
-            f"{some_of(names)}: written during the forward pass, from private samples and without noise, and part of "
-            "the state dict, as buffers and frozen parameters are. Remedy: call .eval() on the module that does it (an "
-            "observer, running statistics), or take it out of the model."
+            f"{some_of(unlike.stored)}: written during the forward pass, from private samples and without noise; buffers and "
+            "frozen parameters last, and are saved with the model. Remedy: call .eval() on the module that does it (an observer, "
+            "running statistics), or take it out of the model."
         )
-    names += first.attributes_unlike(second)
+    names = [*unlike.stored, *unlike.attributes]
     for one, other in zip(*found, strict=True) if names else ():
         if one.shape != other.shape or not _alike(one, other):
             raise SelfCheckError(

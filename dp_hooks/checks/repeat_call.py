@@ -1,7 +1,6 @@
 """RepeatedCall: runs a recorded call again, on all samples or some, and makes a loss of what comes out."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,9 +14,10 @@ from ..capture.samples.axis import SampleAxis
 from ..errors import SelfCheckError
 from .compare import ValuesDiffer, value_tolerance, values_off
 from .repeat_function import Parts, declared
+from .without_pattern import without_pattern
 
-# How an output enters the loss beside rows of samples.
-SCALAR, LEFT_OUT = "scalar", "left out"
+# How an output enters the loss beside rows of samples; where these are may have to be found when some of them are run.
+SCALAR, LEFT_OUT, TO_BE_FOUND = "scalar", "left out", ""
 
 
 class RepeatedCall:
@@ -27,17 +27,30 @@ class RepeatedCall:
         """The whole call has to be run first."""
         self.call = call
         self._controller = controller
+        # Samples of the call, and which of them this is about: where others are is told by what counts all of them.
+        self._whole, self._among = samples, torch.arange(samples, device="cpu")
         self._samples = samples
         self._what = f"{call.name or 'the model'} ({type(call.module).__name__})"
-        # How each output enters the loss: where its samples are ("": to be found when some are run), or one of the above.
+        # How each output enters the loss: where its samples are, or one of the above.
         self._plan: list[SampleAxis | str] = []
         self._outputs: list[Tensor] = []  # what the whole run returned
         self._parts: list[Parts] = []
         self.rounding = 0.0  # by how much rounding of the parameters changes the outputs, relative, if that was measured
 
+    def on(self, rows: Tensor) -> "RepeatedCall":
+        """The same call on some of the samples only; nothing of it has been run."""
+        other = RepeatedCall(self.call, self._controller, len(rows))
+        other._whole, other._among, other._plan = self._whole, self._among[rows], list(self._plan)
+        return other
+
     def __len__(self) -> int:
         """How many outputs the whole run had."""
         return len(self._outputs)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the whole run came to its end, and gave numbers."""
+        return bool(self._outputs) and all(bool(torch.isfinite(out).all()) for out in self._outputs)
 
     @property
     def has_rows(self) -> bool:
@@ -49,13 +62,25 @@ class RepeatedCall:
         """Whether an output is a loss that the model computes itself."""
         return SCALAR in self._plan
 
-    def whole(self) -> Tensor:
-        """Run the call again on all samples, with numbers without pattern as gradients of its outputs: a loss for the check."""
+    def take_layout(self, other: "RepeatedCall") -> None:
+        """Samples are where those of ``other`` were found, the same call on more of them, which lets go of what came out."""
+        known = [*other._plan, *self._plan[len(other._plan) :]]  # of fewer samples there may be fewer outputs, one for each
+        self._plan = [theirs if mine == TO_BE_FOUND else mine for mine, theirs in zip(self._plan, known, strict=False)]
+        other._outputs, other._parts = [], []
+
+    def keep(self) -> list[Tensor]:
+        """Run the call again on all samples; keep what comes out to compare with, and return it."""
         outputs, count = self._run(None)
-        self._plan = [self._role(i, out) for i, out in enumerate(outputs[:count])]
-        self._plan += [self._axis_of(out, LEFT_OUT) for out in outputs[count:]]
+        if len(self._plan) != len(outputs):  # of a call on some samples it is that of the call on all of them
+            self._plan = [self._role(i, out) for i, out in enumerate(outputs[:count])]
+            self._plan += [self._axis_of(out, LEFT_OUT) for out in outputs[count:]]
         self._outputs = [out.detach() for out in outputs]
         self._parts = [Parts(out, self._samples, self._controller.loss_reduction) for out in self._outputs]
+        return outputs
+
+    def whole(self) -> Tensor:
+        """The same, with numbers without pattern as gradients of its outputs: a loss for the check."""
+        outputs = self.keep()
         scale = 1 / self._samples if self._controller.loss_reduction == "mean" else 1.0
         return self._total(outputs, lambda out, role: (out * _cotangents(out, self._samples)).sum() * scale, scalars=True)
 
@@ -78,7 +103,7 @@ class RepeatedCall:
         Raises:
             SelfCheckError: an output that the loss uses is another one than in the batch, or cannot be compared.
         """
-        rows = torch.tensor([i])
+        rows = torch.tensor([i], device="cpu")
         outputs = self._compared(rows, self._run(rows)[0]) if compared else self._used(self._run(rows)[0], i)
 
         def term(out: Tensor, role: SampleAxis | str, whole: Tensor) -> Tensor:
@@ -104,8 +129,9 @@ class RepeatedCall:
         """Return the outputs, behind them what modules with hooks of the user gave out, and the number of the former."""
         call = self.call
         args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs))
-        if rows is not None:
-            args, kwargs = rows_of((args, kwargs), rows, self._samples, self._controller.axis)
+        chosen = self._among if rows is None else self._among[rows]
+        if rows is not None or len(chosen) < self._whole:
+            args, kwargs = rows_of((args, kwargs), chosen, self._whole, self._controller.axis)
         with call.context.restored(), self._taken_out() as inside:
             outputs = outputs_of(call.module(*args, **kwargs)) + call.left
         outputs = [t for t in outputs if t.is_floating_point()]
@@ -118,7 +144,7 @@ class RepeatedCall:
         return outputs[: last + 1]  # behind that there may be a list with one for each sample
 
     def _total(self, outputs: list[Tensor], term: Any, *, scalars: bool, whole: bool = False) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for k, out in enumerate(self._used(outputs, 0)):
             role = self._plan[k]
             if role == LEFT_OUT or (role == SCALAR and not scalars):
@@ -136,7 +162,7 @@ class RepeatedCall:
                 raise self._mixed(int(rows[0]), halves, ValuesDiffer)
             if role in (SCALAR, LEFT_OUT):
                 continue
-            if role == "":
+            if role == TO_BE_FOUND:
                 role = self._plan[k] = self._layout(whole, out.detach(), rows)
             assert isinstance(role, SampleAxis)
             if not role.fits(out, len(rows)):
@@ -208,13 +234,13 @@ class RepeatedCall:
             return LEFT_OUT
         if samples == 1 and out.numel() > 1:
             return SampleAxis(0, 1, None)
-        along = self._axis_of(out, SCALAR if out.numel() == 1 else "")
-        if along != "":
+        along = self._axis_of(out, SCALAR if out.numel() == 1 else LEFT_OUT)
+        if along != LEFT_OUT:
             return along
         if not reached or out.numel() == 0:
             return LEFT_OUT
         if any(size % samples == 0 for size in out.shape):
-            return ""
+            return TO_BE_FOUND
         raise SelfCheckError(
             f"{self._what}: the loss depends on an output of shape {tuple(out.shape)}, which has no row for each of the "
             f"{samples} samples (statistics of the batch? chosen tokens?), so it could not be compared; nothing was released. "
@@ -223,10 +249,13 @@ class RepeatedCall:
         )
 
     def _axis_of(self, out: Tensor, otherwise: str) -> SampleAxis | str:
+        """Where samples are in an output, or ``otherwise``; several axes may be as long, one of which a smaller batch will tell."""
         # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
         axis = self._controller.axis
-        along = next((d for d in (axis, 1 - axis) if out.dim() > d and out.shape[d] == self._samples), None)
-        return SampleAxis(along) if along is not None and out.numel() > 0 else otherwise
+        along = [d for d in (axis, 1 - axis) if out.numel() and out.dim() > d and out.shape[d] == self._samples]
+        if len(along) == 2 and self._samples > 1:
+            return TO_BE_FOUND
+        return SampleAxis(along[0]) if along else otherwise
 
 
 def _shapes(whole: Tensor, out: Tensor) -> str:
@@ -241,10 +270,4 @@ def _difference(batched: Tensor, apart: Tensor) -> float:
 def _cotangents(like: Tensor, samples: int) -> Tensor:
     """Numbers without pattern in the shape of ``like``, the same in every run; not drawn, since draws are replaced here."""
     scale: float = max(1.0, (like.numel() / samples) ** 0.5)
-    return without_pattern(like.shape).to(like.device, like.dtype) / scale
-
-
-def without_pattern(shape: Sequence[int]) -> Tensor:
-    """Return numbers in (-1, 1) that are the same in every run."""
-    index = torch.arange(math.prod(shape), dtype=torch.float64)
-    return ((index * 12.9898 + 1.0).sin() * 43758.5453).frac().reshape(tuple(shape))
+    return without_pattern(like.shape, dtype=like.dtype).to(like.device).div_(scale)

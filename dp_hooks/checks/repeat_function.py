@@ -51,8 +51,16 @@ class RepeatedFunction:
         self.coarse, self.rounding = coarse, 0.0
         self._controller = controller
         self._samples = samples
-        self._loss = torch.zeros(())
+        self._loss, self._ran = torch.zeros((), device="cpu"), False
         self._parts = Parts(self._loss, samples, "sum")
+
+    def on(self, rows: Tensor) -> "RepeatedFunction":
+        """The same function on some of the samples only; nothing of it has been run."""
+
+        def run(part: Tensor | None) -> Tensor:
+            return self._run(rows if part is None else rows[part])
+
+        return RepeatedFunction(run, self._controller, len(rows), coarse=self.coarse)
 
     def __len__(self) -> int:
         return 0
@@ -67,12 +75,21 @@ class RepeatedFunction:
         """Whether there is one loss only."""
         return self._loss.dim() == 0
 
-    def whole(self) -> Tensor:
-        """The loss of all samples, reduced."""
+    @property
+    def is_finite(self) -> bool:
+        """Whether the whole run came to its end, and gave numbers."""
+        return self._ran and bool(torch.isfinite(self._loss).all())
+
+    def keep(self) -> Tensor:
+        """Run it on all samples; keep what comes out to compare with, and return it."""
         loss = self._run(None)
-        self._loss = loss.detach()
+        self._loss, self._ran = loss.detach(), True
         self._parts = Parts(self._loss, self._samples, self._controller.loss_reduction)
-        return self._reduced(loss)
+        return loss
+
+    def whole(self) -> Tensor:
+        """The same; the loss of all samples, reduced."""
+        return self._reduced(self.keep())
 
     def weighted(self, factors: Tensor) -> Tensor:
         """The sum of all losses, each times its factor: 1 where there is one loss only."""
@@ -83,7 +100,7 @@ class RepeatedFunction:
 
     def alone(self, i: int, *, compared: bool = True) -> Tensor:
         """The loss of sample ``i``; it is not ``compared`` here, as the outputs of a call are."""
-        return self._reduced(self._run(torch.tensor([i])))
+        return self._reduced(self._run(torch.tensor([i], device="cpu")))
 
     def compare(self, rows: Tensor) -> None:
         """The losses of some samples have to be what they were in the batch.

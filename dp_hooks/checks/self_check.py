@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from ..capture.calls.trace import OpTrace, Transition
 from ..capture.controller import HookController
 from ..errors import SelfCheckError
 from ..gradients.grad_sample import GradSamples
-from .comparison import Comparison, on_some
+from ..gradients.sample_gradients import SampleGradients
+from .comparison import Comparison
 from .criterion import CriterionCheck
 from .padding import PaddingCheck
 from .repeat_call import RepeatedCall
@@ -82,10 +82,10 @@ class SelfCheck:
         self._trace.close()
         self.new_step()
 
-    def _before_write(self, samples: int) -> None:
+    def _before_write(self, gradients: SampleGradients) -> None:
         """Check before ``p.grad_sample`` is written: who reads it need not take a step."""
-        if self._recorder.state is None and self.needed(samples):
-            self.check_calls(samples)
+        if self._recorder.state is None and self.needed(gradients.samples):
+            self.check_calls(gradients.samples, gradients)
 
     def deferred(self) -> AbstractContextManager[None]:
         """Check nothing before the end of a block, where another check takes place: of a whole function, from its start."""
@@ -137,14 +137,18 @@ class SelfCheck:
 
     # ---------------------------------------------------------------- checking
 
-    def check_calls(self, samples: int) -> None:
+    def check_calls(self, samples: int, captured: SampleGradients | None = None) -> None:
         """Check every outermost call recorded since the last boundary, with random cotangents on its outputs.
+
+        Args:
+            samples: n.
+            captured: the gradients in question; samples with the largest and the smallest are looked at one by one.
 
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made. What was captured must not be used then.
         """
         try:
-            with full_precision():
+            with full_precision(), self._comparison.of_step(captured):
                 self._check_calls(samples)
         except SelfCheckError as error:
             self._spot.complete(error)
@@ -177,13 +181,13 @@ class SelfCheck:
             )
         outputs, compared = [], False
         for call in calls:
-            self._comparison.coarse = call.context.autocast is not None
+            self._comparison.gradients.coarse = call.context.autocast is not None
             began, rows = recorder.began(call), self._chosen(call.transitions, samples)
             what = call.name or "the model"
-            again = RepeatedCall(call, controller, samples) if rows is None else on_some(call, controller, samples, rows)
-            count = samples if rows is None else len(rows)
-            some = partial(on_some, again.call, controller, count)
-            compared |= self._comparison.run(count, again, what, call.transitions, call.draws, began, some)
+            again, count = RepeatedCall(call, controller, samples), samples
+            if rows is not None:
+                again, count = again.on(rows), len(rows)
+            compared |= self._comparison.run(count, again, what, call.transitions, call.draws, began)
             outputs.append(len(again))
         if not compared:
             raise SelfCheckError(
@@ -215,7 +219,7 @@ class SelfCheck:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
         try:
-            with full_precision():
+            with full_precision(), self._comparison.of_step(self._controller.peek()):
                 self._check_loss(samples, run)
         except SelfCheckError as error:
             self._spot.complete(error)
@@ -225,21 +229,14 @@ class SelfCheck:
         taken, recorder = self._trace.unverified, self._recorder
         if not self.armed and not self._trace.unchecked(taken, samples) and not recorder.changed:
             return  # another call than then: it is compared alone, by check_calls
-        self._comparison.coarse = any(call.context.autocast is not None for call in recorder.calls)
-        coarse = self._comparison.coarse
+        self._comparison.gradients.coarse = any(call.context.autocast is not None for call in recorder.calls)
+        coarse = self._comparison.gradients.coarse
         chosen, drawn = self._chosen(taken, samples), self._trace.draws
 
-        def on(among: Tensor) -> RepeatedFunction:
-            return RepeatedFunction(
-                lambda part: run(among if part is None else among[part]), self._controller, len(among), coarse=coarse
-            )
-
-        def some(rows: Tensor) -> RepeatedFunction:
-            return on(rows if chosen is None else chosen[rows])
-
-        again = RepeatedFunction(run, self._controller, samples, coarse=coarse) if chosen is None else on(chosen)
-        count = samples if chosen is None else len(chosen)
-        if not self._comparison.run(count, again, "the train function", taken, drawn, recorder.began(None), some):
+        again, count = RepeatedFunction(run, self._controller, samples, coarse=coarse), samples
+        if chosen is not None:
+            again, count = again.on(chosen), len(chosen)
+        if not self._comparison.run(count, again, "the train function", taken, drawn, recorder.began(None)):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."

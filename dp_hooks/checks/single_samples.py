@@ -22,10 +22,14 @@ def some_samples(samples: int) -> list[int]:
     return sorted({0, samples - 1, *between})
 
 
-def not_alone(what: str, numbers: list[int], error: Exception) -> SelfCheckError:
+class NotAlone(SelfCheckError):
+    """Some samples cannot be run without the others."""
+
+
+def not_alone(what: str, numbers: list[int], error: Exception) -> NotAlone:
     """The error for samples that cannot be run without the others."""
     which = f"sample {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} of the samples"
-    return SelfCheckError(
+    return NotAlone(
         f"{what}: {which} could not be run alone for the self-check ({type(error).__name__}: {error}). Remedy: "
         "the model and the loss must work on a batch of any size, also of one; an input that all samples share must not have "
         "as many rows as the batch has samples."

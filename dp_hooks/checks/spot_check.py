@@ -36,7 +36,7 @@ class SpotCheck:
         """The samples to run on; None: all."""
         if not self.now or samples <= _ROWS:
             return None
-        return torch.tensor(sorted(_ENTROPY.sample(range(samples), _ROWS)))
+        return torch.tensor(sorted(_ENTROPY.sample(range(samples), _ROWS)), device="cpu")
 
     def passed(self) -> None:
         """A check has found nothing in the step that is under way."""

@@ -21,8 +21,8 @@ class GradSamples(Sink):
         self._consumed = False
         # Zeros on what the loss did not reach, to be told from what a user puts there.
         self._unreached: dict[nn.Parameter, Tensor] = {}
-        # Called with the number of samples before anything can be read; may raise to refuse it.
-        self.before_write: Callable[[int], None] | None = None
+        # Called with the gradients before anything can be read; may raise to refuse them.
+        self.before_write: Callable[[SampleGradients], None] | None = None
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out the gradients of all samples."""
@@ -31,11 +31,11 @@ class GradSamples(Sink):
 
     def finish(self, samples: int, found: Sequence[Term]) -> None:
         """Write the sum over all uses in a backward pass, adding to what earlier passes left there."""
+        fresh = SampleGradients(samples, found)
         if self.before_write is not None:
-            self.before_write(samples)
+            self.before_write(fresh)
         if self._consumed:
             self.discard()
-        fresh = SampleGradients(samples, found)
         for param in fresh.params:
             earlier = vars(param).get("grad_sample")
             grads = fresh.grads(param)
@@ -45,12 +45,17 @@ class GradSamples(Sink):
                 self._unreached[param] = param.new_zeros(()).expand(samples, *param.shape)
                 _store(param, self._unreached[param])
 
+    def peek(self, samples: int) -> SampleGradients:
+        """What is written."""
+        unreached = self._unreached
+        stored = {p: g for p in self._params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)}
+        return SampleGradients(samples, [Instantiated(stored, samples, "")])
+
     def take(self, samples: int) -> SampleGradients:
         """Hand over what is written; it stays on the parameters until the next backward pass."""
-        unreached, self._unreached = self._unreached, {}
-        stored = {p: g for p in self._params if isinstance(g := vars(p).get("grad_sample"), Tensor) and g is not unreached.get(p)}
-        self._consumed = True
-        return SampleGradients(samples, [Instantiated(stored, samples, "")])
+        found = self.peek(samples)
+        self._consumed, self._unreached = True, {}
+        return found
 
     def discard(self) -> None:
         """Take everything off the parameters."""

@@ -1,15 +1,15 @@
 """SampleGradients: the per-sample gradients of one physical batch; tied weights and repeated uses are added up here."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._precision import full_precision, wide_dtype
 from ..rules import CHUNK, ghost_norms, sum_of_squares, weighted_sum
-from .joined import Joined, is_small
-from .terms import Sums, Term
+from .joined import Joined, Piece, is_small
+from .terms import Instantiated, Sums, Term
 
 
 class SampleGradients:
@@ -20,8 +20,10 @@ class SampleGradients:
     however often it was used.
     """
 
-    def __init__(self, samples: int, terms: Sequence[Term]) -> None:
+    def __init__(self, samples: int, terms: Sequence[Term], count_as: int = 0) -> None:
+        """Of ``terms``; where it depends on the number of samples how gradients are worked out, there are at least ``count_as``."""
         self.samples = samples
+        self._count = max(samples, count_as)
         self._joined: list[Joined] = []
         self._terms: dict[nn.Parameter, list[Term]] = {}
         for term in terms:
@@ -69,22 +71,29 @@ class SampleGradients:
 
         What is small is written out side by side for it, and kept so for :meth:`weighted_sums`.
         """
-        self._joined = self._join([p for group in groups for p in group])
-        joined = {p for some in self._joined for p in some.params}
-        out = []
+        self._joined, out = [], []
         for group in groups:
-            parts = [norms for some in self._joined if (norms := some.sq_norms(group)) is not None]
-            parts += self.sq_norms([p for p in group if p not in joined]).values()
+            joined = self._join(group)
+            done = {p for some in joined for p in some.params}
+            parts = [some.sq_norms() for some in joined]
+            parts += self.sq_norms([p for p in group if p not in done]).values()
             out.append(parts[0] if len(parts) == 1 else added(parts))
+            self._joined += joined
         return out
 
-    def _join(self, params: Sequence[nn.Parameter]) -> list[Joined]:
-        small = [p for p in params if is_small(p, self.samples) and not any(term.has_formulas for term in self._terms[p])]
-        return Joined.make([(p, *self._unscaled(p)) for p in small])
-
-    def _unscaled(self, param: nn.Parameter) -> tuple[Tensor, float]:
-        first, *more = self._terms[param]
-        return (self.grads(param), 1.0) if more else first.unscaled(param)
+    def _join(self, group: Sequence[nn.Parameter]) -> list[Joined]:
+        small = [p for p in group if is_small(p, self._count) and not any(term.has_formulas for term in self._terms[p])]
+        alone = {p for p in small if len(self._terms[p]) == 1}
+        pieces: dict[int, Piece] = {}
+        for p in small:
+            first, *more = self._terms[p]
+            piece = first.piece if isinstance(first, Instantiated) else None
+            if piece is not None and alone.issuperset(piece.params):
+                pieces[id(piece)] = piece
+            else:
+                grads, scale = (self.grads(p), 1.0) if more else first.unscaled(p)
+                pieces[id(p)] = Piece([p], grads.reshape(self.samples, p.numel()), scale)
+        return Joined.make(pieces.values())
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
@@ -97,8 +106,6 @@ class SampleGradients:
             return sum_of_squares(param.detach().new_zeros(0, 1))
         return torch.cat(parts)
 
-    @torch.no_grad()
-    @full_precision()
     def weighted_sums(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Sums:
         """Return, per parameter, the sum over samples of factor times gradient, in the parameter's shape.
 
@@ -107,23 +114,31 @@ class SampleGradients:
         wanted parameter; samples that are not ``finite`` ``[samples]`` are left out by selection, not by a factor of 0. With
         ``consume`` what a parameter's sum was made of is let go as soon as it is there.
         """
+        return dict(self.sums_in_turn(factors, finite, consume=consume))
+
+    def sums_in_turn(self, factors: Sums, finite: Tensor, *, consume: bool = False) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The same, one parameter after the other: of a large model all together are large."""
         chosen = None if bool(finite.all()) else finite.nonzero().flatten()
         if chosen is not None and not len(chosen):
-            return {p: torch.zeros_like(p, dtype=wide_dtype(p.dtype)) for p in factors}
-        out: Sums = {}
+            yield from ((p, torch.zeros_like(p, dtype=wide_dtype(p.dtype))) for p in factors)
+            return
         joined, self._joined = self._joined, []
+        done: set[nn.Parameter] = set()
         for some in joined:
-            out |= some.weighted_sums(factors, chosen)
+            with torch.no_grad(), full_precision():
+                sums = list(some.weighted_sums(factors, chosen))
             for param in some.params if consume else ():
                 del self._terms[param]
+            done.update(some.params)
+            yield from sums
         for param, factor in factors.items():
-            if param in out:
+            if param in done:
                 continue
-            rows = None if chosen is None else chosen.to(factor.device)
-            out[param] = self._weighted_sum(param, factor, rows)
+            with torch.no_grad(), full_precision():
+                total = self._weighted_sum(param, factor, None if chosen is None else chosen.to(factor.device))
             if consume:
                 del self._terms[param]
-        return out
+            yield param, total
 
     def _weighted_sum(self, param: nn.Parameter, factor: Tensor, rows: Tensor | None) -> Tensor:
         dtype = wide_dtype(param.dtype)

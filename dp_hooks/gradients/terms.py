@@ -1,7 +1,7 @@
 """Terms: what one use of some parameters adds to their per-sample gradients, deferred or written out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._tree import tree_map
 from ..errors import UnsupportedModelError
 from ..rules import Call, OuterProducts, Rule, ghost_norms, sum_of_squares, weighted_sum, wide
-from .joined import is_small
+from .joined import Piece, is_little, is_small
 
 Sums = dict[nn.Parameter, Tensor]
 
@@ -70,13 +70,15 @@ class Deferred(Term):
     call: Call
     rule: Rule
     scale: float
-    _names: dict[nn.Parameter, str] = field(init=False)
+    names: dict[nn.Parameter, str] = field(init=False)
+    # What has to be the same in calls that are computed as one; None: it is not one of those that wait for others.
+    kind: Hashable = field(default=None, init=False)
     _kept: dict[str, Tensor] | None = None
     _products: dict[nn.Parameter, OuterProducts | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._names = {self.call.parameter(name): name for name in self.call.names}
-        self.samples, self.name, self.params = self.call.samples, self.call.name, list(self._names)
+        self.names = {self.call.parameter(name): name for name in self.call.names}
+        self.samples, self.name, self.params = self.call.samples, self.call.name, list(self.names)
         rule = self.rule
         self.has_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
 
@@ -87,9 +89,10 @@ class Deferred(Term):
         lone = [t.shape[axis : axis + 1] for t in self.call.inputs] == [(self.call.samples,)]
         return not self.rule.keep and (self.rule.all_per_sample or lone)
 
-    def _run(self, call: Call) -> dict[str, Tensor]:
+    def run(self, call: Call) -> dict[str, Tensor]:
+        """What the rule returns for ``call``, this one or one like it."""
         found = self.rule.grad_samples(call)
-        shapes = {name: p.shape for p, name in self._names.items()}
+        shapes = {name: p.shape for p, name in self.names.items()}
         for name in call.names:
             shape, problem = (call.samples, *shapes[name]), None
             if name not in found:
@@ -103,25 +106,25 @@ class Deferred(Term):
 
     def grads(self, param: nn.Parameter, rows: slice | Tensor) -> Tensor:
         """Per-sample gradients of ``param`` for the samples ``rows``."""
-        factors, name = self.outer_products(param), self._names[param]
+        factors, name = self.outer_products(param), self.names[param]
         if factors is not None:
             return factors.pick(rows).grads()
         if self._narrows:
-            return scaled(self._run(_narrow(self.call, rows, (name,)))[name], self.scale)
+            return scaled(self.run(_narrow(self.call, rows, (name,)))[name], self.scale)
         if self._kept is None:
-            self._kept = self._run(self.call)
+            self._kept = self.run(self.call)
         return scaled(self._kept[name][rows], self.scale)
 
     def all_grads(self) -> dict[nn.Parameter, Tensor]:
         """Per-sample gradients of all parameters and samples."""
-        found = self._run(self.call)
-        return {param: scaled(found[name], self.scale) for param, name in self._names.items()}
+        found = self.run(self.call)
+        return {param: scaled(found[name], self.scale) for param, name in self.names.items()}
 
     def outer_products(self, param: nn.Parameter) -> OuterProducts | None:
         """The factors that the rule gives, if it does; made once, unless that would hold copies of what was captured."""
         if param in self._products or self.rule.outer_products is None:
             return self._products.get(param)
-        name = self._names[param]
+        name = self.names[param]
         found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
@@ -133,8 +136,8 @@ class Deferred(Term):
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
         """Squared norms by the rule's own formula, if it has one, or from its factors."""
         if self.rule.sq_norms is not None:
-            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self._names[p] for p in params)))
-            return {p: found[self._names[p]] * self.scale**2 for p in params}
+            found = self.rule.sq_norms(dataclasses.replace(self.call, names=tuple(self.names[p] for p in params)))
+            return {p: found[self.names[p]] * self.scale**2 for p in params}
         factors = {p: self.outer_products(p) for p in params}
         return {p: ghost_norms.sq_norms([use]) for p, use in factors.items() if use is not None}
 
@@ -142,14 +145,19 @@ class Deferred(Term):
         """Weighted sums by the rule's own formula, if it has one, or from its factors."""
         chosen = slice(None) if rows is None else rows
         if self.rule.weighted_sums is not None and (rows is None or self._narrows):
-            names = tuple(self._names[p] for p in params)
+            names = tuple(self.names[p] for p in params)
             call = dataclasses.replace(self.call, names=names) if rows is None else _narrow(self.call, rows, names)
             found = self.rule.weighted_sums(call, factors[chosen] * self.scale)
-            return {p: found[self._names[p]] for p in params}
+            return {p: found[self.names[p]] for p in params}
         uses = {p: self.outer_products(p) for p in params}
         return {p: use.pick(chosen).weighted_sum(factors[chosen]) for p, use in uses.items() if use is not None}
 
-    def instantiate_small(self) -> "list[Term]":
+    @property
+    def captured(self) -> list[Tensor]:
+        """What is kept of the call."""
+        return [t for t in (*self.call.inputs, *self.call.grads) if t is not None]
+
+    def instantiate_small(self, count_as: int = 0) -> "list[Term]":
         """Write out at once what takes about as much memory as what it was captured with; keep the rest as it is.
 
         Per parameter the gradients of a sample are ``numel`` numbers, and the captured inputs and output gradients ``held``.
@@ -157,19 +165,43 @@ class Deferred(Term):
         beyond those of an ordinary backward pass. For a linear layer with ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o +
         i)`` is also where Gram matrices would cost more than the gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up
         to ``_GENEROSITY`` times as much is allowed: by then the backward pass has let other activations go. So is what is small
-        anyway (:func:`.is_small`).
+        anyway (:func:`.is_small`). Calls of which all is small wait for others like them, see :mod:`.stacked`.
         """
         call, rule = self.call, self.rule
         if call.samples == 0 or self.has_formulas:
             return [self]
-        held = sum(t.numel() for t in (*call.inputs, *call.grads) if t is not None) // call.samples
-        small = {p: name for p, name in self._names.items() if p.numel() <= _GENEROSITY * held or is_small(p, call.samples)}
+        count = max(call.samples, count_as)
+        self.kind = self._kind(count)
+        if self.kind is not None:
+            return [self]
+        held = sum(t.numel() for t in self.captured) // call.samples
+        small = {p: name for p, name in self.names.items() if p.numel() <= _GENEROSITY * held or is_small(p, count)}
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
             return [self]
-        rest = tuple([name for p, name in self._names.items() if p not in small])
-        tensors = self._run(dataclasses.replace(call, names=tuple(small.values())) if rest else call)
+        rest = tuple([name for p, name in self.names.items() if p not in small])
+        tensors = self.run(dataclasses.replace(call, names=tuple(small.values())) if rest else call)
         stored = Instantiated({p: tensors[name] for p, name in small.items()}, call.samples, call.name, self.scale)
         return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
+
+    def _kind(self, count: int) -> Hashable:
+        call, alike = self.call, self.rule.alike
+        if alike is None or len(call.args) != 1 or call.kwargs or len(call.grads) != 1:
+            return None
+        (x,), (grad,) = call.args, call.grads
+        if type(x) is not Tensor or type(grad) is not Tensor:
+            return None
+        if not is_little((x.numel() + grad.numel()) // call.samples * count, grad.device):
+            return None
+        if not all(is_small(p, count) for p in self.names):
+            return None
+        shapes = tuple([(name, p.shape) for p, name in self.names.items()])
+        tensors = (x.shape, x.dtype, x.device, grad.shape, grad.dtype)
+        kind = (id(self.rule), alike(call.module), shapes, *tensors, call.samples, call.batch_dim, call.cut, self.scale)
+        try:
+            hash(kind)
+        except TypeError:  # settings may be lists
+            return None
+        return kind
 
 
 @dataclass(eq=False)
@@ -180,6 +212,7 @@ class Instantiated(Term):
     samples: int
     name: str
     scale: float = 1.0
+    piece: Piece | None = None  # all of them side by side, if they are
 
     def __post_init__(self) -> None:
         self.params = list(self.tensors)

@@ -50,10 +50,9 @@ class TwoPass(DeferredSink):
         self._second(term)
         return []
 
-    def take(self, samples: int) -> SampleGradients:
-        """Hand over the norms, and what it takes to get at the sums."""
-        pending, self.pending = self.pending, []
-        return TwoPassGradients(samples, pending, self)
+    def peek(self, samples: int) -> SampleGradients:
+        """The norms, and what it takes to get at the sums."""
+        return TwoPassGradients(samples, self.pending, self)
 
     def _first(self, term: Term) -> Sequence[Term]:
         params = term.params

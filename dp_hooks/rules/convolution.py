@@ -6,6 +6,7 @@ roles: patches of the output gradient meet the input. Weighted sums are the ordi
 gradients, by PyTorch's own kernels.
 """
 
+from collections.abc import Hashable
 from itertools import product
 from typing import cast
 
@@ -201,8 +202,20 @@ def weighted_sums(call: Call, factors: Tensor) -> dict[str, Tensor]:
     return out
 
 
+def _settings(module: nn.Module) -> Hashable:
+    layer = cast(_ConvNd, module)
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding)
+    return (*shape, layer.groups, layer.padding_mode, layer.transposed)
+
+
 CONVOLUTION = Rule(
-    "Convolution", grad_samples, weighted_sums=weighted_sums, outer_products=outer_products, subclasses=True, batch_dim=0
+    "Convolution",
+    grad_samples,
+    weighted_sums=weighted_sums,
+    outer_products=outer_products,
+    subclasses=True,
+    batch_dim=0,
+    alike=_settings,
 )
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -1,5 +1,7 @@
 """Embedding tables: ``y[n, t, d] = W[ids[n, t], d]``. A per-sample gradient has one non-zero row per distinct id."""
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,8 +44,18 @@ def refusal(module: nn.Module) -> str | None:
     return "; ".join(reasons) or None
 
 
+def _padding_idx(module: nn.Module) -> Hashable:
+    return getattr(module, "padding_idx", None)
+
+
 EMBEDDING = Rule(
-    "Embedding", grad_samples, outer_products=outer_products, parameters=frozenset({"weight"}), subclasses=True, any_rank=True
+    "Embedding",
+    grad_samples,
+    outer_products=outer_products,
+    parameters=frozenset({"weight"}),
+    subclasses=True,
+    any_rank=True,
+    alike=_padding_idx,
 )
 
 

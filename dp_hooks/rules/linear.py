@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .._precision import wide_dtype
 from .outer import OuterProducts
-from .rule import Call, Rule
+from .rule import Call, Rule, always_alike
 
 
 def wide(tensor: Tensor, *others: Tensor) -> Tensor:
@@ -47,6 +47,6 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     return out
 
 
-LINEAR = Rule("Linear", grad_samples, outer_products=outer_products, subclasses=True, any_rank=True)
+LINEAR = Rule("Linear", grad_samples, outer_products=outer_products, subclasses=True, any_rank=True, alike=always_alike)
 # transformers' Conv1D (GPT-2): a linear layer whose weight is stored as [i, o].
-CONV1D = Rule("Conv1D", grad_samples, outer_products=outer_products, any_rank=True)
+CONV1D = Rule("Conv1D", grad_samples, outer_products=outer_products, any_rank=True, alike=always_alike)

@@ -1,5 +1,6 @@
 """Normalisation with an elementwise affine map: ``y = normalised(x) * w + b``, over features, groups or channels."""
 
+from collections.abc import Hashable
 from typing import cast
 
 import torch
@@ -54,10 +55,15 @@ def _has_no_statistics(module: nn.Module) -> bool:
     return not module.track_running_stats
 
 
-LAYER_NORM = Rule("LayerNorm", _layer_norm, subclasses=True, any_rank=True)
-RMS_NORM = Rule("RMSNorm", _rms_norm, subclasses=True, any_rank=True)
-GROUP_NORM = Rule("GroupNorm", _group_norm, subclasses=True, batch_dim=0)
-INSTANCE_NORM = Rule("InstanceNorm", _instance_norm, subclasses=True, applies=_has_no_statistics, batch_dim=0)
+def _size(module: nn.Module) -> Hashable:
+    """What is normalised, and with which epsilon."""
+    return (getattr(module, "normalized_shape", None), getattr(module, "num_groups", None), module.eps)
+
+
+LAYER_NORM = Rule("LayerNorm", _layer_norm, subclasses=True, any_rank=True, alike=_size)
+RMS_NORM = Rule("RMSNorm", _rms_norm, subclasses=True, any_rank=True, alike=_size)
+GROUP_NORM = Rule("GroupNorm", _group_norm, subclasses=True, batch_dim=0, alike=_size)
+INSTANCE_NORM = Rule("InstanceNorm", _instance_norm, subclasses=True, applies=_has_no_statistics, batch_dim=0, alike=_size)
 
 
 def is_feature_norm(module: nn.Module) -> bool:

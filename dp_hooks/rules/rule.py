@@ -4,7 +4,7 @@ Index legend used in all rules: ``n`` samples, ``t`` any dimensions between batc
 ``i`` input features, ``o`` output features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Call:
         memo: scratch space of the rule for this module, kept for the lifetime of the scope.
         cut: positions of the input tensors that are cut into samples: each, like each gradient, is ``[n, *input for one
             sample alone]``. None: the sample axis of inputs and gradients is ``batch_dim``.
+        own: parameters by name, where the module may hold other tensors in their places.
     """
 
     module: nn.Module
@@ -49,6 +50,7 @@ class Call:
     run: RunModule
     memo: dict[str, Any] = field(default_factory=dict)
     cut: frozenset[int] | None = None
+    own: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -70,7 +72,7 @@ class Call:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The module's parameter ``name``."""
-        own = self.module._parameters.get(name)
+        own = self.own.get(name, self.module._parameters.get(name))
         return own if isinstance(own, nn.Parameter) else self.module.get_parameter(name)
 
 
@@ -109,6 +111,14 @@ class Rule:
     all_per_sample: bool = False  # every input has one row per sample; else only the first one is known to have
     whole_subtree: bool = False  # the rule differentiates the module together with everything below it
     any_rank: bool = False  # the rule allows any number of dimensions between samples and features
+    # What of a module the gradients depend on, besides shapes: calls of modules of which it is the same can be computed as one
+    # call on all their samples. None: they depend on more, as on the values of parameters.
+    alike: Callable[[nn.Module], Hashable] | None = None
+
+
+def always_alike(module: nn.Module) -> Hashable:
+    """For :attr:`Rule.alike`: gradients depend on nothing but what a call got, and on shapes."""
+    return None
 
 
 def check_samples(call: Call) -> None:

@@ -311,7 +311,7 @@ class PrivateOptimizer(WrappedOptimizer):
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
             if self._self_check is not None:
                 if self._self_check.needed(gradients.samples):
-                    self._self_check.check_calls(gradients.samples)
+                    self._self_check.check_calls(gradients.samples, gradients)
                 self._self_check.new_step()
             if gradients.samples > 0 and params:
                 self._sum.add(gradients, params)

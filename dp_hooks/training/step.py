@@ -15,6 +15,7 @@ from typing_extensions import ParamSpec, TypeVar
 from .._tree import private_copy, rows_of, tensors_of, tree_map
 from .._validate import bad, boolean, one_of
 from ..capture.controller import HookController
+from ..capture.validate import uncompiled
 from ..checks.self_check import SelfCheck
 from ..errors import InvalidArgumentError, ScopeError, SelfCheckError
 from .scope import open_scopes
@@ -84,7 +85,7 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
 
     @functools.wraps(fn)
     def step(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        scope = open_scopes.innermost(model)
+        scope = open_scopes.innermost(uncompiled(model))
         if scope is None or scope.optimizer is None:
             raise ScopeError(
                 f"{_name(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "
@@ -103,7 +104,7 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
         drawn = optimizer.physical_batch
         if (drawn is not None and drawn.size == 0) or _has_no_rows(batch, controller.axis):
             optimizer.step_empty()
-            return torch.zeros(0 if shape_seen and shape_seen[-1] else ())
+            return torch.zeros(0 if shape_seen and shape_seen[-1] else (), device=optimizer.params[0].device)
 
         def run(part: Any) -> Tensor:
             trace = controller.session.trace if controller.hooks_enabled else None

@@ -1,8 +1,8 @@
 """What no value of a first batch shows: gradients that mix alone, state from other passes, criteria called several times."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,29 +13,8 @@ from torch import Tensor, nn
 from dp_hooks import dp_step, errors
 from dp_hooks.checks.comparison import Comparison
 
-from .. import laws
 from ..models import Net, loader_of, randn, scope_over, values
-from ..reference import losses_of
-
-N, D = 8, 4
-whole = dp_step(lambda model, x: losses_of(model, x))
-STYLES = {"bare loop": laws.step_in(laws.MODE["ghost"]), "dp_step": lambda model, opt, batch: whole(model, batch[0])}
-each_style = pytest.mark.parametrize("step", STYLES.values(), ids=STYLES)
-
-
-@contextmanager
-def refused(match: str, model: nn.Module) -> Iterator[None]:
-    """The block is refused, and moves nothing."""
-    before = values(model)
-    with pytest.raises(errors.SelfCheckError, match=match):
-        yield
-    assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
-
-
-def opened(model: nn.Module, batches: int = 1, **options: Any) -> Any:
-    """A scope with so many batches."""
-    return scope_over(model, loader=loader_of([randn(batches * N, D)], N), max_grad_norm=1.0, **options)
-
+from .steps import D, N, each_style, opened, refused, refused_in
 
 # ---------------------------------------------------------------- gradients that mix where no value does
 
@@ -170,15 +149,7 @@ def test_what_is_kept_beside_other_objects_is_found(step: Any) -> None:
 @each_style
 def test_what_begins_to_be_kept_later_is_found_then(step: Any) -> None:
     """An attribute that changes for the first time in a later step has that step checked."""
-    model = Keeping(lambda s, h: set_mean(s, h) if s.late else None).double()
-    with opened(model, 3) as (opt, loader):
-        for number, batch in enumerate(loader):
-            if number == 1:
-                model.late = True
-                with refused("kept", model):
-                    step(model, opt, batch)
-                break
-            step(model, opt, batch)
+    refused_in(1, "kept", Keeping(lambda s, h: set_mean(s, h) if s.late else None).double(), step)
 
 
 def _evaluate(model: nn.Module, x: Tensor) -> None:
@@ -208,15 +179,7 @@ def test_what_an_evaluation_leaves_for_training_is_refused(buffer: bool, late: b
 def test_an_evaluation_that_begins_to_leave_something_is_looked_at_again(step: Any) -> None:
     """That earlier passes left nothing is no reason to trust one that does."""
     model = Keeping(lambda s, h: set_mean(s, h) if s.late and not s.training else None).double()
-    with opened(model, 3) as (opt, loader):
-        for number, batch in enumerate(loader):
-            model.late = number == 1
-            _evaluate(model, batch[0])
-            if number == 1:
-                with refused("kept", model):
-                    step(model, opt, batch)
-                break
-            step(model, opt, batch)
+    refused_in(1, "kept", model, step, before=_evaluate)
 
 
 def into_a_list(s: Any, h: Tensor) -> None:
@@ -247,15 +210,7 @@ class Bank(nn.Module):
 @pytest.mark.parametrize("write", [into_a_list, with_an_underscore])
 def test_what_is_written_to_in_one_later_call_only_is_found_then(write: Callable[[Any, Tensor], None], step: Any) -> None:
     """Lists and attributes of any name, written to past all operations."""
-    model = Bank(write).double()
-    with opened(model, 3) as (opt, loader):
-        for number, batch in enumerate(loader):
-            model.late = number == 1
-            if number == 1:
-                with refused("bank|_kept", model):
-                    step(model, opt, batch)
-                break
-            step(model, opt, batch)
+    refused_in(1, "bank|_kept", Bank(write).double(), step)
 
 
 class Holder:
@@ -412,14 +367,14 @@ class Turns(nn.Module):
     def __init__(self, turns: int, *, training: bool) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3)
-        self.turns, self.in_training, self.count, self.reads = turns, training, 0, True
+        self.turns, self.in_training, self.late = turns, training, True  # whether it is taken off
         self.register_buffer("kept", torch.zeros(D, dtype=torch.float64))
         self.gathered: list[Tensor] = []
         self.read = torch.zeros(D, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).tanh()
-        out = self.b(3 * (h - self.read)) if self.reads else self.b(3 * h + 1)
+        out = self.b(3 * (h - self.read)) if self.late else self.b(3 * h + 1)
         if self.training is self.in_training:
             self.gathered.append(h.detach().mean(0))
             if len(self.gathered) == self.turns:
@@ -444,17 +399,7 @@ def test_what_is_gathered_over_several_calls_is_found_at_the_first(turns: int, t
 @each_style
 def test_what_training_begins_to_read_later_is_found_then(step: Any) -> None:
     """Prototypes that evaluations leave from the start, and that a flag has training make use of after some steps."""
-    model = Turns(1, training=False).double()
-    model.reads = False
-    with opened(model, 3) as (opt, loader):
-        for number, batch in enumerate(loader):
-            if number == 2:
-                model.reads = True
-                with refused("read", model):
-                    step(model, opt, batch)
-                break
-            step(model, opt, batch)
-            _evaluate(model, batch[0])
+    refused_in(2, "read", Turns(1, training=False).double(), step, after=_evaluate)
 
 
 def with_gradients(model: nn.Module, x: Tensor) -> None:

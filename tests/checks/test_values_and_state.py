@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dp_hooks import checking, dp_step, errors
-from dp_hooks.checks import comparison
+from dp_hooks.checks import gradient_comparison
 from dp_hooks.gradients.sample_gradients import SampleGradients
+from dp_hooks.rules import ghost_norms
 
 from .. import laws
 from ..models import Net, build, loader_of, moved, randn, scope_over, values
@@ -195,12 +196,12 @@ def test_one_per_cent_of_a_gradient_is_found_where_the_loss_is_one_number(by_fun
 
 
 def _off_by_one_per_cent(monkeypatch):
-    sound = SampleGradients.weighted_sums
+    sound = SampleGradients.sums_in_turn
 
     def faulty(self, factors, finite, *, consume=False):
-        return {p: 1.01 * total for p, total in sound(self, factors, finite, consume=consume).items()}
+        return ((p, 1.01 * total) for p, total in sound(self, factors, finite, consume=consume))
 
-    monkeypatch.setattr(SampleGradients, "weighted_sums", faulty)
+    monkeypatch.setattr(SampleGradients, "sums_in_turn", faulty)
 
 
 @pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
@@ -687,7 +688,7 @@ def test_checking_is_true_while_the_library_runs_a_function_for_itself():
 @pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
 def test_a_jump_of_gradients_by_rounding_is_no_reason_to_refuse(mode, dtype, wrong, refused, monkeypatch):
     """In float32 a run that disagrees is repeated: only what disagrees every time is refused, and what is released is right."""
-    runs, compare = [], comparison.compare_sums
+    runs, compare = [], gradient_comparison.compare_sums
 
     def jumping(*args, **kwargs):
         runs.append(1)
@@ -695,7 +696,7 @@ def test_a_jump_of_gradients_by_rounding_is_no_reason_to_refuse(mode, dtype, wro
             raise errors.SelfCheckError("a unit was switched")
         compare(*args, **kwargs)
 
-    monkeypatch.setattr(comparison, "compare_sums", jumping)
+    monkeypatch.setattr(gradient_comparison, "compare_sums", jumping)
     model = two_layers(lambda s, h: h.relu()).to(getattr(torch, dtype))
     x = randn(N, D).to(getattr(torch, dtype))
     expected = clipped_sum(sample_grads(model, losses_of, x), 1.0)
@@ -730,3 +731,143 @@ def test_an_infinite_output_or_loss_does_not_hide_that_others_mix(dtype, by_func
     assert bool(model(x)[0].isinf().any())
     assert error is not None
     assert "is off by" in str(error)
+
+
+def by_autograd(s, x):
+    """The slope of a potential at each sample."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(s.a(x).tanh().square().sum(), x, create_graph=False)
+    return s.b(s.a(x.detach()) + slope.mean(1, keepdim=True))
+
+
+def by_func(s, x):
+    """The same by torch.func, which allows no hooks on saved tensors."""
+    slope = torch.func.grad(lambda z: z.tanh().square().sum())(x)
+    return s.b(s.a(x + slope))
+
+
+@pytest.mark.parametrize("little", [0, 1 << 22])
+@pytest.mark.parametrize("forward", [by_autograd, by_func])
+def test_gradients_inside_a_forward_pass_are_no_reason_to_refuse(forward, little, monkeypatch):
+    """Runs of which nothing is saved cannot compute them, and are made anew."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", little)
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    if forward is by_autograd:
+        model.a.requires_grad_(False)
+    assert laws.released(model, [randn(16, D)]) is None
+
+
+@pytest.mark.parametrize("samples", [3, 4, 9, 33])
+@pytest.mark.parametrize("by_function", [False, True])
+def test_gradients_of_a_few_samples_are_enough_to_see_what_mixes(by_function, samples, monkeypatch):
+    """Where a run keeps many activations, values are compared of all samples, gradients of those with the largest and smallest."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", 0)
+    for mixes in (True, False):
+        model = two_layers(lambda s, h, mixes=mixes: HalfMixed.apply(h, mixes))
+        step = dp_step(lambda m, x: losses_of(m, x))
+        with scope_over(model, loader=loader_of([randn(samples, D)]), max_grad_norm=1.0) as (opt, loader):
+            for (x,) in loader:
+                with pytest.raises(errors.SelfCheckError) if mixes else nullcontext():
+                    if by_function:
+                        step(model, x)
+                    else:
+                        losses_of(model, x).mean().backward()
+                        opt.step()
+
+
+class HalfMixed(torch.autograd.Function):
+    """Identity; its gradient is centred over the batch if it ``mixes``."""
+
+    @staticmethod
+    def forward(ctx, h, mixes):
+        ctx.mixes = mixes
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad - grad.mean(0) if ctx.mixes else grad), None
+
+
+def catching(s, x):
+    """Takes another way where gradients cannot be computed."""
+    try:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(z.pow(4).sum(), z)
+    except RuntimeError:
+        slope = torch.zeros_like(x)
+    return s.b(s.a(x - 0.1 * slope).tanh())
+
+
+def one_for_each(s, x):
+    """The rows of what is between, too, one by one."""
+    h = s.a(x)
+    return s.b(h), list(h)
+
+
+@pytest.mark.parametrize("forward", [catching, one_for_each])
+@pytest.mark.parametrize("samples", [3, 8, 16])
+def test_what_runs_on_a_few_samples_may_be_any_model(forward, samples, monkeypatch):
+    """Models that catch errors, and such with an output for each sample."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", 0)
+    model = Net(forward, a=nn.Linear(D, D), b=nn.Linear(D, 3)).double()
+    with scope_over(model, loader=loader_of([randn(samples, D)]), max_grad_norm=1.0) as (opt, loader):
+        for (x,) in loader:
+            out = model(x)
+            (out[0] if isinstance(out, tuple) else out).square().sum(1).mean().backward()
+            opt.step()
+
+
+@pytest.mark.parametrize("samples", [3, 5, 9])
+def test_samples_that_are_not_finite_are_not_those_that_are_looked_at(samples, monkeypatch):
+    """One with infinite values and one with NaN have no gradient that could be compared; the others have."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", 0)
+    x = randn(samples, D)
+    x[0, 0], x[-1] = torch.inf, torch.nan
+    model = two_layers(lambda s, h: h.tanh())
+    with scope_over(model, loader=loader_of([x]), max_grad_norm=1.0) as (opt, loader):
+        for (batch,) in loader:
+            losses_of(model, batch).mean().backward()
+            opt.step()
+
+
+@pytest.mark.parametrize("little", [0, 1 << 22])
+@pytest.mark.parametrize("samples", [8, 32])
+def test_a_few_samples_are_computed_as_the_whole_batch_is(little, samples, monkeypatch):
+    """Norms that come from Gram matrices in the step come from these in the check: they are wrong, and that is found."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", little)
+    sound = ghost_norms.sq_norms
+    monkeypatch.setattr(ghost_norms, "sq_norms", lambda uses: 0.25 * sound(uses))
+    model = Net(lambda s, x: s.b(s.a(x).tanh()), a=nn.Linear(100, 100), b=nn.Linear(100, 100)).double()
+    with scope_over(model, loader=loader_of([randn(samples, 100)]), max_grad_norm=1.0) as (opt, loader):
+        for (x,) in loader:
+            losses_of(model, x).mean().backward()
+            with pytest.raises(errors.SelfCheckError):
+                opt.step()
+
+
+class Larger(nn.Module):
+    """Keeps a mean in a buffer if the batch has more samples than its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, 3)
+        self.register_buffer("mean", torch.zeros(D))
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        if len(x) > 9:
+            self.mean.lerp_(h.detach().mean(0), 0.1)
+        return self.b(h)
+
+
+def test_what_only_the_whole_batch_leaves_is_found(monkeypatch):
+    """Gradients are compared of a few samples, but state is that of all."""
+    monkeypatch.setattr("dp_hooks.checks.comparison._LITTLE", 0)
+    model = Larger().double()
+    with scope_over(model, loader=loader_of([randn(24, D)]), max_grad_norm=1.0) as (opt, loader):
+        for (x,) in loader:
+            losses_of(model, x).mean().backward()
+            with pytest.raises(errors.SelfCheckError, match="mean"):
+                opt.step()

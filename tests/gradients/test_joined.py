@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_hooks import HookController
-from dp_hooks.gradients.joined import Joined, is_small
+from dp_hooks.gradients.joined import Joined, Piece, is_small
 from dp_hooks.gradients.sample_gradients import SampleGradients
 
 from ..models import Net, build
@@ -64,14 +64,14 @@ def test_only_what_is_alike_is_joined() -> None:
     params = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (), (0, 3))]
 
     def rows(p: nn.Parameter, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.ones(5, *p.shape, dtype=dtype)
+        return torch.ones(5, p.numel(), dtype=dtype)
 
-    pieces = Joined.make([(p, rows(p), 2.0) for p in params])
-    assert [piece.rows.shape for piece in pieces] == [(5, 6 + 4 + 1)]
-    assert pieces[0].sq_norms(params).tolist() == pytest.approx([11 * 4.0] * 5)
-    assert pieces[0].sq_norms(params[1:3]).tolist() == pytest.approx([5 * 4.0] * 5)
-    other = [(params[0], rows(params[0]), 1.0), (params[1], rows(params[1], torch.float64), 1.0), (params[2], rows(params[2]), 2.0)]
-    assert [piece.params for piece in Joined.make(other)] == [[p] for p in params[:3]]
+    joined = Joined.make([Piece([p], rows(p), 2.0) for p in params])
+    assert [some.rows.shape for some in joined] == [(5, 6 + 4 + 1)]
+    assert joined[0].sq_norms().tolist() == pytest.approx([11 * 4.0] * 5)
+    kinds = [(torch.float32, 1.0), (torch.float64, 1.0), (torch.float32, 2.0)]
+    other = [Piece([p], rows(p, dtype), scale) for p, (dtype, scale) in zip(params, kinds, strict=False)]
+    assert [some.params for some in Joined.make(other)] == [[p] for p in params[:3]]
 
 
 def test_what_is_small_depends_on_the_number_of_samples() -> None:

@@ -31,7 +31,7 @@ class Watched(torch.autograd.Function):
         return torch.from_numpy(array)
 
 
-def test_nothing_more_than_needed_stays_captured():
+def test_nothing_more_than_needed_stays_captured(nothing_is_small):
     """Layers whose gradients are written out at once keep nothing, others their input and output gradient until the step."""
     before, between, after = memories = [], [], []
 

@@ -177,7 +177,11 @@ PLAIN: list[Row] = [
     ("model class", {"model": lambda m: nn.Linear}, ["model=", "torch.nn.Module"]),
     ("Opacus wrapper", {"model": GradSampleModule}, ["model='GradSampleModule'", "pass the module inside"]),
     ("DataParallel", {"model": nn.DataParallel}, ["model='DataParallel'", "pass the module inside"]),
-    ("compiled", {"model": torch.compile}, ["model='OptimizedModule'", "pass the module inside"]),
+    (
+        "compiled wrapper",
+        {"model": lambda m: torch.compile(nn.DataParallel(m))},
+        ["model='DataParallel'", "pass the module inside"],
+    ),
     ("optimizer None", {"optimizer": lambda m: None}, ["optimizer=None", "torch.optim.Optimizer"]),
     ("optimizer class", {"optimizer": lambda m: torch.optim.SGD}, ["optimizer=", "torch.optim.Optimizer"]),
     ("foreign", {"optimizer": lambda m: _sgd(_Net())}, ["optimizer='SGD'", "2 of its 2", "model.parameters()"]),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..._rerun import AmbientContext
 from ..._tree import modules_of, private_copy
-from .carried_state import CarriedState
+from .carried_state import CarriedState, Unlike
 from .changes import Changes
 from .forward_frame import call_in, forward_around
 from .module_state import ModuleState
@@ -37,7 +37,7 @@ class CallRecorder:
         # For each state of the model and kind of call, numbers of the outputs that checks have covered.
         self.covered: dict[tuple[Any, Any], set[int]] = {}
         # What such calls were found to leave of their samples, by the name and mode of what was called.
-        self.left_quietly: dict[tuple[str, bool], tuple[CarriedState, CarriedState]] = {}
+        self.left_quietly: dict[tuple[str, bool], tuple[Unlike, CarriedState, CarriedState]] = {}
         self.harmless: set[tuple[Any, Any]] = set()  # states and kinds of calls without gradients that leave nothing of the samples
         self._left_by_training, self._left_quietly = Changes(), Changes()
         self.situation = ""  # what else is special about the present batch
@@ -114,7 +114,8 @@ class CallRecorder:
             args, kwargs = private_copy((args, kwargs))
         call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, copied, **how)
         if self.state is None:
-            call.state, call.carried = ModuleState(self._model), CarriedState(self._model) if copied else None
+            call.state = ModuleState(self._model)
+            call.carried = CarriedState(self._model, call.state) if copied else None
             if call.with_gradients:
                 self._recorded.add(call)
                 self._begin = self._begin or call.state
@@ -144,7 +145,7 @@ class CallRecorder:
             self.harmless.add((call.key, call.kind))
 
     def _left_something(self, call: RecordedCall) -> bool:
-        return call.carried is not None and CarriedState(self._model).unlike(call.carried)
+        return call.carried is not None and bool(CarriedState(self._model).unlike(call.carried))
 
     def end(self, call: RecordedCall) -> list[Tensor]:
         """The call is over; return what it left in attributes of the model: it can be used in a loss like its outputs."""
@@ -174,10 +175,9 @@ class CallRecorder:
     def remember(self, quiet: RecordedCall, left: Sequence[CarriedState]) -> None:
         """Two runs of it, on other samples each, left these two things behind: where they differ, they are of the samples."""
         first, second = left
-        names = {*first.trained_unlike(second), *first.stored_unlike(second), *first.attributes_unlike(second)}
-        if names:
+        if unlike := first.unlike(second):
             what = (quiet.name or "the model", quiet.training)
-            self.left_quietly[what] = (first.narrowed(names), second.narrowed(names))
+            self.left_quietly[what] = (unlike, first.narrowed(unlike.names), second.narrowed(unlike.names))
 
     def cover_quiet(self) -> None:
         """A check has looked at what calls without gradients left."""
@@ -223,7 +223,8 @@ class CallRecorder:
     @contextmanager
     def whole_function(self) -> Iterator[None]:
         """A function is recorded that runs the model: it is run again as a whole, from its start."""
-        self.state, self.carried = ModuleState(self._model), CarriedState(self._model) if self.armed else None
+        self.state = ModuleState(self._model)
+        self.carried = CarriedState(self._model, self.state) if self.armed else None
         try:
             yield
         finally:

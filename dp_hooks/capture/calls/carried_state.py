@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,32 @@ from ..._rerun import copy_of, same_values, write_back
 from ..._tree import as_real
 from .module_state import OWN, SIMPLE, ModuleState, Place, same_array
 
+_BLOCK = 1 << 18  # numbers
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """Names of what holds something else in two states, or is in one of them only."""
+
+    trained: list[str]
+    stored: list[str]  # buffers and frozen parameters
+    attributes: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [*self.trained, *self.stored, *self.attributes]
+
 
 class CarriedState:
     """Values, as they were when this was made, of all that :class:`.ModuleState` finds in a module."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Keep copies; the objects themselves are kept as well, to write into them again."""
-        self._state = state = ModuleState(module)
+    def __init__(self, module: nn.Module, state: ModuleState | None = None) -> None:
+        """Keep copies; the objects themselves are kept, too, to write into them again. ``state``: that of now, if it is known."""
+        self._state = state = state or ModuleState(module)
         self._names = names = {id(m): name for name, m in module.named_modules()}
         self._tops: dict[str, Place] = {}  # for the name of a place, the attribute of a module that leads there
         names |= {number: self._name(place) for number, place in state.found_at.items()}
@@ -27,15 +47,15 @@ class CarriedState:
         self._tensors = [(place, t, copy_of(t)) for place, t in kept]
         self._values: dict[str, Any] = {self._name(place): value for place, _, value in self._tensors}
         self._values |= {self._name(place): array for place, _, array in state.arrays}
-        for m, attributes, _ in state.modules:
-            self._add(attributes, (id(m),), OWN)
+        for m, held in state.modules:
+            self._add(held.attributes, (id(m),), OWN)
             # A forward pass that writes to what is trained shows in sums; nobody puts that back.
             for key, p in m._parameters.items():
                 if p is not None and p.requires_grad and (p.is_floating_point() or p.is_complex()) and not p.is_meta:
                     name = self._name((id(m), key))
                     self._values[name] = _sums(p)
                     self._trained.add(name)
-        stored = [(id(m), key) for m, _, buffers in state.modules for key in (*buffers, *m._parameters)]
+        stored = [(id(m), key) for m, held in state.modules for key in (*held.buffers, *m._parameters)]
         self._stored = {self._name(place) for place in stored} - self._trained
         for place, _, contents in state.containers:
             if isinstance(contents, dict):
@@ -88,30 +108,24 @@ class CarriedState:
                 else:
                     write_back(tensor, value)
 
-    def trained_unlike(self, other: "CarriedState") -> list[str]:
-        """Names of trained parameters that hold something else in ``other``."""
-        return [name for name in self._unlike(other) if name in self._trained]
-
-    def stored_unlike(self, other: "CarriedState") -> list[str]:
-        """Names of buffers and frozen parameters that hold something else in ``other``."""
-        return [name for name in self._unlike(other) if name in self._stored]
-
-    def attributes_unlike(self, other: "CarriedState") -> list[str]:
-        """Names of attributes that hold something else in ``other``, or are in one of them only."""
-        return [name for name in self._unlike(other) if name not in self._stored and name not in self._trained]
-
-    def unlike(self, other: "CarriedState") -> bool:
-        """Whether anything is another."""
-        return bool(self._unlike(other))
-
-    def _unlike(self, other: "CarriedState") -> list[str]:
+    def unlike(self, other: "CarriedState") -> Unlike:
+        """What is another in ``other``."""
         one, two = self._values, other._values
-        return [name for name in {**one, **two} if name not in one or name not in two or not _alike(one[name], two[name])]
+        names = [name for name in {**one, **two} if name not in one or name not in two or not _alike(one[name], two[name])]
+        known = self._stored | self._trained
+        return Unlike(
+            [name for name in names if name in self._trained],
+            [name for name in names if name in self._stored],
+            [name for name in names if name not in known],
+        )
 
 
 def _sums(param: Tensor) -> Tensor:
-    real = as_real(param.detach())
-    return torch.stack([real.sum(dtype=torch.float64), torch.linalg.vector_norm(real, dtype=torch.float64)])
+    real = as_real(param.detach()).reshape(-1)
+    # On a CPU they are copied to be added up in another dtype.
+    blocks = real.split(_BLOCK) if real.device.type == "cpu" else [real]
+    sums = [(block.sum(dtype=torch.float64), torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks]
+    return torch.stack([torch.stack(one) for one in sums])
 
 
 def _alike(one: Any, other: Any) -> bool:

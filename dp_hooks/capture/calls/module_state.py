@@ -1,6 +1,7 @@
 """ModuleState: all that a model holds besides what is trained, by identity: to notice changes, and to put everything back."""
 
 import copy
+import math
 import operator
 import sys
 import sysconfig
@@ -9,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,44 @@ _MISSING = object()
 _WRITTEN = "written to"  # at the end of a place: the tensor there is the same, and what is in it may not be
 
 
+class _Held(NamedTuple):
+    """What one module holds."""
+
+    attributes: dict[str, Any]
+    buffers: dict[str, Tensor | None]
+    hooks: dict[int, Any]
+    pre_hooks: dict[int, Any]
+
+    @classmethod
+    def by(cls, module: nn.Module) -> "_Held":
+        return cls(dict(vars(module)), dict(module._buffers), dict(module._forward_hooks), dict(module._forward_pre_hooks))
+
+    def put_back(self, module: nn.Module, only: Collection[str] | None) -> None:
+        """All, or ``only`` some attributes and buffers."""
+        now = vars(module)
+        if only is not None:
+            now.update({key: self.attributes[key] for key in only if key in self.attributes})
+            module._buffers.update({key: self.buffers[key] for key in only if key in self.buffers})
+            return
+        module._buffers.clear()
+        module._buffers.update(self.buffers)
+        if now.keys() != self.attributes.keys() or any(now[key] is not value for key, value in self.attributes.items()):
+            now.clear()
+            now.update(self.attributes)
+        self._put_hooks_back(module)
+
+    def _put_hooks_back(self, module: nn.Module) -> None:
+        """Take away hooks that a run has put there (transformers does, to collect hidden states), and put back what it took."""
+        for now, then in ((module._forward_hooks, self.hooks), (module._forward_pre_hooks, self.pre_hooks)):
+            if now.keys() != then.keys():
+                new = now.keys() - then.keys()
+                now.clear()
+                now.update(then)
+                for options in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+                    for number in new:
+                        getattr(module, options).pop(number, None)
+
+
 class ModuleState:
     """Attributes, buffers, frozen parameters and forward hooks of a module, as they were when this was made.
 
@@ -39,7 +78,7 @@ class ModuleState:
     own classes that are not long, what was in them is part of it.
 
     Attributes:
-        modules: each with its attributes and buffers then.
+        modules: each with its attributes, its buffers, and its forward hooks and pre-hooks then.
         containers: where they are, the dictionaries of objects' attributes included, each with a copy.
         arrays: those of NumPy that can be written to, likewise.
         tensors: all that are no trained parameters, with their places.
@@ -48,23 +87,22 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, *, whole: bool = False) -> None:
         """Look through ``module``; the ``whole`` of it, which takes time, also where there is much."""
-        self._whole = whole
-        self.modules: list[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]] = []
+        self._longest: float = math.inf if whole else _LONGEST
+        self._largest: float = math.inf if whole else _LARGEST
+        self.modules: list[tuple[nn.Module, _Held]] = []
         self.containers: list[tuple[Place, Any, Any]] = []
         self.arrays: list[tuple[Place, Any, Any]] = []
-        self._hooks: list[tuple[nn.Module, dict[int, Any], dict[int, Any]]] = []
         self.tensors: list[tuple[Place, Tensor]] = []
         self.found_at: dict[int, Place] = {}
-        self._left = _MOST
+        self._left: float = math.inf if whole else _MOST
         registered = modules_of(module)
         self._seen = {id(m) for m in registered}
         self._waiting = registered
         trained: list[tuple[Place, Tensor]] = []
         for m in self._waiting:  # which grows
-            here, attributes = id(m), dict(vars(m))
-            self.modules.append((m, attributes, dict(m._buffers)))
-            self._hooks.append((m, dict(m._forward_hooks), dict(m._forward_pre_hooks)))
-            for key, value in attributes.items():
+            here, held = id(m), _Held.by(m)
+            self.modules.append((m, held))
+            for key, value in held.attributes.items():
                 if type(value) not in SIMPLE and key not in OWN:
                     self._visit((here, key), value)
             self.tensors += [((here, key), t) for key, t in m._buffers.items() if t is not None]
@@ -81,10 +119,10 @@ class ModuleState:
         kind = type(value)
         if issubclass(kind, Tensor):
             self._left -= _EACH
-            if self._left > 0 or self._whole or len(place) == 2:
+            if self._left > 0 or len(place) == 2:
                 self.tensors.append((place, value))
             return
-        if id(value) in self._seen or (self._left <= 0 and not self._whole) or len(place) > _DEEPEST:
+        if id(value) in self._seen or self._left <= 0 or len(place) > _DEEPEST:
             return
         if issubclass(kind, nn.Module):
             hidden = [m for m in modules_of(value) if id(m) not in self._seen]
@@ -100,7 +138,7 @@ class ModuleState:
             if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
                 self._add_array(place, value)
             return
-        if len(contents) <= _LONGEST or self._whole:
+        if len(contents) <= self._longest:
             self._seen.add(id(value))
             self._left -= _EACH + len(contents)
             if not isinstance(contents, tuple):
@@ -111,31 +149,19 @@ class ModuleState:
 
     def _add_array(self, place: Place, array: Any) -> None:
         if (
-            (array.nbytes <= _LARGEST or self._whole)
+            array.nbytes <= self._largest
             and array.flags.writeable
             and array.dtype.kind in "biufcmMSUV"
             and not array.dtype.hasobject
         ):
             self._left -= _EACH + array.nbytes // 64
-            if self._left > 0 or self._whole:
+            if self._left > 0:
                 self.arrays.append((place, array, array.copy()))
 
     def put_back(self, only: Collection[Place] | None = None) -> None:
         """Make every one of them the very object again that it was, and what was in it; or ``only`` some attributes."""
-        for m, attributes, buffers in self.modules:
-            now = vars(m)
-            if only is not None:
-                chosen = [key for number, key in only if number == id(m)]
-                now.update({key: attributes[key] for key in chosen if key in attributes})
-                m._buffers.update({key: buffers[key] for key in chosen if key in buffers})
-                continue
-            m._buffers.clear()
-            m._buffers.update(buffers)
-            if now.keys() != attributes.keys() or any(now[key] is not value for key, value in attributes.items()):
-                now.clear()
-                now.update(attributes)
-        for m, after_it, before_it in self._hooks if only is None else ():
-            _put_hooks_back(m, after_it, before_it)
+        for m, held in self.modules:
+            held.put_back(m, None if only is None else [key for number, key in only if number == id(m)])
         for place, container, before in self.containers:
             if (only is None or place[:2] in only) and not _is_same(container, before):
                 _refill(container, before)
@@ -148,7 +174,7 @@ class ModuleState:
     def put(self, place: Place, value: Any) -> None:
         """Put ``value`` into a place, unless that is in a set; tuples around it are made anew."""
         number, *keys = place
-        m = next(m for m, _, _ in self.modules if id(m) == number)
+        m = next(m for m, _ in self.modules if id(m) == number)
         holders: list[Any] = [m._buffers if keys[0] in m._buffers else vars(m)]
         for key in keys[:-1]:
             held = holders[-1][key]
@@ -163,8 +189,7 @@ class ModuleState:
     def now(self) -> "ModuleState":
         """The same, with what is there at present."""
         other = copy.copy(self)
-        other.modules = [(m, dict(vars(m)), dict(m._buffers)) for m, _, _ in self.modules]
-        other._hooks = [(m, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m, _, _ in self._hooks]
+        other.modules = [(m, _Held.by(m)) for m, _ in self.modules]
         other.containers = [(place, container, _copied(container)) for place, container, _ in self.containers]
         other.arrays = [(place, array, array.copy()) for place, array, _ in self.arrays]
         return other
@@ -201,9 +226,9 @@ class ModuleState:
 
     def _differences(self) -> Iterator[tuple[Place, Place | None, Any]]:
         """Where another object is now than then; what it was added to, if nothing was there; and the object."""
-        for m, attributes, buffers in self.modules:
+        for m, held in self.modules:
             here = id(m)
-            for now, then in ((vars(m), attributes), (m._buffers, buffers)):
+            for now, then in ((vars(m), held.attributes), (m._buffers, held.buffers)):
                 for key, value in now.items():
                     if value is not then.get(key, _MISSING) and key not in OWN:
                         yield (here, key), None if key in then else (here,), value
@@ -211,18 +236,6 @@ class ModuleState:
             if not _is_same(container, before):
                 for key, added, value in _unlike(container, before):
                     yield (*place, key), place if added else None, value
-
-
-def _put_hooks_back(module: nn.Module, after: dict[int, Any], before: dict[int, Any]) -> None:
-    """Take away hooks that a run has put on ``module`` (transformers does, to collect hidden states), and put back what it took."""
-    for now, then in ((module._forward_hooks, after), (module._forward_pre_hooks, before)):
-        if now.keys() != then.keys():
-            new = now.keys() - then.keys()
-            now.clear()
-            now.update(then)
-            for options in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
-                for number in new:
-                    getattr(module, options).pop(number, None)
 
 
 def same_array(one: Any, other: Any) -> bool:

@@ -75,7 +75,7 @@ class Session:
         self.swapped: dict[int, ParameterSwap] = {}  # modules that hold other tensors in place of their parameters now
         self.passes = BackwardPasses()  # backward passes since the last boundary
         # A leaf that requires a gradient, so that there always is a backward pass.
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         # Held for its identity: it tells a backward() from an autograd.grad() that is after something else.
         self._anchor_node: Any = self.anchor.view_as(self.anchor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         self.trace: OpTrace | None = None  # follows operations, if a check wants them

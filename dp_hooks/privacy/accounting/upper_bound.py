@@ -69,7 +69,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _log_cdf(x: float) -> float:
-    return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
+    return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64, device="cpu")))
 
 
 def _most_uses(rate: float, steps: int, probability: float) -> int:
@@ -95,11 +95,11 @@ def _renyi_epsilon(history: Sequence[Charge], delta: float) -> float:
     Sources: Mironov, Talwar and Zhang, 2019 (arXiv:1908.10530), Section 3.3; Balle et al., AISTATS 2020
     (arXiv:1905.09982), Theorem 21 for the conversion.
     """
-    orders = torch.tensor(_ORDERS, dtype=torch.float64)[:, None]
-    k = torch.arange(max(_ORDERS) + 1, dtype=torch.float64)
+    orders = torch.tensor(_ORDERS, dtype=torch.float64, device="cpu")[:, None]
+    k = torch.arange(max(_ORDERS) + 1, dtype=torch.float64, device="cpu")
     binomial = torch.lgamma(orders + 1) - torch.lgamma(k + 1) - torch.lgamma((orders - k).clamp(min=0) + 1)
     binomial = binomial.masked_fill(k > orders, -math.inf)
-    divergence = torch.zeros(len(_ORDERS), dtype=torch.float64)
+    divergence = torch.zeros(len(_ORDERS), dtype=torch.float64, device="cpu")
     for sigma, rate, steps in history:
         if rate == 1:
             divergence += steps * orders[:, 0] / (2 * sigma**2)

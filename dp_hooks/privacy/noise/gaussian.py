@@ -38,14 +38,14 @@ def _idle_cores() -> Iterator[None]:
     ready, over = Event(), Event()
 
     def occupy() -> None:
-        torch.zeros(2 * _PARALLEL_FROM)
+        torch.zeros(2 * _PARALLEL_FROM, device="cpu")
         ready.set()
         over.wait()
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(occupy)
         ready.wait()
-        torch.zeros(2 * _PARALLEL_FROM)
+        torch.zeros(2 * _PARALLEL_FROM, device="cpu")
         try:
             yield
         finally:
@@ -155,7 +155,7 @@ class GaussianNoise:
                     block = queue.get_nowait()
                     dtype = wide_dtype(block.dtype)
                     if dtype not in buffers:
-                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype)
+                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype, device="cpu")
                     buffer, size = buffers[dtype], block.numel()
                     sums.append(self._add(block, buffer if size == _BLOCK else buffer[:size], generator, std, scale))
             return sums

@@ -30,5 +30,5 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Draw the batches of one pass."""
         for _ in range(self.batches):
-            uniform = torch.rand(self.examples, dtype=torch.float64, generator=self.generator)
+            uniform = torch.rand(self.examples, dtype=torch.float64, device=self.generator.device, generator=self.generator)
             yield (uniform < self.sample_rate).nonzero().flatten().tolist()
