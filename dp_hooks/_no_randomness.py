@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._operations import BERNOULLI, DRAWS, NOISE, RECURRENT, is_dropout
+from ._operations import BERNOULLI, COUNTS, DRAWS, NOISE, RECURRENT, is_dropout
 
 # How many numbers at once may be what a branch hangs on.
 _COIN = 64
@@ -73,6 +73,7 @@ class Draws:
 
 # What few numbers drawn at once are in the trials after the first, as quantiles: gates open and close.
 _LEVELS = (0.02, 0.98, 0.5)
+_DRAWS = 256  # of which the smallest, the largest and the one in the middle are taken, where no formula is known
 TRIALS = 1 + len(_LEVELS)
 
 
@@ -213,9 +214,7 @@ class NoRandomness(TorchFunctionMode):
             if isinstance(out, Tensor) and name != "randperm":
                 with torch.no_grad():
                     gate = self._is_gate(out)
-                    if name in NOISE and gate and self.trial:
-                        out.fill_(_quantile(name, _LEVELS[self.trial - 1], args[1:], kwargs))
-                    else:
+                    if not (gate and self.trial and self._at_level(out, func, name, args, kwargs)):
                         self._repeat(out, constant=name in NOISE and not self.varied)
             elif isinstance(out, Tensor):
                 self.gates = True
@@ -225,6 +224,25 @@ class NoRandomness(TorchFunctionMode):
             with torch.no_grad():
                 out.copy_(mine)
         return out
+
+    def _at_level(self, out: Tensor, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Write into ``out`` what is drawn rarely, or in the middle, as the trial wants it; whether it is known what that is."""
+        level = _LEVELS[self.trial - 1]
+        if name in NOISE:
+            out.fill_(_quantile(name, level, args[1:], kwargs))
+        elif name == "multinomial" and out.numel() == 1:
+            weights = args[0] if args else kwargs["input"]
+            possible = weights.flatten().nonzero().flatten()
+            out.fill_(possible[min(len(possible) - 1, int(level * len(possible)))])
+        elif name in ("randint", "randint_like") and (bounds := _bounds(args, kwargs)) is not None:
+            low, high = bounds
+            out.fill_({0: low, 1: high - 1}.get(self.trial - 1, (low + high) // 2))
+        elif name in COUNTS and name != "multinomial":
+            drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).sort(0).values
+            out.copy_(drawn[{0: 0, 1: -1}.get(self.trial - 1, _DRAWS // 2)])
+        else:
+            return False
+        return True
 
     def _is_gate(self, out: Tensor) -> bool:
         """Whether numbers are for the whole batch, and so few that it may hang on them what becomes of it."""
@@ -289,6 +307,14 @@ class NoRandomness(TorchFunctionMode):
         elif name in RECURRENT:  # of their arguments only dropout is a float
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         return func(*args, **kwargs)
+
+
+def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """The least number that ``randint`` draws, and the one above the largest; None where they are not plain."""
+    given = [arg for arg in args if type(arg) is int]
+    low, high = (0, *given)[-2:] if given else (kwargs.get("low", 0), kwargs.get("high"))
+    high = kwargs.get("high", high)
+    return (low, high) if isinstance(low, int) and isinstance(high, int) and high > low else None
 
 
 def _quantile(name: str, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -8,13 +8,10 @@ DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
 NOISE = frozenset("rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split())
 # Kept for all samples: their argument decides.
 BERNOULLI = frozenset("bernoulli bernoulli_".split())
+# Whole numbers, or choices.
+COUNTS = frozenset("randint randint_like random_ multinomial poisson binomial geometric_".split())
 # All that draw numbers, dropout aside.
-DRAWS = (
-    NOISE
-    | BERNOULLI
-    | frozenset("randint randint_like random_ randperm normal multinomial poisson binomial geometric_".split())
-    | frozenset("_standard_gamma _sample_dirichlet".split())
-)
+DRAWS = NOISE | BERNOULLI | COUNTS | frozenset("randperm normal _standard_gamma _sample_dirichlet".split())
 # Functions with dropout among their arguments: recurrent ones, and the keywords it goes by.
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 DROPOUT_ARGUMENTS = ("dropout_p", "dropout")

@@ -201,7 +201,7 @@ class Rows:
                 "micro-batches cut by hand (set max_physical_batch_size, which splits batches and accumulates their gradients); "
                 "examples packed or joined to fewer rows by the collate function; a batch whose examples are not counted by axis "
                 "0 (declare batch_first=False); rows left out of the batch (weight their losses by 0, or declare them: "
-                "opt.keep_rows(mask))"
+                "opt.keep_rows(mask)); generated rows beside those of the loader (as many as the batch has)"
             )
         else:
             causes = (

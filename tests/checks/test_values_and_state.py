@@ -52,6 +52,15 @@ GATES = {
     "bernoulli": lambda x: torch.bernoulli(torch.full((1,), 0.2)).double(),
     "beta": lambda x: torch.distributions.Beta(0.4, 0.4).sample().double(),
     "integer": lambda x: torch.randint(0, 2, (1,)).double(),
+    "integer, rarely": lambda x: (torch.randint(0, 1000, (1,)) < 5).double(),
+    "large integer, rarely": lambda x: (torch.randint(1000, ()) > 994).double(),
+    "integer by keywords": lambda x: (torch.randint(low=10, high=500, size=(1,)) < 12).double(),
+    "integer in place": lambda x: (torch.empty(1).random_(0, 30) < 1).double(),
+    "choice": lambda x: torch.multinomial(torch.tensor([0.99, 0.0, 0.01]), 1).double() / 2,
+    "first choice": lambda x: (torch.multinomial(torch.tensor([0.01, 0.99]), 1) == 0).double(),
+    "count": lambda x: (torch.poisson(torch.full((1,), 3.5)) < 1).double(),
+    "gamma": lambda x: (torch.distributions.Gamma(1.0, 1.0).sample() > 1).double(),
+    "dirichlet": lambda x: (torch.distributions.Dirichlet(torch.ones(3)).sample()[0] > 0.5).double(),
 }
 
 

@@ -65,6 +65,11 @@ def generated_rows(model: nn.Module, x: Tensor, y: Tensor) -> None:
     (F.softplus(-real).sum() + F.softplus(fake).sum()).backward()
 
 
+def few_generated_rows(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    real, fake = model(x), model(torch.randn(4, 4, dtype=x.dtype))
+    (F.softplus(-real).sum() + F.softplus(fake).sum()).backward()
+
+
 FEWER, MORE = ("max_physical_batch_size", "collate", "batch_first=False", "keep_rows"), ("augmented copies", "generated")
 COUNTS = [
     (micro_batches, 3, FEWER),
@@ -75,6 +80,7 @@ COUNTS = [
     (time_first, 4, FEWER),
     (augmented_copies, 12, MORE),
     (generated_rows, 8, MORE),
+    (few_generated_rows, 4, ("generated rows beside those of the loader",)),
 ]
 
 
