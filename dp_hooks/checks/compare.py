@@ -121,7 +121,7 @@ def compare(
         pairs = [] if its_sum is None else [(found.grads(p, row)[0], want), (its_sum, want)]
         off = [float(_square(mine - theirs.to(mine.dtype))) ** 0.5 for mine, theirs in pairs] or [own[p] ** 0.5]
         off.append(abs(own[p] ** 0.5 - max(norms.get(p, 0.0), 0.0) ** 0.5))
-        error = max(off) / scale
+        error = max(off, key=lambda one: one if math.isfinite(one) else math.inf) / scale  # which NaN would hide from max()
         largest = _LARGEST_COARSE_JUMP if coarse or p.dtype not in TOLERANCE else _LARGEST_JUMP
         if not error <= max(tolerance(p.dtype, coarse=coarse), min(_TIMES_JUMP * jump, largest)):
             worst.append((error, controller.name_of(p)))

@@ -12,6 +12,7 @@ from torch import nn
 
 from dp_hooks import checking, dp_step, errors
 from dp_hooks.checks import gradient_comparison
+from dp_hooks.checks.gradient_comparison import GradientComparison
 from dp_hooks.gradients.sample_gradients import SampleGradients
 from dp_hooks.rules import ghost_norms
 
@@ -211,6 +212,18 @@ def _off_by_one_per_cent(monkeypatch):
         return ((p, 1.01 * total) for p, total in sound(self, factors, finite, consume=consume))
 
     monkeypatch.setattr(SampleGradients, "sums_in_turn", faulty)
+
+
+def test_a_sum_that_is_no_number_is_found_where_single_samples_tell(monkeypatch):
+    """Norms and gradients may be right, and the sum NaN: no comparison is passed by what cannot be compared."""
+    sound = SampleGradients.sums_in_turn
+
+    def faulty(self, factors, finite, *, consume=False):
+        return ((p, torch.nan * total) for p, total in sound(self, factors, finite, consume=consume))
+
+    monkeypatch.setattr(GradientComparison, "_compare_passes", lambda *args: True)
+    monkeypatch.setattr(SampleGradients, "sums_in_turn", faulty)
+    assert "of its size" in str(refusal(two_layers(lambda s, h: h.tanh())))
 
 
 @pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
