@@ -233,13 +233,13 @@ class NoRandomness(TorchFunctionMode):
         elif name == "multinomial" and out.numel() == 1:
             weights = args[0] if args else kwargs["input"]
             possible = weights.flatten().nonzero().flatten()
-            out.fill_(possible[min(len(possible) - 1, int(level * len(possible)))])
+            out.fill_(_pick(level, possible[0], possible[len(possible) // 2], possible[-1]))
         elif name in ("randint", "randint_like") and (bounds := _bounds(args, kwargs)) is not None:
             low, high = bounds
-            out.fill_({0: low, 1: high - 1}.get(self.trial - 1, (low + high) // 2))
+            out.fill_(_pick(level, low, (low + high) // 2, high - 1))
         elif name in COUNTS and name != "multinomial":
             drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).sort(0).values
-            out.copy_(drawn[{0: 0, 1: -1}.get(self.trial - 1, _DRAWS // 2)])
+            out.copy_(_pick(level, drawn[0], drawn[_DRAWS // 2], drawn[-1]))
         else:
             return False
         return True
@@ -307,6 +307,10 @@ class NoRandomness(TorchFunctionMode):
         elif name in RECURRENT:  # of their arguments only dropout is a float
             args = tuple(0.0 if isinstance(arg, float) else arg for arg in args)
         return func(*args, **kwargs)
+
+
+def _pick(level: float, least: Any, middle: Any, largest: Any) -> Any:
+    return middle if level == 0.5 else least if level < 0.5 else largest
 
 
 def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -316,7 +316,7 @@ BUGS = [
     (
         "self-check of values off",
         "checks/comparison.py",
-        "        for rows in parts_of(samples, twice=again.has_scalar, alone=alone):",
+        "        for rows in parts_of(again.samples, twice=again.has_scalar, alone=alone):",
         "        for rows in []:",
         CHECKS,
     ),
@@ -330,8 +330,8 @@ BUGS = [
     (
         "state between batches not looked at",
         "checks/comparison.py",
-        "if samples < 2 or (kept and not now.unlike(before)):",
-        "if samples < 2 or before:",
+        "if again.samples < 2 or (kept and not now.unlike(before)):",
+        "if again.samples < 2 or before:",
         CHECKS,
     ),
     ("gates not tried", "checks/comparison.py", "if samples > 1 and without.gates:", "if False:", CHECKS),
@@ -430,7 +430,7 @@ BUGS = [
     (
         "gradients of single samples not compared where there are rows",
         "checks/gradient_comparison.py",
-        "if samples > 1 or again.has_scalar or not agreed:",
+        "if again.samples > 1 or again.has_scalar or not agreed:",
         "if again.has_scalar or not agreed:",
         CHECKS,
     ),

@@ -1,7 +1,7 @@
 """Whether what was captured agrees with plain autograd on single samples, up to rounding."""
 
 import math
-from itertools import chain
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class NotFinite(SelfCheckError):
 
 def compare(
     found: SampleGradients,
+    norms: Sums,
     i: int,
     expected: dict[nn.Parameter, Tensor],
     params: list[nn.Parameter],
@@ -87,6 +88,7 @@ def compare(
 
     Args:
         found: what was captured of the whole batch.
+        norms: the squared norms of it, ``[samples]`` per parameter.
         i: the number of the sample that was run alone.
         expected: the gradients of it.
         params: the parameters to compare.
@@ -99,34 +101,32 @@ def compare(
         NotFinite: the sample has no finite gradient.
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
     """
-    seen = [p for p in params if p in set(found.params)]
-    reached = [p for p in params if p in set(seen) or p in expected]
+    have = {p: float(norms[p][i]) for p in params if p in norms}
+    reached = [p for p in params if p in have or p in expected]
     if not reached:
         return
-    norms = {p: float(norm[i]) for p, norm in found.sq_norms(seen).items()}
     own = {p: float(_square(expected[p])) if p in expected else 0.0 for p in reached}
     total = sum(own.values())
-    if not math.isfinite(total) or not all(map(math.isfinite, norms.values())):
+    if not math.isfinite(total) or not all(map(math.isfinite, have.values())):
         raise NotFinite(
             f"{what}: no sample that the self-check looked at has a finite gradient (data, loss or weights with NaN or "
             "infinite values); nothing was released."
         )
     here = torch.arange(found.samples, device="cpu") == i  # the others are left out, whatever is in them
     worst: list[tuple[float, str]] = []
-    summed = found.sums_in_turn({p: here.to(p.device, wide_dtype(p.dtype)) for p in seen}, here.to(reached[0].device))
-    for p, its_sum in chain(summed, ((p, None) for p in reached if p not in norms)):
+    for p, its_sum in _sums(found, here, here, reached, have):
         scale = max(own[p], 1e-4 * total, 1e-60) ** 0.5
         row = torch.tensor([i], device=p.device)
         want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device))
         pairs = [] if its_sum is None else [(found.grads(p, row)[0], want), (its_sum, want)]
         off = [float(_square(mine - theirs.to(mine.dtype))) ** 0.5 for mine, theirs in pairs] or [own[p] ** 0.5]
-        off.append(abs(own[p] ** 0.5 - max(norms.get(p, 0.0), 0.0) ** 0.5))
+        off.append(abs(own[p] ** 0.5 - max(have.get(p, 0.0), 0.0) ** 0.5))
         error = max(off, key=lambda one: one if math.isfinite(one) else math.inf) / scale  # which NaN would hide from max()
         largest = _LARGEST_COARSE_JUMP if coarse or p.dtype not in TOLERANCE else _LARGEST_JUMP
         if not error <= max(tolerance(p.dtype, coarse=coarse), min(_TIMES_JUMP * jump, largest)):
             worst.append((error, controller.name_of(p)))
     if not worst and not coarse:
-        missing = {p: own[p] - norms.get(p, 0.0) for p in reached}  # from the squared norms
+        missing = {p: own[p] - have.get(p, 0.0) for p in reached}  # from the squared norms
         short = sum(missing.values()) / max(total, 1e-60) / 2
         if short > max(_NORM_TOLERANCE.get(p.dtype, COARSE) for p in reached):
             worst.append((short, controller.name_of(max(missing, key=lambda p: missing[p]))))
@@ -171,11 +171,11 @@ def compare_sums(
     Raises:
         SelfCheckError: a disagreement beyond rounding, with the parameters that differ most.
     """
-    seen = [p for p in params if p in set(found.params)]
+    captured = set(found.params)
+    seen = [p for p in params if p in captured]
     norms = found.sq_norms(seen)
     everything = torch.ones(found.samples, dtype=torch.bool, device=factors.device)
     joint = [norm.double().cpu() for norm in found.group_sq_norms([seen])] if seen else []  # as in a step, as are the sums
-    summed = found.sums_in_turn({p: factors.to(p.device, wide_dtype(p.dtype)) for p in seen}, everything)
     reached = [p for p in params if p in norms or p in expected]
     squares = factors.double().square().cpu()
     size = {p: float((norms[p].double().cpu().clamp(min=0) * squares).sum()) if p in norms else 0.0 for p in reached}
@@ -188,7 +188,7 @@ def compare_sums(
         limit = _SAME_PASS_COARSE if coarse else 2 * max(_SAME_PASS.get(p.dtype, _SAME_PASS_COARSE) for p in seen)
         if not apart <= limit:
             worst.append((apart, "all parameters together"))
-    for p, its_sum in chain(summed, ((p, None) for p in reached if p not in norms)):
+    for p, its_sum in _sums(found, factors, everything, reached, norms):
         limit = _SAME_PASS_COARSE if coarse else _SAME_PASS.get(p.dtype, _SAME_PASS_COARSE)
         scale = max(size[p], 1e-4 * total, 1e-60) ** 0.5
         want = expected.get(p, torch.zeros((), dtype=p.dtype, device=p.device)).to(wide_dtype(p.dtype))
@@ -202,6 +202,15 @@ def compare_sums(
             worst.append((error, controller.name_of(p)))
     if worst:
         _complain(sorted(worst, reverse=True), len(reached), found.samples, what, controller.loss_reduction)
+
+
+def _sums(
+    found: SampleGradients, factors: Tensor, finite: Tensor, reached: list[nn.Parameter], captured: Container[nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    """For all that was ``reached``, one after the other, the sum of factor times gradient; None for what was not captured."""
+    wanted = {p: factors.to(p.device, wide_dtype(p.dtype)) for p in reached if p in captured}
+    yield from found.sums_in_turn(wanted, finite.to(reached[0].device))
+    yield from ((p, None) for p in reached if p not in captured)
 
 
 def _picked(norms: Sums, samples: int) -> list[int]:

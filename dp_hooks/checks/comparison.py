@@ -61,19 +61,17 @@ class Comparison:
         self._operations = 0  # in the last run
         self._enough = _HANDFUL  # samples for a comparison that need not be of all
 
-    def run(
-        self, samples: int, again: Repeated, what: str, transitions: set[Transition], draws: Draws | None, began: Began
-    ) -> bool:
+    def run(self, again: Repeated, what: str, transitions: set[Transition], draws: Draws | None, began: Began) -> bool:
         """Compare; whether there was anything to compare.
 
         Args:
-            samples: n.
             again: runs on all samples or some.
             what: for messages.
             transitions: what the pass in question went through; the check has to go there, too.
             draws: what it drew: where random numbers led it another way than constants do, the check follows.
             began: the state of the model when it began: counters and caches of the model are no reason to go another way.
         """
+        samples = again.samples
         without = NoRandomness(samples)
         if not self._in_either_order(without, again, what, began):
             return False
@@ -106,11 +104,10 @@ class Comparison:
         return left
 
     def _compared(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
-        controller, samples = self._controller, without.samples
-        assert samples is not None
+        controller, samples = self._controller, again.samples
         with self.apart(without, began) as begin:
             before = begin(None)
-            rows = self._run_unsaved(samples, again)
+            rows = self._run_unsaved(again)
             seen = set() if rows is None else self._trace.unverified
             now = None if rows is None else CarriedState(self._model)  # what all samples left
             controller.session.sink.count_as = samples
@@ -123,27 +120,28 @@ class Comparison:
                 begin_some(None)
                 loss = some.whole()
                 _refuse_hidden(hidden, self._hidden(loss), what)
-            found, count = None, samples if rows is None else len(rows)
+            found = None
             if loss.requires_grad:  # else it is a part without parameters, called by itself: it may mix all the same
                 found = self.gradients.capture(loss)
-                if found is None or found.samples != count:
+                if found is None or found.samples != some.samples:
                     return False  # a call on something else than the batch of this step
             controller.disable_hooks()
-            self._check_state(samples, before, begin, again, what, kept=began[1] is not None, now=now)
-            self._compare_values(samples, begin, again, what)
+            self._check_state(before, begin, again, what, kept=began[1] is not None, now=now)
+            self._compare_values(begin, again, what)
             if found is not None:
                 if isinstance(some, RepeatedCall) and isinstance(again, RepeatedCall) and some is not again:
                     some.take_layout(again)
-                self.gradients.compare(count, begin_some, some, found, what)
+                self.gradients.compare(begin_some, some, found, what)
         self._trace.verify(seen, samples)
         return found is not None or again.has_rows
 
-    def _run_unsaved(self, samples: int, again: Repeated) -> Tensor | None:
+    def _run_unsaved(self, again: Repeated) -> Tensor | None:
         """Run it on all samples, for values; choose those to compare gradients of. None: all, of a run that is to come.
 
         A step has captured what it needs of the whole batch by now, and the activations of another run beside that can be more
         than there is room for. Of many samples with large activations values are compared of all, and gradients of some.
         """
+        samples = again.samples
         self._enough, few = _HANDFUL, max(2, min(_HANDFUL, samples // 2))
         if samples <= few:
             return None
@@ -188,9 +186,9 @@ class Comparison:
                 now.put_back()
                 controller.enable_hooks()
 
-    def _compare_values(self, samples: int, begin: Begin, again: Repeated, what: str, *, alone: bool = True) -> None:
+    def _compare_values(self, begin: Begin, again: Repeated, what: str, *, alone: bool = True) -> None:
         """What comes out for a sample must not depend on who else is in the batch: halves of it are run, and a sample ``alone``."""
-        for rows in parts_of(samples, twice=again.has_scalar, alone=alone):
+        for rows in parts_of(again.samples, twice=again.has_scalar, alone=alone):
             try:
                 self._compare_some(rows, begin, again)
             except DPHooksError:
@@ -212,17 +210,20 @@ class Comparison:
         with self.apart(without, began) as begin:
             self._controller.disable_hooks()
             for sign in (1, -1):
-                for closed in (False, True):
+                for closed in (False, True):  # what is not closed may keep it from being computed
                     again = whole.on(torch.arange(samples, device="cpu"))
                     with _if_it_can_be_computed(), exchanged(self._trainable, sign, closed=closed):
-                        begin(None)
-                        before = CarriedState(self._model)
-                        with without.limited(_LONGER * self._operations):
-                            again.keep()
-                        self._check_state(samples, before, begin, again, what, kept=began[1] is not None)
-                        self._compare_values(samples, begin, again, what, alone=False)
+                        self._compare_exchanged(without, begin, again, what, kept=began[1] is not None)
                     if again.is_finite:
-                        break  # else what is not closed may keep it from being computed
+                        break
+
+    def _compare_exchanged(self, without: NoRandomness, begin: Begin, again: Repeated, what: str, *, kept: bool) -> None:
+        begin(None)
+        before = CarriedState(self._model)
+        with without.limited(_LONGER * self._operations):
+            again.keep()
+        self._check_state(before, begin, again, what, kept=kept)
+        self._compare_values(begin, again, what, alone=False)
 
     @property
     def _trainable(self) -> list[nn.Parameter]:
@@ -248,15 +249,7 @@ class Comparison:
             again.compare(rows)
 
     def _check_state(
-        self,
-        samples: int,
-        before: CarriedState,
-        begin: Begin,
-        again: Repeated,
-        what: str,
-        *,
-        kept: bool,
-        now: CarriedState | None = None,
+        self, before: CarriedState, begin: Begin, again: Repeated, what: str, *, kept: bool, now: CarriedState | None = None
     ) -> None:
         """What a batch leaves behind in the model must not reach the next one, nor the state dict; ``before`` it was run.
 
@@ -266,9 +259,9 @@ class Comparison:
         """
         now = now or CarriedState(self._model)
         # Where what the model held before the step was not kept, ``before`` is what the same samples left there.
-        if samples < 2 or (kept and not now.unlike(before)):
+        if again.samples < 2 or (kept and not now.unlike(before)):
             return
-        first, second = halves(samples)
+        first, second = halves(again.samples)
         left = []
         for rows in (first, second[: len(first)]):
             with trained_kept(self._params):
@@ -339,17 +332,17 @@ class Comparison:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
             again = whole.on(torch.arange(samples, device="cpu"))
-            _in_either_order(without, partial(self._compare_gate, without, again, samples, began, what))
+            _in_either_order(without, partial(self._compare_gate, without, again, began, what))
             if again.has_scalar and not values_only:  # of which values alone do not tell much
                 self._in_either_order(without, again, what, began)
 
-    def _compare_gate(self, without: NoRandomness, again: Repeated, samples: int, began: Began, what: str) -> None:
+    def _compare_gate(self, without: NoRandomness, again: Repeated, began: Began, what: str) -> None:
         with self.apart(without, began) as begin:
             self._controller.disable_hooks()
             begin(None)
             with without.limited(_LONGER * self._operations):
                 again.keep()
-            self._compare_values(samples, begin, again, what)
+            self._compare_values(begin, again, what)
 
     @contextmanager
     def of_step(self, captured: SampleGradients | None) -> Iterator[None]:

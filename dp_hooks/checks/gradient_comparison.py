@@ -10,6 +10,7 @@ from ..capture.calls.carried_state import CarriedState
 from ..capture.controller import HookController
 from ..errors import DPHooksError, SelfCheckError
 from ..gradients.sample_gradients import SampleGradients
+from ..gradients.terms import Sums
 from .compare import NotFinite, compare, compare_sums, extreme_samples, jump_of
 from .other_weights import rounded
 from .repeat_call import RepeatedCall
@@ -39,16 +40,18 @@ class GradientComparison:
         back_propagate(loss, [self._controller.session.anchor, *self._controller.params])
         return self._controller.take()
 
-    def compare(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
-        """Compare what was ``found`` in a run of ``again``, on so many samples; hooks are disabled.
+    def compare(self, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
+        """Compare what was ``found`` in a run of ``again``; hooks are disabled.
 
         Raises:
             SelfCheckError: a disagreement beyond rounding.
         """
-        agreed = _all_finite(found) and self._compare_passes(samples, begin, again, found, what)
+        norms = found.sq_norms(found.params)
+        finite = all(bool(torch.isfinite(norm).all()) for norm in norms.values())
+        agreed = finite and self._compare_passes(begin, again, found, what)
         # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
-        if samples > 1 or again.has_scalar or not agreed:
-            self._compare_alone(samples, begin, again, found, what, jumps=agreed)
+        if again.samples > 1 or again.has_scalar or not agreed:
+            self._compare_alone(begin, again, found, norms, what, jumps=agreed)
 
     def of(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
         """Gradients by plain autograd."""
@@ -61,7 +64,7 @@ class GradientComparison:
             p.grad = None
         return found
 
-    def _compare_passes(self, samples: int, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> bool:
+    def _compare_passes(self, begin: Begin, again: Repeated, found: SampleGradients | None, what: str) -> bool:
         """Compare with plain autograd of the same forward pass, run once more; False if single samples have to tell.
 
         It need not come out to the last digit as it did: products depend on where tensors lie in memory. Where that switches a
@@ -69,7 +72,7 @@ class GradientComparison:
         compared as it is, one that has rows with a factor for each.
         """
         controller = self._controller
-        factors = without_pattern((samples,))
+        factors = without_pattern((again.samples,))
         factors = torch.ones_like(factors) if again.has_scalar else factors.sign() * (0.25 + 0.75 * factors.abs())
         left = 1 if self._exact else _ATTEMPTS
         while True:
@@ -98,27 +101,27 @@ class GradientComparison:
         """Whether rounding is too small to switch a unit of the model."""
         return all(p.dtype == torch.float64 for p in self._params)
 
-    def _compare_alone(
-        self, samples: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool
-    ) -> None:
+    def _compare_alone(self, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool) -> None:
         """Compare with the gradients of single samples; ``jumps``: all that differs may be units that rounding has switched.
 
         How far they may differ then is measured, where it matters: by what rounding of the parameters, up and down, does to them.
         """
         # That gradients depend on others shows in any sample, where its own ones are known to be right.
-        picked = extreme_samples(found.sq_norms(found.params), samples, ends=again.has_scalar or not jumps)
+        picked = extreme_samples(norms, again.samples, ends=again.has_scalar or not jumps)
         unseen: list[NotFinite] = []
         for i in picked:  # one after the other: the gradient of one is as large as the model
             try:
-                self._compare_one(i, begin, again, found, what, jumps=jumps)
+                self._compare_one(i, begin, again, found, norms, what, jumps=jumps)
             except NotFinite as error:
                 unseen.append(error)
         if len(unseen) == len(picked):
             raise unseen[0]
 
-    def _compare_one(self, i: int, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, jumps: bool) -> None:
+    def _compare_one(
+        self, i: int, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool
+    ) -> None:
         expected = self._alone(i, begin, again, what)
-        compared = partial(compare, found, i, expected, self._params, self._controller, what, coarse=self.coarse)
+        compared = partial(compare, found, norms, i, expected, self._params, self._controller, what, coarse=self.coarse)
         try:
             compared()
         except NotFinite:
@@ -141,7 +144,3 @@ class GradientComparison:
             raise
         except Exception as error:
             raise not_alone(what, [i], error) from error
-
-
-def _all_finite(found: SampleGradients) -> bool:
-    return all(bool(torch.isfinite(norms).all()) for norms in found.sq_norms(found.params).values())

@@ -24,12 +24,12 @@ class RepeatedCall:
     """A call of the model on ``samples`` samples that is compared with the same call on some of them."""
 
     def __init__(self, call: RecordedCall, controller: HookController, samples: int) -> None:
-        """The whole call has to be run first."""
+        """Of so many ``samples``; the whole call has to be run first."""
         self.call = call
         self._controller = controller
         # Samples of the call, and which of them this is about: where others are is told by what counts all of them.
         self._whole, self._among = samples, torch.arange(samples, device="cpu")
-        self._samples = samples
+        self.samples = samples
         self._what = f"{call.name or 'the model'} ({type(call.module).__name__})"
         # How each output enters the loss: where its samples are, or one of the above.
         self._plan: list[SampleAxis | str] = []
@@ -75,25 +75,25 @@ class RepeatedCall:
             self._plan = [self._role(i, out) for i, out in enumerate(outputs[:count])]
             self._plan += [self._axis_of(out, LEFT_OUT) for out in outputs[count:]]
         self._outputs = [out.detach() for out in outputs]
-        self._parts = [Parts(out, self._samples, self._controller.loss_reduction) for out in self._outputs]
+        self._parts = [Parts(out, self.samples, self._controller.loss_reduction) for out in self._outputs]
         return outputs
 
     def whole(self) -> Tensor:
         """The same, with numbers without pattern as gradients of its outputs: a loss for the check."""
         outputs = self.keep()
-        scale = 1 / self._samples if self._controller.loss_reduction == "mean" else 1.0
-        return self._total(outputs, lambda out, role: (out * _cotangents(out, self._samples)).sum() * scale, scalars=True)
+        scale = 1 / self.samples if self._controller.loss_reduction == "mean" else 1.0
+        return self._total(outputs, lambda out, role: (out * _cotangents(out, self.samples)).sum() * scale, scalars=True)
 
     def weighted(self, factors: Tensor) -> Tensor:
         """Run it on all samples once more; the sum of losses, each times its factor, which is 1 where there are scalars."""
-        share = self._samples if self._controller.loss_reduction == "mean" else 1
+        share = self.samples if self._controller.loss_reduction == "mean" else 1
         if self.has_scalar:
             return self.whole() * share
 
         def term(out: Tensor, role: SampleAxis | str) -> Tensor:
             if not isinstance(role, SampleAxis):
                 return out.sum() * 0
-            return (out * _cotangents(out, self._samples) * role.spread(factors.to(out.device, out.dtype), out)).sum()
+            return (out * _cotangents(out, self.samples) * role.spread(factors.to(out.device, out.dtype), out)).sum()
 
         return self._total(self._run(None)[0], term, scalars=False)
 
@@ -108,7 +108,7 @@ class RepeatedCall:
 
         def term(out: Tensor, role: SampleAxis | str, whole: Tensor) -> Tensor:
             assert isinstance(role, SampleAxis)
-            weights = role.samples(_cotangents(whole, self._samples), self._samples)[i]
+            weights = role.samples(_cotangents(whole, self.samples), self.samples)[i]
             return (role.samples(out, 1)[0] * weights).sum()
 
         return self._total(outputs, term, scalars=True, whole=True)
@@ -167,12 +167,12 @@ class RepeatedCall:
             assert isinstance(role, SampleAxis)
             if not role.fits(out, len(rows)):
                 raise self._mixed(int(rows[0]), _shapes(whole, out))
-            self._same_output(role.samples(whole, self._samples), role.samples(out.detach(), len(rows)), rows)
+            self._same_output(role.samples(whole, self.samples), role.samples(out.detach(), len(rows)), rows)
         return outputs
 
     def _layout(self, whole: Tensor, out: Tensor, rows: Tensor) -> SampleAxis:
         """Where the samples are in an output with several rows for each: as in the output for some samples."""
-        n, k = self._samples, len(rows)
+        n, k = self.samples, len(rows)
         axes = [d for d in range(out.dim()) if whole.dim() == out.dim() and whole.shape[d] * k == out.shape[d] * n]
         axes = [d for d in axes if out.numel() * n == whole.numel() * k]
         if not axes:
@@ -187,15 +187,15 @@ class RepeatedCall:
         off = values_off(batch, rows.to(batch.device), apart)
         worst = int(off.argmax())
         if float(off[worst]) > self._tolerance():
-            where = "for that sample alone" if len(rows) == 1 else f"with {len(rows)} of the {self._samples} samples"
+            where = "for that sample alone" if len(rows) == 1 else f"with {len(rows)} of the {self.samples} samples"
             raise self._mixed(int(rows[worst]), f"is off by {float(off[worst]):.1e} from its output {where}", ValuesDiffer)
 
     def measure_rounding(self) -> None:
         """Run it on all samples once more, with rounded parameters: by how much that changes the outputs is tolerated."""
         self.rounding = 1e-300
         for role, whole, out in zip(self._plan, self._outputs, self._run(None)[0], strict=False):
-            if isinstance(role, SampleAxis) and role.fits(out, self._samples):
-                before, now = (role.samples(t.detach(), self._samples) for t in (whole, out))
+            if isinstance(role, SampleAxis) and role.fits(out, self.samples):
+                before, now = (role.samples(t.detach(), self.samples) for t in (whole, out))
             elif role == SCALAR:
                 before, now = (t.detach().reshape(1, -1) for t in (whole, out))
             else:
@@ -229,7 +229,7 @@ class RepeatedCall:
             yield found
 
     def _role(self, index: int, out: Tensor) -> SampleAxis | str:
-        samples, reached = self._samples, self.call.reached
+        samples, reached = self.samples, self.call.reached
         if reached and index not in reached:
             return LEFT_OUT
         if samples == 1 and out.numel() > 1:
@@ -252,8 +252,8 @@ class RepeatedCall:
         """Where samples are in an output, or ``otherwise``; several axes may be as long, one of which a smaller batch will tell."""
         # Outputs may count samples along another axis than inputs do (a head that flattens a time-first sequence).
         axis = self._controller.axis
-        along = [d for d in (axis, 1 - axis) if out.numel() and out.dim() > d and out.shape[d] == self._samples]
-        if len(along) == 2 and self._samples > 1:
+        along = [d for d in (axis, 1 - axis) if out.numel() and out.dim() > d and out.shape[d] == self.samples]
+        if len(along) == 2 and self.samples > 1:
             return TO_BE_FOUND
         return SampleAxis(along[0]) if along else otherwise
 

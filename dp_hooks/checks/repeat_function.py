@@ -50,7 +50,7 @@ class RepeatedFunction:
         self._run = run
         self.coarse, self.rounding = coarse, 0.0
         self._controller = controller
-        self._samples = samples
+        self.samples = samples
         self._loss, self._ran = torch.zeros((), device="cpu"), False
         self._parts = Parts(self._loss, samples, "sum")
 
@@ -84,7 +84,7 @@ class RepeatedFunction:
         """Run it on all samples; keep what comes out to compare with, and return it."""
         loss = self._run(None)
         self._loss, self._ran = loss.detach(), True
-        self._parts = Parts(self._loss, self._samples, self._controller.loss_reduction)
+        self._parts = Parts(self._loss, self.samples, self._controller.loss_reduction)
         return loss
 
     def whole(self) -> Tensor:
@@ -95,7 +95,7 @@ class RepeatedFunction:
         """The sum of all losses, each times its factor: 1 where there is one loss only."""
         loss = self._run(None)
         if self.has_scalar and self._controller.loss_reduction == "mean":
-            return loss * self._samples
+            return loss * self.samples
         return (loss * factors.to(loss.device, loss.dtype)).sum() if self.has_rows else loss
 
     def alone(self, i: int, *, compared: bool = True) -> Tensor:

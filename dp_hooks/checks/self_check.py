@@ -184,10 +184,9 @@ class SelfCheck:
             self._comparison.gradients.coarse = call.context.autocast is not None
             began, rows = recorder.began(call), self._chosen(call.transitions, samples)
             what = call.name or "the model"
-            again, count = RepeatedCall(call, controller, samples), samples
-            if rows is not None:
-                again, count = again.on(rows), len(rows)
-            compared |= self._comparison.run(count, again, what, call.transitions, call.draws, began)
+            again = RepeatedCall(call, controller, samples)
+            again = again if rows is None else again.on(rows)
+            compared |= self._comparison.run(again, what, call.transitions, call.draws, began)
             outputs.append(len(again))
         if not compared:
             raise SelfCheckError(
@@ -233,10 +232,9 @@ class SelfCheck:
         coarse = self._comparison.gradients.coarse
         chosen, drawn = self._chosen(taken, samples), self._trace.draws
 
-        again, count = RepeatedFunction(run, self._controller, samples, coarse=coarse), samples
-        if chosen is not None:
-            again, count = again.on(chosen), len(chosen)
-        if not self._comparison.run(count, again, "the train function", taken, drawn, recorder.began(None)):
+        again = RepeatedFunction(run, self._controller, samples, coarse=coarse)
+        again = again if chosen is None else again.on(chosen)
+        if not self._comparison.run(again, "the train function", taken, drawn, recorder.began(None)):
             raise SelfCheckError(
                 f"the train function could not be compared: run again on the same batch, it did not give a loss over its {samples} "
                 "samples. Remedy: let it compute the same on every call, one row per example."

@@ -66,15 +66,17 @@ class DeferredSink(Sink):
 
     def finish(self, samples: int, found: Sequence[Term]) -> None:
         """Keep it; what waited for others like it is written out with them."""
-        deferred = [term for term in found if isinstance(term, Deferred)]
-        waiting = [term for term in deferred if term.kind is not None]
-        self.pending.extend([term for term in found if not isinstance(term, Deferred) or term.kind is None])
+        waiting = []
+        for term in found:
+            if isinstance(term, Deferred) and term.kind is not None:
+                waiting.append(term)
+                continue
+            self.pending.append(term)
+            if isinstance(term, Deferred):
+                self._versions += [(term.name, t, t._version) for t in term.captured if not t.is_inference()]
         if waiting:
             with without_autocast(waiting[0].params[0].device.type), full_precision(), torch.no_grad():
                 self.pending.extend(stacked(waiting))
-        for term in deferred:
-            if term.kind is None:
-                self._versions += [(term.name, t, t._version) for t in term.captured if not t.is_inference()]
 
     def peek(self, samples: int) -> SampleGradients:
         """What waits.

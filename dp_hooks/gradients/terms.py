@@ -128,7 +128,7 @@ class Deferred(Term):
         found = self.rule.outer_products(dataclasses.replace(self.call, names=(name,))).get(name)
         if found is not None:
             found.scale = self.scale
-        captured = {t.untyped_storage().data_ptr() for t in (*self.call.inputs, *self.call.grads) if t is not None}
+        captured = {t.untyped_storage().data_ptr() for t in self.captured}
         if found is None or found.storages <= captured:
             self._products[param] = found
         return found

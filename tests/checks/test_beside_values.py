@@ -1,8 +1,8 @@
 """What no value of a first batch shows: gradients that mix alone, state from other passes, criteria called several times."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -152,11 +152,16 @@ def test_what_begins_to_be_kept_later_is_found_then(step: Any) -> None:
     refused_in(1, "kept", Keeping(lambda s, h: set_mean(s, h) if s.late else None).double(), step)
 
 
-def _evaluate(model: nn.Module, x: Tensor) -> None:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
-    with torch.no_grad():
-        model(x)
+    yield
     model.train()
+
+
+def _evaluate(model: nn.Module, x: Tensor) -> None:
+    with evaluating(model), torch.no_grad():
+        model(x)
 
 
 @each_style
@@ -404,25 +409,20 @@ def test_what_training_begins_to_read_later_is_found_then(step: Any) -> None:
 
 def with_gradients(model: nn.Module, x: Tensor) -> None:
     """An evaluation without ``no_grad``."""
-    model.eval()
-    model(x)
-    model.train()
+    with evaluating(model):
+        model(x)
 
 
 def past_the_hooks(model: nn.Module, x: Tensor) -> None:
     """An evaluation by the method itself."""
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         model.forward(x)
-    model.train()
 
 
 def in_inference_mode(model: nn.Module, x: Tensor) -> None:
     """An evaluation in inference mode."""
-    model.eval()
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         model(x)
-    model.train()
 
 
 @each_style
