@@ -77,7 +77,7 @@ class ModelCalls:
         inputs = tensors_of((args, kwargs))
         if session.enabled and torch.is_grad_enabled():
             refuse_without_rows(inputs, session.axis, name)
-        rows = rows_of_inputs(inputs, session.axis)
+        rows = self._rows_of(name, inputs)
         session.call = self._running = call = ModelCall(name, module, args, kwargs, rows, session.batch_number)
         session.repeating = 0
         if not torch.is_grad_enabled():
@@ -102,6 +102,13 @@ class ModelCalls:
             self.hooked_modules.track_outside()
             if session.trace is not None:
                 session.trace.start(name, rows)
+
+    def _rows_of(self, name: str, inputs: list[Tensor]) -> int | None:
+        """How many samples a call is on; a check, which calls a module on some of them, goes by the same input."""
+        session = self.session
+        if session.find_counting is not None:
+            session.counting[name] = session.find_counting(inputs)
+        return rows_of_inputs(inputs[session.counting.get(name, 0) :], session.axis)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call of a module is over; return other outputs in the place of its own, or None."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._tree import outputs_of, rows_of, tree_map
+from .._tree import outputs_of, rows_of, tensors_of, tree_map
 from ..capture.calls.recorded_call import RecordedCall
 from ..capture.controller import HookController
 from ..capture.samples.axis import SampleAxis
+from ..capture.samples.rows_of_inputs import counted_otherwise
 from ..errors import SelfCheckError
 from .compare import ValuesDiffer, value_tolerance, values_off
 from .repeat_function import Parts, declared
@@ -207,9 +208,10 @@ class RepeatedCall:
         return value_tolerance(self._outputs[0].dtype, coarse=coarse, rounding=self.rounding)
 
     def _mixed(self, i: int, how: str, kind: type[SelfCheckError] = SelfCheckError) -> SelfCheckError:
+        hint = counted_otherwise(tensors_of((self.call.args, self.call.kwargs)), self._controller.axis)
         return kind(
             f"{self._what}: its output for sample {i} of the batch {how}; nothing was released. Samples mix inside it (batch "
-            "statistics, attention over the batch axis), or it draws random numbers other than dropout and noise."
+            f"statistics, attention over the batch axis{hint}), or it draws random numbers other than dropout and noise."
             f"{declared(self.has_scalar, self._controller)} Remedy: replace what mixes them, or freeze and .eval() it."
         )
 

@@ -408,6 +408,7 @@ class PrivateOptimizer(WrappedOptimizer):
         """Guard the original optimizer and the rows of calls until ``stack`` unwinds, and close this one then."""
         session = self._controller.session
         session.before_call, session.check_rows = self._rows.before_call, self._rows.check_pass
+        session.find_counting = self._rows.find_counting
         this = weakref.ref(self)  # the hook is global, and must not keep the scope alive
 
         def guard(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,18 @@ class Rows:
             )
 
     # ---------------------------------------------------------------- what the model sees
+
+    def find_counting(self, inputs: Sequence[Tensor]) -> int:
+        """Return the number of the first input of a call that has a row for each example, unless the batch comes before it.
+
+        What all samples share, an adjacency matrix for one, may be the first input and have rows of its own.
+        """
+        for i, t in enumerate(inputs):
+            if t.dim() > self._axis and t.shape[self._axis] == self.expected:
+                return i
+            if torch._C._functorch.is_functorch_wrapped_tensor(t) or _any_same_memory([t], self._present):
+                break
+        return 0
 
     def before_call(self, arguments: tuple[tuple[Any, ...], dict[str, Any]], passes: BackwardPasses) -> None:
         """An outermost call with gradients begins, with ``arguments``; ``passes`` are the backward passes since the last boundary.

@@ -265,6 +265,18 @@ def mean_in_place(s, h):
     return out
 
 
+def mean_through_data(s, h):
+    out = h - s.kept.clone()
+    s.kept.data.lerp_(h.detach().mean(0), 0.5)
+    return out
+
+
+def mean_through_new_data(s, h):
+    out = h - s.kept
+    s.kept.data = 0.5 * s.kept.data + 0.5 * h.detach().mean(0)
+    return out
+
+
 def mean_of_number(s, h):
     h, s.kept = h - s.kept, 0.5 * s.kept + 0.5 * float(h.detach().mean())
     return h
@@ -299,9 +311,13 @@ def last(s, h):
 CARRIED = {
     "mean in a tensor": (mean_of_tensor, torch.zeros(5).double(), False),
     "mean changed in place": (mean_in_place, torch.zeros(5).double(), False),
+    "mean through .data": (mean_through_data, torch.zeros(5).double(), False),
+    "mean through new .data": (mean_through_new_data, torch.zeros(5).double(), False),
     "mean in a number": (mean_of_number, 0.0, False),
     "queue": (queue, [], False),
     "mean in a buffer": (mean_in_place, torch.zeros(5), True),
+    "mean in a buffer through .data": (mean_through_data, torch.zeros(5).double(), True),
+    "mean in a buffer through new .data": (mean_through_new_data, torch.zeros(5).double(), True),
     "exact counts in a buffer": (bins, torch.zeros(40, dtype=torch.long), True),
 }
 HARMLESS = {

@@ -105,6 +105,16 @@ def einsum() -> nn.Module:
     return Net(lambda m, x: torch.einsum("ni,io->no", x, m.w), w=nn.Parameter(torch.randn(4, 3))).double()
 
 
+def convolution() -> nn.Module:
+    return Net(lambda m, x: F.conv1d(x[:, None], m.w).flatten(1), w=nn.Parameter(torch.randn(1, 1, 2))).double()
+
+
+def transposed_convolution() -> nn.Module:
+    return Net(
+        lambda m, x: F.conv_transpose2d(x.view(-1, 1, 2, 2), m.w).flatten(1), w=nn.Parameter(torch.randn(1, 1, 2, 2))
+    ).double()
+
+
 def by_loop(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> None:
     backward(model, x, y)
     opt.step()
@@ -120,7 +130,9 @@ BY: dict[str, Callable[..., Any]] = {"loop": by_loop, "two_pass": lambda model, 
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("model", ["attention", "weight_norm", "owner", "lstm", "conv", raw_matmul, einsum])
+@pytest.mark.parametrize(
+    "model", ["attention", "weight_norm", "owner", "lstm", "conv", raw_matmul, einsum, convolution, transposed_convolution]
+)
 def test_one_record_that_is_not_finite_leaves_the_sums_of_the_others_exact(model: Any, bad: float, by: str) -> None:
     """Whatever way a parameter is used, the bad record's share is left out, not multiplied by zero (N1)."""
     (x, y), others = examples(), [0, 1, 3, 4, 5]

@@ -1,7 +1,7 @@
 """Session: what is going on in a model at this moment, in one place that every hook reads and writes."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -90,6 +90,9 @@ class Session:
         self.on_arrival: Callable[[ModelCall, int, Tensor], None] | None = None
         # Told how many samples a backward pass on the present batch was over, and may refuse that.
         self.check_rows: Callable[[int], None] | None = None
+        # Finds the input, by number, that counts samples; what was found last, by the name of the module called.
+        self.find_counting: Callable[[Sequence[Tensor]], int] | None = None
+        self.counting: dict[str, int] = {}
 
     def in_backward(self) -> bool:
         """Whether a backward pass is running, so that what is run forwards is run again."""
@@ -183,7 +186,7 @@ class Session:
             kept = dict(vars(self))
             self.reset()
             self.sink, self.call, self.outer_task = other, ModelCall(), torch._C._current_graph_task_id()
-            self.before_call = self.check_rows = self.on_output = self.on_arrival = None
+            self.before_call = self.check_rows = self.find_counting = self.on_output = self.on_arrival = None
             try:
                 yield
             finally:

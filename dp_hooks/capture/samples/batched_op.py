@@ -14,6 +14,7 @@ from ..._tree import join, split, tensors_of
 from ..calls.gradient_tap import Grads, Make, tap
 from ..calls.session import Session
 from .axis import SampleAxis
+from .rows_of_inputs import counted_otherwise
 from .tracked import TrackedTensor, is_float, on_values, works_in_place
 from .tracked_gradients import BatchedOp, BatchedOpGradients, TrackedGradients, sum_to
 from .tracked_value import TrackedParameter, TrackedValue, names_of, refused
@@ -145,7 +146,9 @@ class BatchedUse:
             outputs = tuple(guessed(t, self.session.axis, n) for t in floats)
         reason = layout.reason or self._reason(floats, outputs)
         if reason is not None:
-            error = refused(self._roots, reason)
+            call = self.session.call
+            hint = counted_otherwise(tensors_of((call.args, call.kwargs)), self.session.axis)
+            error = refused(self._roots, reason + hint)
 
             def refuse(saved: list[Tensor], grads: Grads) -> list[Any]:
                 raise error  # only if a gradient comes back: what is not trained on need not be told apart

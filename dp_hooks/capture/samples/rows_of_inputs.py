@@ -13,6 +13,17 @@ def rows_of_inputs(inputs: Sequence[Tensor], axis: int) -> int | None:
     return next((t.shape[axis] for t in inputs if t.dim() > axis), None)
 
 
+def counted_otherwise(inputs: Sequence[Tensor], axis: int) -> str:
+    """A remark for errors, where an input has as many rows along another axis, so that the wrong one may have been declared."""
+    for t in inputs:
+        if t.dim() > 1 and t.shape[0] == t.shape[1] and t.shape[0] > 1:
+            return (
+                f" (an input has shape {tuple(t.shape)}: if axis {1 - axis} counts samples, declare batch_first={axis == 1}; if "
+                "all samples share it, it must not have as many rows as the batch)"
+            )
+    return ""
+
+
 def refuse_without_rows(inputs: Sequence[Tensor], axis: int, name: str) -> None:
     """Refuse tensors that samples cannot be taken from one by one.
 

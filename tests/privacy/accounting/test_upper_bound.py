@@ -131,6 +131,17 @@ def test_every_history_gets_an_answer(name: str, history: list[tuple[float, floa
         assert min(sigma for sigma, *_ in history) > 0.2
 
 
+@pytest.mark.parametrize(("name", "history", "at_least"), HARD)
+def test_the_report_has_an_answer_too(name: str, history: list[tuple[float, float, int]], at_least: float) -> None:
+    """What a scope reports after many steps or with little noise is that answer, with the word about the bound (N6)."""
+    run = Charged(accountant=name).after()
+    run.scope.accountant.history = history
+    spent = spent_by(accountant_with(history, name), DELTA)
+    report = run.scope.report(DELTA)
+    assert at_least < report.epsilon == spent.epsilon
+    assert ("an upper bound" in str(report)) == bool(spent.remark)
+
+
 @pytest.mark.parametrize("name", ["prv", "rdp"])
 def test_ten_thousand_different_charges_get_an_answer(name: str) -> None:
     """A schedule with another noise at every step costs between the cheapest and the dearest of its steps, all along."""

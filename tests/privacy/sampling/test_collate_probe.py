@@ -97,6 +97,23 @@ def pairs(rows: list[Any]) -> Any:
     return x.repeat_interleave(2, 0), y
 
 
+def chunked(rows: list[Any]) -> Any:
+    """All tokens one after the other, cut into as many rows as there are examples: some rows hold several, some none."""
+    tokens = torch.cat([x for x, _ in rows])
+    size = -(-len(tokens) // len(rows))
+    return nn.functional.pad(tokens, (0, size * len(rows) - len(tokens))).view(len(rows), size), labels(rows)
+
+
+def by_turns(rows: list[Any]) -> Any:
+    """A row of one example holds it twice, the next one nothing of its own."""
+    x, y = default_collate(rows)
+    return x[torch.arange(len(x)) // 2 * 2], y
+
+
+def sorted_inputs_only(rows: list[Any]) -> Any:
+    return padded_right(sorted(rows, key=lambda row: -len(row[0])))[0], labels(rows)
+
+
 MIXING: list[tuple[Collate, Callable[[], list[Any]], str]] = [
     (mixed_by_roll, vectors, r"batch\[0\] changes"),
     (mixed_at_random, vectors, r"batch\[0\] changes"),
@@ -107,6 +124,9 @@ MIXING: list[tuple[Collate, Callable[[], list[Any]], str]] = [
     (with_mean, vectors, r"batch\['mean'\] is one value for all"),
     (with_norm_as_number, vectors, r"batch\[1\] is one value for all"),
     (pairs, vectors, r"batch\[0\] has no sample axis"),
+    (chunked, texts, r"batch\[0\] changes"),
+    (by_turns, vectors, r"batch\[0\] changes"),
+    (sorted_inputs_only, texts, r"batch\[0\] changes"),
 ]
 
 

@@ -22,7 +22,7 @@ from dp_hooks.errors import InvalidArgumentError, ScopeError
 
 from ...models import drawn
 from ..gaussian import NEVER
-from .helpers import Rows, as_dict, indices, loader_over, private
+from .helpers import Rows, as_dict, as_tensor, indices, loader_over, private
 
 
 def only_in_workers(worker: int) -> None:
@@ -177,6 +177,17 @@ class MyBatches(BatchSampler):
     pass
 
 
+class Shuffling(DataLoader):
+    """Does more than to load."""
+
+    def __iter__(self) -> Any:
+        return (batch.flip(0) for batch in super().__iter__())
+
+
+class Named(DataLoader):
+    """Does nothing else."""
+
+
 ROWS = Rows(4)
 
 
@@ -203,6 +214,8 @@ REFUSED = [
     ("more draws than examples", two(sampler=RandomSampler(ROWS, num_samples=9)), False, "poisson_sampling=True"),
     ("empty dataset", DataLoader(Rows(0), batch_size=2), True, "empty"),
     ("batch too large", DataLoader(ROWS, batch_size=5), True, "4 examples"),
+    ("own __iter__", Shuffling(ROWS, batch_size=2), True, "collate_fn"),
+    ("own __iter__, in order", Shuffling(ROWS, batch_size=2), False, "collate_fn"),
     ("out of order", two(num_workers=1, in_order=False), True, "in_order"),
 ]
 
@@ -214,6 +227,12 @@ def test_loaders_that_cannot_be_accounted_for_are_refused(loader: Any, poisson: 
         private(loader, poisson_sampling=poisson)
     assert "loader=" in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_a_subclass_that_loads_as_its_base_class_does_is_accepted() -> None:
+    """A subclass of DataLoader without an ``__iter__`` of its own gives its batches."""
+    with private(Named(ROWS, batch_size=2, collate_fn=as_tensor), poisson_sampling=False) as (_, own):
+        assert indices(list(own)) == [[1, 2], [3, 4]]
 
 
 def test_private_loader_cannot_be_made_private_again() -> None:
