@@ -1,7 +1,9 @@
 """Stacked: small calls of modules that are alike (the layers of a transformer), computed as if they were one call."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +36,27 @@ def _rows(params: Sequence[nn.Parameter], grads: Tensor, samples: int) -> Iterat
 
 
 def _written(piece: Piece, like: Deferred) -> Instantiated:
-    columns = piece.rows.split([p.numel() for p in piece.params], 1)
-    tensors = {p: rows.reshape(like.samples, *p.shape) for p, rows in zip(piece.params, columns, strict=True)}
-    return Instantiated(tensors, like.samples, like.name, piece.scale, piece)
+    return Instantiated(_Columns(piece), like.samples, like.name, piece.scale, piece)
+
+
+@dataclass(eq=False)
+class _Columns(Mapping[nn.Parameter, Tensor]):
+    """Views of gradients side by side, each made when it is asked for: most of them only count together."""
+
+    piece: Piece
+    _ends: dict[nn.Parameter, int] = field(default_factory=dict)
+
+    def __getitem__(self, param: nn.Parameter) -> Tensor:
+        if not self._ends:
+            self._ends.update(zip(self, itertools.accumulate(p.numel() for p in self), strict=True))
+        end, rows = self._ends[param], self.piece.rows
+        return rows[:, end - param.numel() : end].reshape(len(rows), *param.shape)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.piece.params)
+
+    def __len__(self) -> int:
+        return len(self.piece.params)
 
 
 def _as_one(alike: Sequence[Deferred], names: tuple[str, ...]) -> Call:

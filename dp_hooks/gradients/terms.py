@@ -1,7 +1,7 @@
 """Terms: what one use of some parameters adds to their per-sample gradients, deferred or written out."""
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class Deferred(Term):
 class Instantiated(Term):
     """Per-sample gradients of ``samples`` samples, written out already; the true ones are ``scale`` times these."""
 
-    tensors: dict[nn.Parameter, Tensor]
+    tensors: Mapping[nn.Parameter, Tensor]
     samples: int
     name: str
     scale: float = 1.0
