@@ -3,7 +3,7 @@
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ._dropout_masks import DropoutMasks
 from ._operations import BERNOULLI, COUNTS, DRAWS, NOISE, RECURRENT, is_dropout
 
 # How many numbers at once may be what a branch hangs on.
@@ -71,10 +72,12 @@ class Draws:
         _set_other_generators(self._generators)
 
 
-# What few numbers drawn at once are in the trials after the first, as quantiles: gates open and close.
-_LEVELS = (0.02, 0.98, 0.5)
-_DRAWS = 256  # of which the smallest, the largest and the one in the middle are taken, where no formula is known
-TRIALS = 1 + len(_LEVELS)
+# What few numbers drawn at once are in the trials after the first, as quantiles: gates open and close, and each of a handful of
+# choices has its turn.
+_LEVELS = (0.02, 0.98, 0.5, 0.26, 0.74, 0.14, 0.86, 0.38, 0.62)
+_ALL_ALIKE = 3  # up to this trial several numbers at once are the same; later ones differ: one of them is the largest
+_DRAWS = 256  # of which those at the levels are taken, where no formula is known
+TRIALS, FEW_TRIALS = 1 + len(_LEVELS), 1 + _ALL_ALIKE
 
 
 class _Drawing(threading.local):
@@ -93,10 +96,11 @@ class NoRandomness(TorchFunctionMode):
 
     ``eval()`` would turn dropout off as well, but would also hide BatchNorm's batch statistics. Permutations are left
     alone: a model that shuffles samples mixes them. Random integers are drawn by the run on the whole batch, and a run on
-    some samples gets their rows; with ``varied`` so is noise, to tell samples apart. Given the ``draws`` of a
-    pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same way again. In a later ``trial``
-    numbers for the whole batch are others: near their least, near their largest, and in the middle. Of numbers with several rows
-    for each sample, those of one are taken to stand together, or, if :attr:`by_turns` is set, one of each sample after the other.
+    some samples gets their rows; with ``varied`` so is noise, to tell samples apart, and there is dropout, by :attr:`masks`.
+    Given the ``draws`` of a pass, few numbers at once are what it drew, so that a model that tosses a coin goes the same
+    way again. In a later ``trial`` numbers for the whole batch are others: near their least, near their largest, in the middle,
+    and between. Of numbers with several rows for each sample, those of one are taken to stand together, or, if :attr:`by_turns`
+    is set, one of each sample after the other.
     """
 
     def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False, trial: int = 0) -> None:
@@ -107,8 +111,9 @@ class NoRandomness(TorchFunctionMode):
         self.varied = varied
         self.trial = trial
         self.by_turns = False
+        self.masks = DropoutMasks(samples)
         self.grouped = False  # whether numbers with several rows for each sample were cut
-        self.noisy = False  # whether noise with rows for each sample was replaced
+        self.noisy = False  # whether noise with rows for each sample, or much of it, or dropout was replaced
         self.gates = False  # whether a number for the whole batch was drawn
         self.operations = 0  # in the present run
         self._limit: int | None = None  # more than so many in it are an error
@@ -128,6 +133,7 @@ class NoRandomness(TorchFunctionMode):
         self._put_generators_back()
         self._coins, self._next, self._count, self._asked, self._some = 0, 0, 0, 0, some
         self.operations = 0
+        self.masks.begin_again(some)
         if some is None:
             self._drawn, self._are_gates = [], []
         if self.draws is not None:
@@ -176,15 +182,35 @@ class NoRandomness(TorchFunctionMode):
             raise TooLong("a run takes many more operations than it should.")
         if name == "gumbel_softmax":  # draws inside
             return self._gumbel_softmax(*args, **(kwargs or {}))
-        if name not in DRAWS:
+        dropout = is_dropout(name)
+        if not dropout and name not in DRAWS:
             return self._without(func, args, kwargs)
-        if _drawing.depth:
+        if not dropout and _drawing.depth:
             return func(*args, **(kwargs or {}))
         _drawing.depth += 1
         try:
-            return self._draw(func, name, args, kwargs or {})
+            return self._drop(func, args, kwargs or {}) if dropout else self._draw(func, name, args, kwargs or {})
         finally:
             _drawing.depth -= 1
+
+    def _drop(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """In place of dropout: nothing, or a mask that is known."""
+        settings = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+        x: Tensor = settings["input"]
+        p, training = settings.get("p", 0.5), settings.get("training", settings.get("train", True))
+        if not training or not 0 < p < 1 or "alpha" in func.__name__:
+            return x
+        mask = None
+        if x.numel() == 1 and self.samples != 1:  # a coin, if it is not that of a lone sample
+            coin = torch.ones_like(x.detach())
+            if self._is_gate(coin) and self.trial:
+                mask = coin * float(1 - p > _LEVELS[self.trial - 1]) / (1 - p)
+        else:
+            self.noisy = True
+            mask = self.masks.make(x, p) if self.varied else None
+        if mask is None:
+            return x
+        return x.mul_(mask) if settings.get("inplace") or func.__name__.endswith("_") else x * mask
 
     def _gumbel_softmax(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
         """The softmax of logits with noise (Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017)."""
@@ -203,19 +229,23 @@ class NoRandomness(TorchFunctionMode):
         if generator is None:  # what is drawn next must not depend on how many numbers came before, one row or many
             self._count += 1
             self._seed(self._count)
-        if name in BERNOULLI:  # stochastic depth: keep probability p, divided by p afterwards
-            p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            out = args[0].fill_(p) if name == "bernoulli_" else args[0].clone()
-            if self._is_gate(out) and self.trial:
-                with torch.no_grad():
-                    out.copy_((out > _LEVELS[self.trial - 1]).to(out.dtype))
+        if name in BERNOULLI and not self.varied:  # stochastic depth: keep probability p, divided by p afterwards
+            out = _probabilities(name, args, kwargs)
+            if not self._is_gate(out):
+                self._note_noise(out)
+            elif self.trial:
+                out.copy_((out > torch.tensor(self._levels(out), device=out.device).view_as(out)).to(out.dtype))
         else:
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and name != "randperm":
+                drawn, out = out, out.detach() if name == "_standard_gamma" else out
                 with torch.no_grad():
                     gate = self._is_gate(out)
                     if not (gate and self.trial and self._at_level(out, func, name, args, kwargs)):
                         self._repeat(out, constant=name in NOISE and not self.varied)
+                if drawn.grad_fn is not None and drawn is not out:  # what is drawn here follows its parameter
+                    shape = args[0]
+                    out = out + (shape - shape.detach()) * torch._standard_gamma_grad(shape.detach(), out)
             elif isinstance(out, Tensor):
                 self.gates = True
         queue = [] if self.draws is None else self.draws.numbers[self._coins :]
@@ -225,23 +255,34 @@ class NoRandomness(TorchFunctionMode):
                 out.copy_(mine)
         return out
 
+    def _levels(self, out: Tensor, *, spread: bool = False) -> list[float]:
+        """At which quantiles the numbers in ``out`` are in this trial; ``spread``: whole numbers, each of which has its turn."""
+        level, count = _LEVELS[self.trial - 1], out.numel()
+        levels = [level] * count
+        later = self.trial - 1 - _ALL_ALIKE
+        if later >= 0 and count > 1:
+            if spread:
+                return [(level + i / count) % 1 for i in range(count)]
+            levels[later % count], levels[(later + 1) % count] = max(_LEVELS), min(_LEVELS)
+        return levels
+
     def _at_level(self, out: Tensor, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Write into ``out`` what is drawn rarely, or in the middle, as the trial wants it; whether it is known what that is."""
-        level = _LEVELS[self.trial - 1]
+        """Write into ``out`` what is drawn rarely, or between, as the trial wants it; whether it is known what that is."""
         if name in NOISE:
-            out.fill_(_quantile(name, level, args[1:], kwargs))
+            numbers: list[Any] = [_quantile(name, level, args[1:], kwargs) for level in self._levels(out)]
         elif name == "multinomial" and out.numel() == 1:
             weights = args[0] if args else kwargs["input"]
-            possible = weights.flatten().nonzero().flatten()
-            out.fill_(_pick(level, possible[0], possible[len(possible) // 2], possible[-1]))
+            possible = weights.flatten().nonzero().flatten().tolist()
+            numbers = [_pick(level, possible) for level in self._levels(out)]
         elif name in ("randint", "randint_like") and (bounds := _bounds(args, kwargs)) is not None:
-            low, high = bounds
-            out.fill_(_pick(level, low, (low + high) // 2, high - 1))
+            numbers = [_pick(level, range(*bounds)) for level in self._levels(out, spread=True)]
         elif name in COUNTS and name != "multinomial":
-            drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).sort(0).values
-            out.copy_(_pick(level, drawn[0], drawn[_DRAWS // 2], drawn[-1]))
+            drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).flatten(1).sort(0).values
+            levels = self._levels(out, spread=True)
+            numbers = [_pick(level, drawn[:, i].tolist()) for i, level in enumerate(levels)]
         else:
             return False
+        out.copy_(torch.tensor(numbers, dtype=out.dtype, device=out.device).view_as(out))
         return True
 
     def _is_gate(self, out: Tensor) -> bool:
@@ -257,8 +298,7 @@ class NoRandomness(TorchFunctionMode):
     def _repeat(self, out: Tensor, *, constant: bool) -> None:
         """Make ``out`` a constant, or the rows of its samples in what the run on the whole batch drew here."""
         if constant:
-            rows = self.samples or 0
-            self.noisy = self.noisy or (self._some is None and rows > 0 and any(size and size % rows == 0 for size in out.shape))
+            self._note_noise(out)
             out.fill_(0.75)
         elif self._some is None:
             self._drawn.append(out.detach().clone())
@@ -268,6 +308,12 @@ class NoRandomness(TorchFunctionMode):
             mine = self._rows_in(whole, out)
             if mine is not None:
                 out.copy_(mine)
+
+    def _note_noise(self, out: Tensor) -> None:
+        """A constant takes the place of noise: for each sample, or so much that it is told from a gate by other values only."""
+        rows = self.samples or 0
+        if self._some is None and rows and (out.numel() > _COIN or any(size and size % rows == 0 for size in out.shape)):
+            self.noisy = True
 
     def _rows_in(self, whole: Tensor, out: Tensor) -> Tensor | None:
         """The rows in ``whole``, drawn for all samples, of those that the present run is on, in the shape of ``out``; or None."""
@@ -290,8 +336,6 @@ class NoRandomness(TorchFunctionMode):
     def _without(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if is_dropout(name):
-            return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
@@ -309,8 +353,20 @@ class NoRandomness(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _pick(level: float, least: Any, middle: Any, largest: Any) -> Any:
-    return middle if level == 0.5 else least if level < 0.5 else largest
+def _pick(level: float, possible: Sequence[Any]) -> Any:
+    """The one of some sorted numbers that is there: at the ends the very first and the very last, however rare."""
+    if level in (min(_LEVELS), max(_LEVELS)):
+        return possible[0 if level < 0.5 else -1]
+    return possible[int(level * len(possible))]
+
+
+def _probabilities(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What ``bernoulli`` draws with, in place where that is."""
+    x = args[0] if args else kwargs["input"]
+    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else None)
+    with torch.no_grad():
+        out: Tensor = x if name == "bernoulli_" else x.detach().clone()
+        return out if p is None else out.copy_(torch.as_tensor(p, device=out.device))
 
 
 def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

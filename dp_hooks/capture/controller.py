@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from .._tree import modules_of
 from .._validate import boolean, one_of
 from ..errors import ScopeError
 from ..gradients.grad_sample import GradSamples, clear
@@ -177,6 +178,11 @@ class HookController:
     def hooked_by_others(self) -> list[nn.Module]:
         """Modules of the model with forward hooks of the user, which may take out what is inside."""
         return [module for module in self.model.modules() if self._module_hooks.has_others(module)]
+
+    @property
+    def hands_out(self) -> bool:
+        """Whether hooks of the user are called inside the model: what they get may enter a loss beside the model's outputs."""
+        return any(self._module_hooks.are_given(module) for module in modules_of(self.model) if module is not self.model)
 
     @property
     def has_gradients(self) -> bool:

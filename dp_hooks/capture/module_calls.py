@@ -102,6 +102,8 @@ class ModuleCalls:
             return None
         if not outputs:
             return None
+        if session.call.record is not None and any(t.dtype in (torch.bfloat16, torch.float16) for t in outputs):
+            session.call.record.rounds = True
         skeleton, inputs = split((args, kwargs))
         plain = all(type(t) is Tensor for t in (*inputs, *outputs))  # others may have something to say
         with torch._C.DisableTorchFunction() if plain else nullcontext():

@@ -87,6 +87,15 @@ class ModuleHooks:
         ours = self._ids.get(id(module), set())
         return any(key not in ours for key in module._forward_hooks)
 
+    def are_given(self, module: nn.Module) -> bool:
+        """Whether hooks that are neither ours nor PyTorch's get inputs or outputs of ``module``."""
+        ours = self._ids.get(id(module), set())
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                if key not in ours and not str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch."):
+                    return True
+        return False
+
     def forget(self) -> None:
         """The hooks are gone."""
         self._ids = {}

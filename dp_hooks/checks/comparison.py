@@ -1,14 +1,14 @@
 """Comparison: how a call, or a train function, is compared with itself on some of its samples, and with plain autograd."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._no_randomness import TRIALS, Draws, NoRandomness
+from .._no_randomness import FEW_TRIALS, TRIALS, Draws, NoRandomness
 from .._tree import rows_of, tensors_of
 from ..capture.calls.call_recorder import CallRecorder
 from ..capture.calls.carried_state import CarriedState
@@ -19,15 +19,16 @@ from ..capture.calls.undisturbed import undisturbed
 from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..capture.samples.tracked_value import FAILS
-from ..errors import DPHooksError, SelfCheckError, some_of
+from ..errors import DPHooksError, SelfCheckError, UnsupportedModelError, some_of
 from ..gradients.sample_gradients import SampleGradients
-from .compare import ValuesDiffer, extreme_samples
+from .compare import NotFinite, ValuesDiffer, extreme_samples
 from .gradient_comparison import Begin, GradientComparison, Repeated
+from .hidden_leaves import hidden_leaves, refuse_hidden
 from .left_behind import compare_left, trained_kept
-from .other_weights import exchanged, rounded
+from .other_weights import exchanged, is_closed, rounded
 from .parts import a_few, halves, parts_of
 from .repeat_call import RepeatedCall
-from .single_samples import NotAlone, leaves_of, not_alone
+from .single_samples import NotAlone, not_alone
 from .unsaved import Unsaved
 
 # What the model was when a call began.
@@ -76,14 +77,14 @@ class Comparison:
         if not self._in_either_order(without, again, what, began):
             return False
         if samples > 1 and without.noisy:  # which may choose the samples that are mixed
-            self._in_either_order(NoRandomness(samples, varied=True), again, what, began)
-        if self._unseen(transitions, samples) and draws is not None:
+            self._try_way(NoRandomness(samples, varied=True), samples, again, what, began)
+        if self._unseen(transitions, samples, noisy=without.noisy) and draws is not None:
             self._in_either_order(NoRandomness(samples, draws=draws), again, what, began)
         if samples > 1 and without.gates:
             self._try_gates(min(samples, _HANDFUL), again, what, draws, began)
         if samples > 1:
             self._compare_otherwise(min(samples, self._enough), again, what, draws, began, gates=without.gates)
-        if left := self._unseen(transitions, samples):
+        if left := self._unseen(transitions, samples, noisy=without.noisy):
             places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
             raise SelfCheckError(
                 f"{what}: run again on the same batch, it did not do the same as before (in {some_of(places)}), so "
@@ -95,13 +96,13 @@ class Comparison:
     def _in_either_order(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
         return _in_either_order(without, partial(self._compared, without, again, what, began))
 
-    def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
+    def _unseen(self, transitions: set[Transition], samples: int, *, noisy: bool) -> set[Transition]:
         left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
         self._trace.verify(transitions - left, samples)
         if left:
             classes = {name: type(module) for name, module in self._model.named_modules()}
             left = self._trace.verify_alike(left, samples, classes)
-        return left
+        return self._trace.verify_roughly(left, samples) if left and noisy else left
 
     def _compared(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
         controller, samples = self._controller, again.samples
@@ -116,10 +117,10 @@ class Comparison:
             loss = some.whole() if rows is None else _apart_from_others(lambda _: some.whole(), rows, what)
             seen |= self._trace.unverified
             self._operations = without.operations
-            if isinstance(some, RepeatedCall) and (hidden := self._hidden(loss)):
+            if isinstance(some, RepeatedCall) and (hidden := hidden_leaves(loss, controller)):
                 begin_some(None)
                 loss = some.whole()
-                _refuse_hidden(hidden, self._hidden(loss), what)
+                refuse_hidden(hidden, hidden_leaves(loss, controller), what)
             found = None
             if loss.requires_grad:  # else it is a part without parameters, called by itself: it may mix all the same
                 found = self.gradients.capture(loss)
@@ -154,11 +155,6 @@ class Comparison:
         if captured is not None and captured.samples == samples:
             first = extreme_samples(captured.sq_norms(captured.params), samples, ends=False)
         return a_few(samples, first, few)
-
-    def _hidden(self, loss: Tensor) -> list[Tensor]:
-        """Tensors that ``loss`` would give gradients to, and that are no parameters of the model."""
-        known = {id(self._controller.session.anchor), *(id(p) for p in self._model.parameters())}
-        return [leaf for leaf in leaves_of([loss]) if id(leaf) not in known and type(leaf) in (Tensor, nn.Parameter)]
 
     @contextmanager
     def apart(self, without: NoRandomness, began: Began) -> Iterator[Begin]:
@@ -201,12 +197,21 @@ class Comparison:
     ) -> None:
         """The same with other parameters, which later steps may lead to: what is dead or closed in this batch may mix later."""
         without = NoRandomness(samples)
-        _in_either_order(without, partial(self._with_other_weights, without, whole, samples, began, what))
+        # Gradients that do not come through a layer of zeros may mix behind it, where no value does.
+        closed = self.gradients.blocked or any(is_closed(p) for p in self._trainable if not self._is_bias(p))
+        _in_either_order(without, partial(self._with_other_weights, without, whole, samples, began, what, closed))
         for sign in (1, -1) if gates else ():
             with _if_it_can_be_computed(), exchanged(self._trainable, sign):
                 self._try_gates(samples, whole, what, draws, began, values_only=True)
 
-    def _with_other_weights(self, without: NoRandomness, whole: Repeated, samples: int, began: Began, what: str) -> None:
+    def _is_bias(self, param: nn.Parameter) -> bool:
+        """Whether a parameter is added, as its name says."""
+        name = self._controller.name_of(param).rpartition(".")[2]
+        return name.startswith("bias") or name.endswith("bias")
+
+    def _with_other_weights(
+        self, without: NoRandomness, whole: Repeated, samples: int, began: Began, what: str, gradients: bool
+    ) -> None:
         with self.apart(without, began) as begin:
             self._controller.disable_hooks()
             for sign in (1, -1):
@@ -214,16 +219,40 @@ class Comparison:
                     again = whole.on(torch.arange(samples, device="cpu"))
                     with _if_it_can_be_computed(), exchanged(self._trainable, sign, closed=closed):
                         self._compare_exchanged(without, begin, again, what, kept=began[1] is not None)
+                        if gradients and again.is_finite:
+                            self._compare_gradients(begin, again, what)
                     if again.is_finite:
                         break
 
     def _compare_exchanged(self, without: NoRandomness, begin: Begin, again: Repeated, what: str, *, kept: bool) -> None:
         begin(None)
         before = CarriedState(self._model)
-        with without.limited(_LONGER * self._operations):
-            again.keep()
+        self._keep(without, begin, again)
         self._check_state(before, begin, again, what, kept=kept)
         self._compare_values(begin, again, what, alone=False)
+
+    def _compare_gradients(self, begin: Begin, again: Repeated, what: str) -> None:
+        self._controller.enable_hooks()
+        try:
+            begin(None)
+            loss = again.whole()
+            found = self.gradients.capture(loss) if loss.requires_grad else None
+        except UnsupportedModelError:  # it goes another way with these parameters, which no run has shown
+            return
+        finally:
+            self._controller.disable_hooks()
+        if found is not None and found.samples == again.samples:
+            with suppress(NotFinite):
+                self.gradients.compare(begin, again, found, what)
+
+    def _keep(self, without: NoRandomness, begin: Begin, again: Repeated) -> None:
+        """Run it on all its samples, for values, under circumstances that it need not be made for."""
+        with without.limited(_LONGER * self._operations), self._unsaved.run():
+            again.keep()
+        if self._unsaved.failed:
+            begin(None)
+            with without.limited(_LONGER * self._operations):
+                again.keep()
 
     @property
     def _trainable(self) -> list[nn.Parameter]:
@@ -327,21 +356,26 @@ class Comparison:
         self, samples: int, whole: Repeated, what: str, draws: Draws | None, began: Began, *, values_only: bool = False
     ) -> None:
         """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
-        ways = [NoRandomness(samples, trial=trial) for trial in range(1, TRIALS)]
+        ways = [NoRandomness(samples, trial=trial) for trial in range(1, FEW_TRIALS if values_only else TRIALS)]
         if draws is not None and draws.numbers:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
-            again = whole.on(torch.arange(samples, device="cpu"))
-            _in_either_order(without, partial(self._compare_gate, without, again, began, what))
-            if again.has_scalar and not values_only:  # of which values alone do not tell much
-                self._in_either_order(without, again, what, began)
+            self._try_way(without, samples, whole, what, began, values_only=values_only)
 
-    def _compare_gate(self, without: NoRandomness, again: Repeated, began: Began, what: str) -> None:
+    def _try_way(
+        self, without: NoRandomness, samples: int, whole: Repeated, what: str, began: Began, *, values_only: bool = False
+    ) -> None:
+        """Compare values of the first samples where random numbers are others."""
+        again = whole.on(torch.arange(samples, device="cpu"))
+        _in_either_order(without, partial(self._compare_way, without, again, began, what))
+        if again.has_scalar and not values_only:  # of which values alone do not tell much
+            self._in_either_order(without, again, what, began)
+
+    def _compare_way(self, without: NoRandomness, again: Repeated, began: Began, what: str) -> None:
         with self.apart(without, began) as begin:
             self._controller.disable_hooks()
             begin(None)
-            with without.limited(_LONGER * self._operations):
-                again.keep()
+            self._keep(without, begin, again)
             self._compare_values(begin, again, what)
 
     @contextmanager
@@ -369,14 +403,15 @@ def _begin_among(begin: Begin, rows: Tensor, some: Tensor | None) -> CarriedStat
 
 
 def _in_either_order(without: NoRandomness, compare: Callable[[], Compared]) -> Compared:
-    """Compare, with numbers cut in either order where each sample has several rows of them."""
+    """Compare, with numbers cut in either order where each sample has several rows of them, and with masks of dropout that fit."""
     try:
         return compare()
     except SelfCheckError:
-        if without.by_turns or not without.grouped:
-            raise
-        without.by_turns = True
-        return compare()
+        if not without.masks.adapt():
+            if without.by_turns or not without.grouped:
+                raise
+            without.by_turns = True
+    return _in_either_order(without, compare)
 
 
 @contextmanager
@@ -390,18 +425,6 @@ def _if_it_can_be_computed() -> Iterator[None]:
         raise
     except Exception:  # noqa: BLE001 - whatever a model raises
         return
-
-
-def _refuse_hidden(before: list[Tensor], again: list[Tensor], what: str) -> None:
-    """What is trained in a model has to be a parameter of it; what a pass makes anew, as for checkpointing, is not trained."""
-    lasting = [leaf for leaf in before if any(leaf is other for other in again)]
-    if lasting:
-        shapes = some_of([f"{type(leaf).__name__} {tuple(leaf.shape)}" for leaf in lasting])
-        raise SelfCheckError(
-            f"{what}: it computes with trainable tensors that are no parameters of the model ({shapes}): they get gradients of "
-            "private samples, neither clipped nor noised; nothing was released. Remedy: register them (nn.Parameter, "
-            "nn.ParameterList, nn.ModuleList), or detach them."
-        )
 
 
 def _apart_from_others(run: Callable[[Tensor], Any], rows: Tensor, what: str) -> Any:

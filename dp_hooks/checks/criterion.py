@@ -156,6 +156,10 @@ class CriterionCheck:
         self.new_step()
 
     def _note_output(self, call: ModelCall, index: int, output: Tensor) -> None:
+        if index == 0 and self._controller.hands_out:
+            self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
+        if any(isinstance(t, Tensor) and t.requires_grad for t in vars(output).values()):  # it may lead into the model
+            self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
         if not call.name:
             self._outputs[id(call), index] = _Seen(call, output.grad_fn, output.output_nr, output.shape)
 

@@ -29,11 +29,12 @@ class GradientComparison:
 
     Attributes:
         coarse: whether autocast or half precision is in use.
+        blocked: whether no gradient came to some parameter in the run compared last.
     """
 
     def __init__(self, controller: HookController, model: nn.Module, params: list[nn.Parameter]) -> None:
         self._controller, self._model, self._params = controller, model, params
-        self.coarse = False
+        self.coarse = self.blocked = False
 
     def capture(self, loss: Tensor) -> SampleGradients | None:
         """The per-sample gradients that hooks capture of a run that gave ``loss``."""
@@ -47,6 +48,7 @@ class GradientComparison:
             SelfCheckError: a disagreement beyond rounding.
         """
         norms = found.sq_norms(found.params)
+        self.blocked = not all(bool(norm.any()) for norm in norms.values())
         finite = all(bool(torch.isfinite(norm).all()) for norm in norms.values())
         agreed = finite and self._compare_passes(begin, again, found, what)
         # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.

@@ -39,15 +39,32 @@ def exchanged(params: Iterable[nn.Parameter], sign: int = 1, *, closed: bool = F
         sign: 1 or -1.
         closed: only those that are zero, or nearly, get other values; else all that are small or zero.
     """
-    plain = [p for p in params if type(p.data) is Tensor and p.layout == torch.strided and p.is_floating_point() and p.numel()]
-    moments = [[float(t) for t in torch.std_mean(p.data, correction=0)] for p in plain]
-    zero = [not max(spread, abs(mean)) > _ALIKE for spread, mean in moments]
-    chosen = [z or (p.numel() <= _SMALL and not closed) for p, z in zip(plain, zero, strict=True)]
+    plain = [p for p in params if _is_plain(p)]
+    moments = [_moments(p) for p in plain]
+    chosen = [_is_zero(*some) or (p.numel() <= _SMALL and not closed) for p, some in zip(plain, moments, strict=True)]
     with _kept(itertools.compress(plain, chosen)) as tensors:
         for number, (p, (spread, mean)) in enumerate(zip(tensors, itertools.compress(moments, chosen), strict=True)):
             scale = 3**0.5 * (spread if spread > _ALIKE else _SPREAD)
             p.copy_(sign * (mean + scale * without_pattern(p.shape, 7919 * (number + 1)).to(p.device)))
         yield
+
+
+def is_closed(param: nn.Parameter) -> bool:
+    """Whether a parameter is zero, or nearly: what is multiplied with it is not seen."""
+    return _is_plain(param) and _is_zero(*_moments(param))
+
+
+def _is_plain(p: nn.Parameter) -> bool:
+    return type(p.data) is Tensor and p.layout == torch.strided and p.is_floating_point() and p.numel() > 0
+
+
+def _moments(p: nn.Parameter) -> tuple[float, float]:
+    spread, mean = torch.std_mean(p.data, correction=0)
+    return float(spread), float(mean)
+
+
+def _is_zero(spread: float, mean: float) -> bool:
+    return not max(spread, abs(mean)) > _ALIKE
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class PaddingCheck:
             for d in axes:
                 one = one.narrow(d, 0 if at_end else size - length, length)
             off = float((one - other).double().norm() / other.double().norm().clamp(min=1e-12))
-            if off > tolerance(one.dtype, coarse=call.context.autocast is not None):
+            if off > tolerance(one.dtype, coarse=call.coarse):
                 raise SelfCheckError(
                     f"{what}: its output for sample {i} is off by {off:.1e} without the padding that a longer example of the "
                     f"batch made necessary ({length} of {size} positions are its own), so one example changes the rows of "

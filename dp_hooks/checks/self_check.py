@@ -181,7 +181,7 @@ class SelfCheck:
             )
         outputs, compared = [], False
         for call in calls:
-            self._comparison.gradients.coarse = call.context.autocast is not None
+            self._comparison.gradients.coarse = call.coarse
             began, rows = recorder.began(call), self._chosen(call.transitions, samples)
             what = call.name or "the model"
             again = RepeatedCall(call, controller, samples)
@@ -228,7 +228,7 @@ class SelfCheck:
         taken, recorder = self._trace.unverified, self._recorder
         if not self.armed and not self._trace.unchecked(taken, samples) and not recorder.changed:
             return  # another call than then: it is compared alone, by check_calls
-        self._comparison.gradients.coarse = any(call.context.autocast is not None for call in recorder.calls)
+        self._comparison.gradients.coarse = any(call.coarse for call in recorder.calls)
         coarse = self._comparison.gradients.coarse
         chosen, drawn = self._chosen(taken, samples), self._trace.draws
 

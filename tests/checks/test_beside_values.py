@@ -58,6 +58,22 @@ BACKWARD_ONLY: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, T
     "attention before a head of zeros": (behind_zero_weights(attending), behind_zero_weights(torch.sin)),
     "adapter that ends in zeros": (lambda s, x: s.b(s.a(x)) + s.zero(centred(s.a(x))), lambda s, x: s.b(s.a(x)) + s.zero(s.a(x))),
     "branch times a gate of zero": (lambda s, x: s.b(s.a(x) + s.gate * centred(x)), lambda s, x: s.b(s.a(x) + s.gate * x.tanh())),
+    "custom function before a head of zeros": (
+        behind_zero_weights(lambda h: Scaled.apply(h, h.detach().norm())),
+        behind_zero_weights(lambda h: Scaled.apply(h, h.detach().norm(dim=1, keepdim=True))),
+    ),
+    "tensor hook before a head of zeros": (
+        behind_zero_weights(lambda h: by_hook(h, lambda g: g - g.mean(0))),
+        behind_zero_weights(lambda h: by_hook(h, lambda g: g.clamp(-1, 1))),
+    ),
+    "straight through before a head of zeros": (
+        behind_zero_weights(lambda h: h.detach() + centred(h) - centred(h).detach()),
+        behind_zero_weights(lambda h: h.detach() + h.sin() - h.sin().detach()),
+    ),
+    "tensor hook before a gate of zero": (
+        lambda s, x: s.b(s.a(x)) + s.gate[:3] * s.b(by_hook(s.a(x), lambda g: g - g.mean(0))),
+        lambda s, x: s.b(s.a(x)) + s.gate[:3] * s.b(by_hook(s.a(x), lambda g: g.clamp(-1, 1))),
+    ),
     "gradient scaled past the value": (
         lambda s, x: s.b((h := s.a(x)).detach() + (h - h.detach()) * x.norm()),
         lambda s, x: s.b((h := s.a(x)).detach() + (h - h.detach()) * x.norm(dim=1, keepdim=True)),

@@ -453,6 +453,46 @@ LOSSES = {
 }
 
 
+class Showing(nn.Linear):
+    """Puts what it was given beside what it returns."""
+
+    def forward(self, h):
+        out = super().forward(h)
+        out.hidden = h
+        return out
+
+
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "hook set in the loop", "attribute of the output"])
+def test_a_loss_is_not_verified_where_the_loop_can_get_hold_of_what_is_inside_the_model(way):
+    """Another term may lead into the model past its outputs: by hooks of the user, or beside an output."""
+    model, taken = build("mlp"), []
+    if way == "hook":
+        model[0].register_forward_hook(lambda m, args, out: taken.append(out))
+    elif way == "pre-hook":
+        model[2].register_forward_pre_hook(lambda m, args: taken.append(args[0]))
+    elif way == "attribute of the output":
+        shown = Showing(model[2].in_features, model[2].out_features).double()
+        model[2] = shown
+
+    def loss(model, c, x, y, k):
+        handle = model[1].register_forward_hook(lambda m, args, out: taken.append(out)) if way.endswith("loop") else None
+        out = model(x)
+        if handle is not None:
+            handle.remove()
+        h = out.hidden if way.startswith("attribute") else taken[-1]
+        return c(out, y) + k * (h - h.mean(0)).square().mean()
+
+    assert not steps(model, nn.CrossEntropyLoss(), loss, count=2).report().loss_verified
+
+
+def test_hooks_of_pytorch_and_on_the_model_itself_hand_out_nothing():
+    """Weight norm in its old form, and a hook that gets the outputs, leave a verified loss verified."""
+    model = build("mlp")
+    nn.utils.weight_norm(model[0])
+    model.register_forward_hook(lambda m, args, out: None)
+    assert steps(model, nn.CrossEntropyLoss(), lambda m, c, x, y, k: c(m(x), y), count=2).report().loss_verified
+
+
 @pytest.mark.parametrize("case", LOSSES)
 def test_the_loss_is_called_verified_only_if_the_criterion_is_all_of_it(case):
     """What arrives at the model's outputs is compared with what the criterion alone brings, in every step."""

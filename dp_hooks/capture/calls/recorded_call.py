@@ -33,12 +33,18 @@ class RecordedCall:
     with_gradients: bool = True  # whether it was made with gradients enabled
     carried: CarriedState | None = None  # what the model held when it began, where that is asked for
     state: ModuleState | None = None  # attributes of the model when it began
+    rounds: bool = False  # whether a module in it gave out half precision
     training: bool = field(init=False)  # the mode of the module
     inference: bool = field(default_factory=torch.is_inference_mode_enabled)  # whether it was made in inference mode
 
     def __post_init__(self) -> None:
         """Remember the mode: checks run when it may be another one."""
         self.training = self.module.training
+
+    @property
+    def coarse(self) -> bool:
+        """Whether some of it is computed in half precision."""
+        return self.rounds or self.context.autocast is not None
 
     @property
     def left(self) -> list[Tensor]:
