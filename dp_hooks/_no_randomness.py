@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._dropout_masks import DropoutMasks
-from ._operations import BERNOULLI, COUNTS, DRAWS, NOISE, RECURRENT, is_dropout
+from ._operations import BERNOULLI, COUNTS, DRAWS, NOISE, RECURRENT, is_dropout, noise_quantile, randint_bounds
 
 # How many numbers at once may be what a branch hangs on.
 _COIN = 64
@@ -80,6 +79,73 @@ _DRAWS = 256  # of which those at the levels are taken, where no formula is know
 TRIALS, FEW_TRIALS = 1 + len(_LEVELS), 1 + _ALL_ALIKE
 
 
+# What a dropout drops, one after the other, until masks of runs of different size fit: other features of each sample, the same
+# features of all rows, nothing.
+_OF_EACH, _OF_ALL, _NOTHING = range(3)
+
+
+class DropoutMasks:
+    """Masks that are the same for a sample whoever else is in the batch, for one dropout of a run after the other."""
+
+    def __init__(self, samples: int | None) -> None:
+        """For runs on ``samples``, and on some of them."""
+        self._samples = samples
+        self._axes: list[tuple[int | None, int | None, int]] = []  # see _find_axes, one dropout after the other
+        self._drops: dict[int, int] = {}  # what that of this number does, if not the first of these
+        self._misfits: set[int] = set()  # those whose masks on some samples had nothing in common with those on all
+        self._next = 0
+        self._some: Tensor | None = None
+
+    def begin_again(self, some: Tensor | None) -> None:
+        """A run begins, on ``some`` samples, or on all of them (None), which tells what the others do."""
+        self._next, self._some = 0, some
+        if some is None:
+            self._axes = []
+
+    def adapt(self) -> bool:
+        """Drop less where masks did not fit, for runs to come; whether there are such."""
+        adapted = bool(self._misfits)
+        for number in self._misfits:
+            self._drops[number] = self._drops.get(number, _OF_EACH) + 1
+        self._misfits = set()
+        return adapted
+
+    def make(self, x: Tensor, p: float) -> Tensor | None:
+        """What is kept, ``1 / (1 - p)``, and what is not, 0, of ``x``; None: all of it is kept as it is."""
+        number, self._next = self._next, self._next + 1
+        if self._some is None:
+            self._axes.append(self._find_axes(x, self._drops.get(number, _OF_EACH)))
+        if number >= len(self._axes):
+            return None
+        samples, features, count = self._axes[number]
+        if features is None:
+            return None
+        rows = self._samples if self._some is None else len(self._some)
+        if x.shape[features : features + 1] != (count,) or (samples is not None and x.shape[samples : samples + 1] != (rows,)):
+            self._misfits.add(number)
+            return None
+        generator = torch.Generator("cpu").manual_seed(number)
+        along = torch.rand(count, generator=generator, device="cpu")
+        shape = (-1, *[1] * (x.dim() - features - 1))
+        if samples is None:
+            ordered = along.sort().values
+            dropped = (along <= min(max(p, float(ordered[0])), float(ordered[-2]))).reshape(shape)  # one is, and one is not
+        else:
+            own = torch.rand(self._samples or 0, generator=generator, device="cpu")
+            own = own if self._some is None else own[self._some.cpu()]
+            dropped = (own.reshape(-1, *[1] * (x.dim() - samples - 1)) + along.reshape(shape)) % 1 < p
+        return (~dropped).to(x.device, x.dtype) / (1 - p)
+
+    def _find_axes(self, x: Tensor, drops: int) -> tuple[int | None, int | None, int]:
+        """The axis that counts samples, the last one that does not, and its length; None: there is none."""
+        sizes = list(enumerate(x.shape))
+        samples = next((d for d, size in sizes if size == self._samples), None) if drops == _OF_EACH else None
+        features = next((d for d, size in reversed(sizes) if size > 1 and d != samples), None)
+        if features == 0 and samples is None and (drops == _OF_ALL or not self._samples or len(x) % self._samples == 0):
+            features = None  # its rows may be those of samples
+        return samples, None if drops == _NOTHING else features, 0 if features is None else x.shape[features]
+
+
 class _Drawing(threading.local):
     depth = 0
 
@@ -120,7 +186,7 @@ class NoRandomness(TorchFunctionMode):
         self._coins = 0
         self._some: Tensor | None = None
         self._drawn: list[Tensor] = []
-        self._are_gates: list[bool] = []
+        self._are_gates: list[tuple[bool, bool]] = []  # what was drawn on all samples, and whether it may be rows of them
         self._next = self._count = self._asked = 0
         self._generators: dict[torch.Generator, Tensor] = {}
         self._others: tuple[Any, Any] | None = None
@@ -260,7 +326,7 @@ class NoRandomness(TorchFunctionMode):
         level, count = _LEVELS[self.trial - 1], out.numel()
         levels = [level] * count
         later = self.trial - 1 - _ALL_ALIKE
-        if later >= 0 and count > 1:
+        if later >= 0 and count > 1 and not self._are_gates[self._asked - 1][1]:
             if spread:
                 return [(level + i / count) % 1 for i in range(count)]
             levels[later % count], levels[(later + 1) % count] = max(_LEVELS), min(_LEVELS)
@@ -269,12 +335,12 @@ class NoRandomness(TorchFunctionMode):
     def _at_level(self, out: Tensor, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Write into ``out`` what is drawn rarely, or between, as the trial wants it; whether it is known what that is."""
         if name in NOISE:
-            numbers: list[Any] = [_quantile(name, level, args[1:], kwargs) for level in self._levels(out)]
+            numbers: list[Any] = [noise_quantile(name, level, args[1:], kwargs) for level in self._levels(out)]
         elif name == "multinomial" and out.numel() == 1:
             weights = args[0] if args else kwargs["input"]
             possible = weights.flatten().nonzero().flatten().tolist()
             numbers = [_pick(level, possible) for level in self._levels(out)]
-        elif name in ("randint", "randint_like") and (bounds := _bounds(args, kwargs)) is not None:
+        elif name in ("randint", "randint_like") and (bounds := randint_bounds(args, kwargs)) is not None:
             numbers = [_pick(level, range(*bounds)) for level in self._levels(out, spread=True)]
         elif name in COUNTS and name != "multinomial":
             drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).flatten(1).sort(0).values
@@ -287,13 +353,13 @@ class NoRandomness(TorchFunctionMode):
 
     def _is_gate(self, out: Tensor) -> bool:
         """Whether numbers are for the whole batch, and so few that it may hang on them what becomes of it."""
-        if self._some is not None:  # a row for the one sample of a run looks like a number for all
-            self._asked += 1
-            return self._asked <= len(self._are_gates) and self._are_gates[self._asked - 1]
-        gate = (out.numel() == 1 and self.samples != 1) or (out.numel() <= _COIN and self.samples not in out.shape)
-        self._are_gates.append(gate)
-        self.gates = self.gates or gate
-        return gate
+        if self._some is None:
+            gate = (out.numel() == 1 and self.samples != 1) or (out.numel() <= _COIN and self.samples not in out.shape)
+            self._are_gates.append((gate, self._may_be_rows(out)))
+            self.gates = self.gates or gate
+        # A row for the one sample of a run looks like a number for all.
+        self._asked += 1
+        return self._asked <= len(self._are_gates) and self._are_gates[self._asked - 1][0]
 
     def _repeat(self, out: Tensor, *, constant: bool) -> None:
         """Make ``out`` a constant, or the rows of its samples in what the run on the whole batch drew here."""
@@ -311,9 +377,12 @@ class NoRandomness(TorchFunctionMode):
 
     def _note_noise(self, out: Tensor) -> None:
         """A constant takes the place of noise: for each sample, or so much that it is told from a gate by other values only."""
-        rows = self.samples or 0
-        if self._some is None and rows and (out.numel() > _COIN or any(size and size % rows == 0 for size in out.shape)):
+        if self._some is None and self.samples and (out.numel() > _COIN or self._may_be_rows(out)):
             self.noisy = True
+
+    def _may_be_rows(self, out: Tensor) -> bool:
+        """Whether numbers drawn on all samples may be for some rows of each."""
+        return bool(self.samples) and any(size and size % (self.samples or 1) == 0 for size in out.shape)
 
     def _rows_in(self, whole: Tensor, out: Tensor) -> Tensor | None:
         """The rows in ``whole``, drawn for all samples, of those that the present run is on, in the shape of ``out``; or None."""
@@ -367,21 +436,3 @@ def _probabilities(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with torch.no_grad():
         out: Tensor = x if name == "bernoulli_" else x.detach().clone()
         return out if p is None else out.copy_(torch.as_tensor(p, device=out.device))
-
-
-def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """The least number that ``randint`` draws, and the one above the largest; None where they are not plain."""
-    given = [arg for arg in args if type(arg) is int]
-    low, high = (0, *given)[-2:] if given else (kwargs.get("low", 0), kwargs.get("high"))
-    high = kwargs.get("high", high)
-    return (low, high) if isinstance(low, int) and isinstance(high, int) and high > low else None
-
-
-def _quantile(name: str, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The number below which a draw lies with probability ``level``."""
-    if name == "uniform_":
-        low, high = (*args, *(kwargs.get(key, 1.0 if key == "to" else 0.0) for key in ("from", "to")[len(args) :]))[:2]
-        return float(low + (high - low) * level)
-    if name.startswith("rand") and not name.startswith("randn"):
-        return level
-    return 4 * level - 2 if "norm" in name or "randn" in name else 2 * level

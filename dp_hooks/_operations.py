@@ -3,6 +3,8 @@
 Names are those of ``torch.overrides``, without underscores around them where that is said.
 """
 
+from typing import Any
+
 DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
 # Replaced by a constant, or by a row of the batch's own draw.
 NOISE = frozenset("rand rand_like randn randn_like uniform_ normal_ exponential_ log_normal_ cauchy_".split())
@@ -72,3 +74,21 @@ KEEPS_TARGET = ("index_add", "index_copy", "index_put", "scatter", "masked_scatt
 def is_dropout(name: str) -> bool:
     """Whether a function of this name is some kind of dropout."""
     return name.rstrip("_").endswith("dropout") or name in DROPOUT_BY_NAME
+
+
+def randint_bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """The least number that ``randint`` draws, and the one above the largest; None where they are not plain."""
+    given = [arg for arg in args if type(arg) is int]
+    low, high = (0, *given)[-2:] if given else (kwargs.get("low", 0), kwargs.get("high"))
+    high = kwargs.get("high", high)
+    return (low, high) if isinstance(low, int) and isinstance(high, int) and high > low else None
+
+
+def noise_quantile(name: str, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The number below which a draw lies with probability ``level``."""
+    if name == "uniform_":
+        low, high = (*args, *(kwargs.get(key, 1.0 if key == "to" else 0.0) for key in ("from", "to")[len(args) :]))[:2]
+        return float(low + (high - low) * level)
+    if name.startswith("rand") and not name.startswith("randn"):
+        return level
+    return 4 * level - 2 if "norm" in name or "randn" in name else 2 * level

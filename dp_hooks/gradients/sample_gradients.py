@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._precision import full_precision, wide_dtype
-from ..rules import CHUNK, ghost_norms, sum_of_squares, weighted_sum
+from ..rules import CHUNK, OuterProducts, ghost_norms, sum_of_squares, weighted_sum
 from .joined import Joined, Piece, is_small
 from .terms import Instantiated, Sums, Term
 
@@ -100,7 +100,7 @@ class SampleGradients:
         uses = [term.outer_products(param) for term in self._terms[param]]
         outer_products = [use for use in uses if use is not None]
         if len(outer_products) == len(uses):
-            return ghost_norms.sq_norms(outer_products)
+            return ghost_norms.sq_norms(OuterProducts.joined(outer_products))
         parts = [sum_of_squares(self.grads(param, rows)) for rows in self._chunks(param, None)]
         if not parts:
             return sum_of_squares(param.detach().new_zeros(0, 1))

@@ -6,6 +6,7 @@ embedding ``left`` is one-hot and kept as ids ``[n, t]``. Norms of a parameter t
 several kinds of layers, follow from the inner products of all pairs of its uses, without any ``[n, o, i]`` tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +107,22 @@ class OuterProducts:
         parts = (slice(half), slice(half, self.tokens))
         one, two = (OuterProducts(self.left[:, part], self.right[:, part], self.shape) for part in parts)
         return [(one, one, weight), (two, two, weight), (one, two, 2 * weight)]
+
+    def is_like(self, other: "OuterProducts") -> bool:
+        """Whether both can be one use, with the tokens of both."""
+        plain = type(self) is type(other) is OuterProducts and not self.is_lookup and not other.is_lookup
+        return plain and (self.scale, self.left.dtype, self.right.dtype) == (other.scale, other.left.dtype, other.right.dtype)
+
+    @staticmethod
+    def joined(uses: "Sequence[OuterProducts]") -> "list[OuterProducts]":
+        """Fewer uses with the same sum: of layers called again and again, where a pair of uses each would be too many."""
+        first, *others = uses
+        alike = [first, *(use for use in others if first.is_like(use))]
+        if len(alike) == 1:
+            return [*uses] if len(uses) < 3 else [first, *OuterProducts.joined(others)]
+        left, right = torch.cat([use.left for use in alike], 1), torch.cat([use.right for use in alike], 1)
+        rest = [use for use in others if not first.is_like(use)]
+        return [OuterProducts(left, right, first.shape, first.scale), *(OuterProducts.joined(rest) if rest else [])]
 
     def pick(self, samples: slice | Tensor) -> "OuterProducts":
         """Return the factors of some samples."""

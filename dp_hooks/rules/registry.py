@@ -13,6 +13,7 @@ from .generic import FEATURE_NORM, GENERIC, needs_loop
 from .linear import CONV1D, LINEAR
 from .normalisation import GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM, is_feature_norm
 from .opacus import opacus_rules
+from .recurrent import CELL, CELLS
 from .rule import GradSamples, Rule, WeightedSums
 
 _RULES: dict[type[nn.Module], Rule] = {
@@ -26,6 +27,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), INSTANCE_NORM),
     nn.PReLU: PRELU,
     nn.Bilinear: BILINEAR,
+    **dict.fromkeys(CELLS, CELL),
 }
 
 # Classes of packages that need not be installed, by where they are defined.

@@ -14,6 +14,29 @@ from . import N, case, ids, rows
 chain = nn.Sequential
 
 
+def step_by_step(model, x):
+    """A recurrent network written out, over tokens on axis 1."""
+    state = None
+    for token in x.unbind(1):
+        state = model.c(token, state)
+    return model.out(state[0] if isinstance(state, tuple) else state)
+
+
+def two_cells(model, x):
+    first = second = None
+    for token in x.unbind(1):
+        first = model.c(token, first)
+        second = model.d(first[0], hx=second)
+    return model.out(second[0])
+
+
+def from_start(model, x):
+    h = model.h.expand(len(x), -1)
+    for token in x.unbind(1):
+        h = model.c(input=token, hx=h)
+    return h
+
+
 class LinearWithForward(nn.Linear):
     """A subclass of Linear that computes something else."""
 
@@ -190,6 +213,17 @@ LAYERS = [
         empty=False,
     ),
     case("rnn-cell", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4)), rows(4)),
+    case("rnn-cell-relu", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=nn.RNNCell(4, 4, nonlinearity="relu")), rows(4)),
+    case("lstm-cell", lambda: Net(step_by_step, c=nn.LSTMCell(4, 3), out=nn.Linear(3, 2)), rows(5, 4)),
+    case("gru-cell", lambda: Net(step_by_step, c=nn.GRUCell(4, 3), out=nn.Linear(3, 2)), rows(5, 4)),
+    case("gru-cell-without-bias", lambda: Net(step_by_step, c=nn.GRUCell(4, 3, bias=False), out=nn.Linear(3, 2)), rows(5, 4)),
+    case("lstm-cell-once", lambda: Net(lambda s, x: torch.cat(s.c(x), 1), c=nn.LSTMCell(4, 3)), rows(4)),
+    case("lstm-cell-state-only", lambda: Net(lambda s, x: s.c(x, (x, x))[1], c=nn.LSTMCell(4, 4)), rows(4)),
+    case("gru-cell-tokens", lambda: Net(lambda s, x: s.c(x.flatten(0, 1)).view(len(x), 15), c=nn.GRUCell(4, 3)), rows(5, 4)),
+    case(
+        "lstm-cells-two-layers", lambda: Net(two_cells, c=nn.LSTMCell(4, 3), d=nn.LSTMCell(3, 3), out=nn.Linear(3, 2)), rows(5, 4)
+    ),
+    case("gru-cell-learnt-start", lambda: Net(from_start, c=nn.GRUCell(4, 3), h=nn.Parameter(randn(3))), rows(5, 4)),
     case(
         "attention",
         lambda: Net(lambda s, x: s.m(x, x, x, need_weights=False)[0], m=nn.MultiheadAttention(4, 2, batch_first=True)),

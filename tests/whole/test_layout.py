@@ -36,7 +36,7 @@ TRUSTED = {"torch", "opacus", "typing_extensions"}
 
 MOST_FILES_ON_TOP = 8
 MOST_FOLDERS_ON_TOP = 8
-MOST_LINES = {"a file": 450, "the package": 15_000, "the file in the middle": 130}
+MOST_LINES = {"a file": 450, "the package": 16_000, "the file in the middle": 130}
 
 
 def name_of(path):
