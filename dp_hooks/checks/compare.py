@@ -215,19 +215,23 @@ def _sums(
 
 def _picked(norms: Sums, samples: int) -> list[int]:
     """Samples whose norms are looked at: all of a few, else those of :func:`extreme_samples`."""
-    return list(range(samples)) if samples <= _FEW else extreme_samples(norms, samples)
+    return list(range(samples)) if samples <= _FEW else extreme_samples(all_together(norms), samples)
 
 
-def extreme_samples(norms: Sums, samples: int, *, ends: bool = True) -> list[int]:
+def extreme_samples(norms: Tensor | None, samples: int, *, ends: bool = True) -> list[int]:
     """Samples to look at one by one: those with the largest and the smallest gradient, the ``ends`` of the batch, and some between.
 
     What others share of a sample's loss is most different for samples unlike the rest: the longest text, the outlier.
     """
-    known = [norm.double().cpu() for norm in norms.values()]
-    total = torch.stack(known).sum(0) if known else torch.zeros(samples, device="cpu")
+    total = torch.zeros(samples, device="cpu") if norms is None else norms
     finite = total.isfinite()  # others cannot be compared
     extremes = {int(total.where(finite, -torch.inf).argmax()), int(total.where(finite, torch.inf).argmin())}
     return sorted({*(some_samples(samples) if ends else ()), *extremes})
+
+
+def all_together(squares: Sums) -> Tensor | None:
+    """``[samples]``: the sum of squared norms over all parameters, if there are any."""
+    return torch.stack([square.double().cpu() for square in squares.values()]).sum(0) if squares else None
 
 
 def _square(gradient: Tensor) -> Tensor:

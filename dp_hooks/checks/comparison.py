@@ -20,7 +20,6 @@ from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
 from ..capture.samples.tracked_value import FAILS
 from ..errors import DPHooksError, SelfCheckError, UnsupportedModelError, some_of
-from ..gradients.sample_gradients import SampleGradients
 from .compare import NotFinite, ValuesDiffer, extreme_samples
 from .gradient_comparison import Begin, GradientComparison, Repeated
 from .hidden_leaves import hidden_leaves, refuse_hidden
@@ -58,7 +57,7 @@ class Comparison:
         self._trace, self._recorder = trace, recorder
         self.gradients = GradientComparison(controller, model, params)
         self._unsaved = Unsaved(model.parameters())
-        self._captured: SampleGradients | None = None
+        self._norms: Tensor | None = None
         self._operations = 0  # in the last run
         self._enough = _HANDFUL  # samples for a comparison that need not be of all
 
@@ -143,7 +142,7 @@ class Comparison:
         than there is room for. Of many samples with large activations values are compared of all, and gradients of some.
         """
         samples = again.samples
-        self._enough, few = _HANDFUL, max(2, min(_HANDFUL, samples // 2))
+        self._enough, few = _HANDFUL, max(2, min(_HANDFUL, samples // 4))
         if samples <= few:
             return None
         with self._unsaved.run():
@@ -151,9 +150,8 @@ class Comparison:
         if self._unsaved.failed or self._unsaved.bytes <= _LITTLE:
             return None
         self._enough = few
-        captured, first = self._captured, []
-        if captured is not None and captured.samples == samples:
-            first = extreme_samples(captured.sq_norms(captured.params), samples, ends=False)
+        known = self._norms is not None and len(self._norms) == samples
+        first = extreme_samples(self._norms, samples, ends=False) if known else []
         return a_few(samples, first, few)
 
     @contextmanager
@@ -379,13 +377,13 @@ class Comparison:
             self._compare_values(begin, again, what)
 
     @contextmanager
-    def of_step(self, captured: SampleGradients | None) -> Iterator[None]:
-        """The checks in the block are for the sake of these gradients."""
-        self._captured = captured
+    def of_step(self, norms: Tensor | None) -> Iterator[None]:
+        """The checks in the block are for the sake of gradients with these norms, ``[n]``."""
+        self._norms = norms
         try:
             yield
         finally:
-            self._captured = None
+            self._norms = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:

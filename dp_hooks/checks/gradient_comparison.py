@@ -11,7 +11,7 @@ from ..capture.controller import HookController
 from ..errors import DPHooksError, SelfCheckError
 from ..gradients.sample_gradients import SampleGradients
 from ..gradients.terms import Sums
-from .compare import NotFinite, compare, compare_sums, extreme_samples, jump_of
+from .compare import NotFinite, all_together, compare, compare_sums, extreme_samples, jump_of
 from .other_weights import rounded
 from .repeat_call import RepeatedCall
 from .repeat_function import RepeatedFunction
@@ -109,7 +109,7 @@ class GradientComparison:
         How far they may differ then is measured, where it matters: by what rounding of the parameters, up and down, does to them.
         """
         # That gradients depend on others shows in any sample, where its own ones are known to be right.
-        picked = extreme_samples(norms, again.samples, ends=again.has_scalar or not jumps)
+        picked = extreme_samples(all_together(norms), again.samples, ends=again.has_scalar or not jumps)
         unseen: list[NotFinite] = []
         for i in picked:  # one after the other: the gradient of one is as large as the model
             try:

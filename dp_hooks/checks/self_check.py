@@ -16,6 +16,7 @@ from ..capture.controller import HookController
 from ..errors import SelfCheckError
 from ..gradients.grad_sample import GradSamples
 from ..gradients.sample_gradients import SampleGradients
+from .compare import all_together
 from .comparison import Comparison
 from .criterion import CriterionCheck
 from .padding import PaddingCheck
@@ -85,7 +86,7 @@ class SelfCheck:
     def _before_write(self, gradients: SampleGradients) -> None:
         """Check before ``p.grad_sample`` is written: who reads it need not take a step."""
         if self._recorder.state is None and self.needed(gradients.samples):
-            self.check_calls(gradients.samples, gradients)
+            self.check_calls(gradients.samples, all_together(gradients.sq_norms(gradients.params)))
 
     def deferred(self) -> AbstractContextManager[None]:
         """Check nothing before the end of a block, where another check takes place: of a whole function, from its start."""
@@ -137,18 +138,18 @@ class SelfCheck:
 
     # ---------------------------------------------------------------- checking
 
-    def check_calls(self, samples: int, captured: SampleGradients | None = None) -> None:
+    def check_calls(self, samples: int, norms: Tensor | None = None) -> None:
         """Check every outermost call recorded since the last boundary, with random cotangents on its outputs.
 
         Args:
             samples: n.
-            captured: the gradients in question; samples with the largest and the smallest are looked at one by one.
+            norms: ``[n]``, of the gradients in question; samples with the largest and the smallest are looked at one by one.
 
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made. What was captured must not be used then.
         """
         try:
-            with full_precision(), self._comparison.of_step(captured):
+            with full_precision(), self._comparison.of_step(norms):
                 self._check_calls(samples)
         except SelfCheckError as error:
             self._spot.complete(error)
@@ -207,18 +208,19 @@ class SelfCheck:
         axis = self._controller.axis
         return any(t.dim() > axis and t.shape[axis] == samples for t in tensors_of((call.args, call.kwargs)))
 
-    def check_loss(self, samples: int, run: Callable[[Tensor | None], Tensor]) -> None:
+    def check_loss(self, samples: int, run: Callable[[Tensor | None], Tensor], norms: Tensor | None = None) -> None:
         """Check a whole train function, loss included.
 
         Args:
             samples: n.
             run: runs on samples of these numbers (None: on all), and returns their losses or one, reduced as the scope declares.
+            norms: see :meth:`check_calls`.
 
         Raises:
             SelfCheckError: a disagreement, or a check that could not be made.
         """
         try:
-            with full_precision(), self._comparison.of_step(self._controller.peek()):
+            with full_precision(), self._comparison.of_step(norms):
                 self._check_loss(samples, run)
         except SelfCheckError as error:
             self._spot.complete(error)

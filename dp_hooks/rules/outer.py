@@ -116,13 +116,16 @@ class OuterProducts:
     @staticmethod
     def joined(uses: "Sequence[OuterProducts]") -> "list[OuterProducts]":
         """Fewer uses with the same sum: of layers called again and again, where a pair of uses each would be too many."""
-        first, *others = uses
-        alike = [first, *(use for use in others if first.is_like(use))]
-        if len(alike) == 1:
-            return [*uses] if len(uses) < 3 else [first, *OuterProducts.joined(others)]
-        left, right = torch.cat([use.left for use in alike], 1), torch.cat([use.right for use in alike], 1)
-        rest = [use for use in others if not first.is_like(use)]
-        return [OuterProducts(left, right, first.shape, first.scale), *(OuterProducts.joined(rest) if rest else [])]
+        found, waiting = [], list(uses)
+        while waiting:
+            first = waiting[0]
+            alike = [first, *(use for use in waiting[1:] if first.is_like(use))]
+            waiting = [use for use in waiting[1:] if not first.is_like(use)]
+            if len(alike) > 1:
+                left, right = torch.cat([use.left for use in alike], 1), torch.cat([use.right for use in alike], 1)
+                first = OuterProducts(left, right, first.shape, first.scale)
+            found.append(first)
+        return found
 
     def pick(self, samples: slice | Tensor) -> "OuterProducts":
         """Return the factors of some samples."""

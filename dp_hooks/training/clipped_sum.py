@@ -38,8 +38,11 @@ class ClippedSum:
         """Whether a physical batch with samples was added."""
         return bool(self._totals)
 
-    def add(self, gradients: SampleGradients, params: list[nn.Parameter]) -> None:
-        """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them."""
+    def add(self, gradients: SampleGradients, params: list[nn.Parameter]) -> Tensor:
+        """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them.
+
+        Returns their norms ``[n]``, as they were before; NaN or infinite where a sample is left out.
+        """
         # A step, or the loader that finishes a physical batch, may be used inside the user's autocast.
         with without_autocast(params[0].device.type):
             groups = self.clipping.groups(params)
@@ -51,6 +54,7 @@ class ClippedSum:
         statistic = self.clipping.statistic(norms)
         if statistic is not None:
             self._statistic = statistic if self._statistic is None else self._statistic + statistic
+        return norms.joint
 
     def take(self) -> tuple[dict[nn.Parameter, Tensor], Tensor | None]:
         """Return the totals, in at least float32, and what the clipping function learns from; nothing is left here."""

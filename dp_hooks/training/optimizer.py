@@ -81,6 +81,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._rows = Rows(controller.axis)
         self._lifetime = lifetime  # who can step can still use the scope
         self._paused = False
+        self._check_function: Callable[[Tensor | None], None] | None = None
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._stepping = False
@@ -309,14 +310,31 @@ class PrivateOptimizer(WrappedOptimizer):
             self._rows.check_count(gradients.samples)
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
-            if self._self_check is not None:
-                if self._self_check.needed(gradients.samples):
-                    self._self_check.check_calls(gradients.samples, gradients)
+            norms = self._sum.add(gradients, params) if gradients.samples > 0 and params else None
+            if self._self_check is not None:  # once there is room for it, since what was captured is gone
+                try:
+                    self._check(self._self_check, gradients.samples, norms)
+                except BaseException:
+                    self._sum.clear()
+                    raise
                 self._self_check.new_step()
-            if gradients.samples > 0 and params:
-                self._sum.add(gradients, params)
         self._batch_done = True
         self._rows.stepped()
+
+    def _check(self, check: SelfCheck, samples: int, norms: Tensor | None) -> None:
+        if self._check_function is not None:
+            self._check_function(norms)
+        if check.needed(samples):
+            check.check_calls(samples, norms)
+
+    @contextmanager
+    def checked_by(self, check: Callable[[Tensor | None], None] | None) -> Iterator[None]:
+        """Steps in the block are checked by this as well, given the norms ``[n]`` of the samples' gradients, if there are any."""
+        self._check_function = check
+        try:
+            yield
+        finally:
+            self._check_function = None
 
     def _release(self, *, foreign: bool, empty: bool) -> None:
         sums, statistic = self._sum.take()

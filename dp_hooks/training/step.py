@@ -145,11 +145,17 @@ def _decorate(fn: Callable[..., Tensor], *, reduction: Reduction, two_pass: bool
                 raise InvalidArgumentError(
                     f"{_name(fn)}() returned {len(loss)} losses for {samples} samples; return one for each sample, in order."
                 )
-            if check is not None and check.needed_for_function(samples):
+            needed = check is not None and check.needed_for_function(samples)
+            if needed:
                 optimizer.outside.look_inside(loss)
-                with _explained(fn, samples, controller.axis, (args, kwargs)):
-                    _self_check(check, controller, run, spare, how_reduced(loss))
-            optimizer.step()
+
+            def verify(norms: Tensor | None) -> None:
+                assert check is not None
+                with _explained(fn, samples, controller.axis, (args, kwargs)), controller.reduced_by(how_reduced(loss)):
+                    _self_check(check, run, spare, samples, controller.axis, norms)
+
+            with optimizer.checked_by(verify if needed else None):
+                optimizer.step()
         return loss.detach()
 
     return step
@@ -213,10 +219,11 @@ def _reduced(loss: Tensor, how: str) -> Tensor:
     return loss.mean() if how == "mean" else loss.sum()
 
 
-def _self_check(check: SelfCheck, controller: HookController, run: Callable[[Any], Tensor], batch: Any, how: str) -> None:
-    samples, axis = controller.samples, controller.axis
-    with controller.reduced_by(how):
-        check.check_loss(samples, lambda rows: run(private_copy(batch if rows is None else rows_of(batch, rows, samples, axis))))
+def _self_check(check: SelfCheck, run: Callable[[Any], Tensor], batch: Any, samples: int, axis: int, norms: Tensor | None) -> None:
+    def some(rows: Tensor | None) -> Tensor:
+        return run(private_copy(batch if rows is None else rows_of(batch, rows, samples, axis)))
+
+    check.check_loss(samples, some, norms)
 
 
 def _checked(fn: Any, loss: Any, reduction: Reduction) -> Tensor:
