@@ -12,10 +12,22 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._operations import BERNOULLI, COUNTS, DRAWS, NOISE, RECURRENT, is_dropout, noise_quantile, randint_bounds
+from ._dropout_masks import DropoutMasks
+from ._operations import (
+    BERNOULLI,
+    COUNTS,
+    DRAWS,
+    NOISE,
+    RECURRENT,
+    alpha_dropped,
+    is_dropout,
+    noise_quantile,
+    probabilities_of,
+    randint_bounds,
+)
 
-# How many numbers at once may be what a branch hangs on.
-_COIN = 64
+# How many numbers at once may be what a branch hangs on; how many of a pass are kept, so that a check can take the same way.
+_COIN, _KEPT = 64, 1 << 16
 
 
 def _other_generators() -> tuple[Any, Any]:
@@ -56,15 +68,20 @@ def other_generators_kept() -> Iterator[None]:
 
 @dataclass(eq=False)
 class Draws:
-    """What a pass drew that can decide which way it takes: few numbers at once, and the generators beside torch's."""
+    """What a pass drew that can decide which way it takes, and the generators beside torch's."""
 
     numbers: list[tuple[str, Tensor]] = field(default_factory=list)
+    few: bool = False  # whether some of it was for the whole batch, and not much
+    _left: int = _KEPT
     _generators: tuple[Any, Any] = field(default_factory=_other_generators)
 
     def note(self, name: str, out: Any, rows: int | None) -> None:
-        """Keep what the function ``name``, one of :data:`DRAWS`, drew, unless it is for each of ``rows`` samples."""
-        if isinstance(out, Tensor) and (out.numel() == 1 or (out.numel() <= _COIN and rows not in out.shape)):
-            self.numbers.append((name, out.detach().clone()))
+        """Keep what the function ``name``, one of :data:`DRAWS`, drew for ``rows`` samples, as long as it is not much."""
+        if isinstance(out, Tensor) and self._left > 0:
+            self._left -= out.numel()
+            if self._left > 0:  # else later ones would take its place
+                self.numbers.append((name, out.detach().clone()))
+                self.few = self.few or out.numel() == 1 or (out.numel() <= _COIN and rows not in out.shape)
 
     def begin_again(self) -> None:
         """Set the generators of Python and NumPy to what they were."""
@@ -77,73 +94,6 @@ _LEVELS = (0.02, 0.98, 0.5, 0.26, 0.74, 0.14, 0.86, 0.38, 0.62)
 _ALL_ALIKE = 3  # up to this trial several numbers at once are the same; later ones differ: one of them is the largest
 _DRAWS = 256  # of which those at the levels are taken, where no formula is known
 TRIALS, FEW_TRIALS = 1 + len(_LEVELS), 1 + _ALL_ALIKE
-
-
-# What a dropout drops, one after the other, until masks of runs of different size fit: other features of each sample, the same
-# features of all rows, nothing.
-_OF_EACH, _OF_ALL, _NOTHING = range(3)
-
-
-class DropoutMasks:
-    """Masks that are the same for a sample whoever else is in the batch, for one dropout of a run after the other."""
-
-    def __init__(self, samples: int | None) -> None:
-        """For runs on ``samples``, and on some of them."""
-        self._samples = samples
-        self._axes: list[tuple[int | None, int | None, int]] = []  # see _find_axes, one dropout after the other
-        self._drops: dict[int, int] = {}  # what that of this number does, if not the first of these
-        self._misfits: set[int] = set()  # those whose masks on some samples had nothing in common with those on all
-        self._next = 0
-        self._some: Tensor | None = None
-
-    def begin_again(self, some: Tensor | None) -> None:
-        """A run begins, on ``some`` samples, or on all of them (None), which tells what the others do."""
-        self._next, self._some = 0, some
-        if some is None:
-            self._axes = []
-
-    def adapt(self) -> bool:
-        """Drop less where masks did not fit, for runs to come; whether there are such."""
-        adapted = bool(self._misfits)
-        for number in self._misfits:
-            self._drops[number] = self._drops.get(number, _OF_EACH) + 1
-        self._misfits = set()
-        return adapted
-
-    def make(self, x: Tensor, p: float) -> Tensor | None:
-        """What is kept, ``1 / (1 - p)``, and what is not, 0, of ``x``; None: all of it is kept as it is."""
-        number, self._next = self._next, self._next + 1
-        if self._some is None:
-            self._axes.append(self._find_axes(x, self._drops.get(number, _OF_EACH)))
-        if number >= len(self._axes):
-            return None
-        samples, features, count = self._axes[number]
-        if features is None:
-            return None
-        rows = self._samples if self._some is None else len(self._some)
-        if x.shape[features : features + 1] != (count,) or (samples is not None and x.shape[samples : samples + 1] != (rows,)):
-            self._misfits.add(number)
-            return None
-        generator = torch.Generator("cpu").manual_seed(number)
-        along = torch.rand(count, generator=generator, device="cpu")
-        shape = (-1, *[1] * (x.dim() - features - 1))
-        if samples is None:
-            ordered = along.sort().values
-            dropped = (along <= min(max(p, float(ordered[0])), float(ordered[-2]))).reshape(shape)  # one is, and one is not
-        else:
-            own = torch.rand(self._samples or 0, generator=generator, device="cpu")
-            own = own if self._some is None else own[self._some.cpu()]
-            dropped = (own.reshape(-1, *[1] * (x.dim() - samples - 1)) + along.reshape(shape)) % 1 < p
-        return (~dropped).to(x.device, x.dtype) / (1 - p)
-
-    def _find_axes(self, x: Tensor, drops: int) -> tuple[int | None, int | None, int]:
-        """The axis that counts samples, the last one that does not, and its length; None: there is none."""
-        sizes = list(enumerate(x.shape))
-        samples = next((d for d, size in sizes if size == self._samples), None) if drops == _OF_EACH else None
-        features = next((d for d, size in reversed(sizes) if size > 1 and d != samples), None)
-        if features == 0 and samples is None and (drops == _OF_ALL or not self._samples or len(x) % self._samples == 0):
-            features = None  # its rows may be those of samples
-        return samples, None if drops == _NOTHING else features, 0 if features is None else x.shape[features]
 
 
 class _Drawing(threading.local):
@@ -187,7 +137,8 @@ class NoRandomness(TorchFunctionMode):
         self._some: Tensor | None = None
         self._drawn: list[Tensor] = []
         self._are_gates: list[tuple[bool, bool]] = []  # what was drawn on all samples, and whether it may be rows of them
-        self._next = self._count = self._asked = 0
+        self._are_coins: list[bool] = []  # whether what a dropout was given was one number for the whole batch
+        self._next = self._count = self._asked = self._drops = 0
         self._generators: dict[torch.Generator, Tensor] = {}
         self._others: tuple[Any, Any] | None = None
 
@@ -197,11 +148,11 @@ class NoRandomness(TorchFunctionMode):
         _seed_others(self.trial)
         self._seed(0)
         self._put_generators_back()
-        self._coins, self._next, self._count, self._asked, self._some = 0, 0, 0, 0, some
+        self._coins, self._next, self._count, self._asked, self._drops, self._some = 0, 0, 0, 0, 0, some
         self.operations = 0
         self.masks.begin_again(some)
         if some is None:
-            self._drawn, self._are_gates = [], []
+            self._drawn, self._are_gates, self._are_coins = [], [], []
         if self.draws is not None:
             self.draws.begin_again()
         self._others = _other_generators()
@@ -259,24 +210,29 @@ class NoRandomness(TorchFunctionMode):
         finally:
             _drawing.depth -= 1
 
-    def _drop(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _drop(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of dropout: nothing, or a mask that is known."""
         settings = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
         x: Tensor = settings["input"]
         p, training = settings.get("p", 0.5), settings.get("training", settings.get("train", True))
-        if not training or not 0 < p < 1 or "alpha" in func.__name__:
-            return x
-        mask = None
-        if x.numel() == 1 and self.samples != 1:  # a coin, if it is not that of a lone sample
-            coin = torch.ones_like(x.detach())
-            if self._is_gate(coin) and self.trial:
-                mask = coin * float(1 - p > _LEVELS[self.trial - 1]) / (1 - p)
-        else:
-            self.noisy = True
-            mask = self.masks.make(x, p) if self.varied else None
+        mask = self._mask(x, p) if training is not False and 0 < p < 1 else None
+        if func.__name__ == "native_dropout":
+            return (x, torch.ones_like(x, dtype=torch.bool)) if mask is None else (x * mask, (mask > 0).expand_as(x))
         if mask is None:
             return x
+        if "alpha" in func.__name__:
+            return alpha_dropped(x, mask > 0, p)
         return x.mul_(mask) if settings.get("inplace") or func.__name__.endswith("_") else x * mask
+
+    def _mask(self, x: Tensor, p: float) -> Tensor | None:
+        if self._some is None:
+            self._are_coins.append(x.numel() == 1 and self.samples != 1)
+        self._drops += 1
+        if self._drops > len(self._are_coins) or not self._are_coins[self._drops - 1]:
+            self.noisy = True
+            return self.masks.make(x, p) if self.varied else None
+        coin = torch.ones_like(x.detach())
+        return coin * float(1 - p > self._level()) / (1 - p) if self._is_gate(coin) and self.trial else None
 
     def _gumbel_softmax(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
         """The softmax of logits with noise (Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017)."""
@@ -296,7 +252,7 @@ class NoRandomness(TorchFunctionMode):
             self._count += 1
             self._seed(self._count)
         if name in BERNOULLI and not self.varied:  # stochastic depth: keep probability p, divided by p afterwards
-            out = _probabilities(name, args, kwargs)
+            out = probabilities_of(name, args, kwargs)
             if not self._is_gate(out):
                 self._note_noise(out)
             elif self.trial:
@@ -321,9 +277,14 @@ class NoRandomness(TorchFunctionMode):
                 out.copy_(mine)
         return out
 
+    def _level(self) -> float:
+        """That of the number drawn now: in later trials the next number has another one."""
+        first = self.trial - 1
+        return _LEVELS[first if first < _ALL_ALIKE else (first + self._asked - 1) % len(_LEVELS)]
+
     def _levels(self, out: Tensor, *, spread: bool = False) -> list[float]:
         """At which quantiles the numbers in ``out`` are in this trial; ``spread``: whole numbers, each of which has its turn."""
-        level, count = _LEVELS[self.trial - 1], out.numel()
+        level, count = self._level(), out.numel()
         levels = [level] * count
         later = self.trial - 1 - _ALL_ALIKE
         if later >= 0 and count > 1 and not self._are_gates[self._asked - 1][1]:
@@ -335,7 +296,7 @@ class NoRandomness(TorchFunctionMode):
     def _at_level(self, out: Tensor, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Write into ``out`` what is drawn rarely, or between, as the trial wants it; whether it is known what that is."""
         if name in NOISE:
-            numbers: list[Any] = [noise_quantile(name, level, args[1:], kwargs) for level in self._levels(out)]
+            numbers: list[Any] = [noise_quantile(name, level, args[name.endswith("_") :], kwargs) for level in self._levels(out)]
         elif name == "multinomial" and out.numel() == 1:
             weights = args[0] if args else kwargs["input"]
             possible = weights.flatten().nonzero().flatten().tolist()
@@ -343,7 +304,7 @@ class NoRandomness(TorchFunctionMode):
         elif name in ("randint", "randint_like") and (bounds := randint_bounds(args, kwargs)) is not None:
             numbers = [_pick(level, range(*bounds)) for level in self._levels(out, spread=True)]
         elif name in COUNTS and name != "multinomial":
-            drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).flatten(1).sort(0).values
+            drawn = torch.stack([func(*args, **kwargs).clone() for _ in range(_DRAWS)]).view(_DRAWS, -1).sort(0).values
             levels = self._levels(out, spread=True)
             numbers = [_pick(level, drawn[:, i].tolist()) for i, level in enumerate(levels)]
         else:
@@ -427,12 +388,3 @@ def _pick(level: float, possible: Sequence[Any]) -> Any:
     if level in (min(_LEVELS), max(_LEVELS)):
         return possible[0 if level < 0.5 else -1]
     return possible[int(level * len(possible))]
-
-
-def _probabilities(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What ``bernoulli`` draws with, in place where that is."""
-    x = args[0] if args else kwargs["input"]
-    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else None)
-    with torch.no_grad():
-        out: Tensor = x if name == "bernoulli_" else x.detach().clone()
-        return out if p is None else out.copy_(torch.as_tensor(p, device=out.device))

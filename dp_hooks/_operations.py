@@ -3,7 +3,12 @@
 Names are those of ``torch.overrides``, without underscores around them where that is said.
 """
 
+import math
+import statistics
 from typing import Any
+
+import torch
+from torch import Tensor
 
 DROPOUT_BY_NAME = frozenset("dropout1d dropout2d dropout3d".split())
 # Replaced by a constant, or by a row of the batch's own draw.
@@ -84,11 +89,43 @@ def randint_bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, 
     return (low, high) if isinstance(low, int) and isinstance(high, int) and high > low else None
 
 
+_OWN = {  # what noise is drawn with, in this order, and its defaults
+    "uniform_": (("from", 0.0), ("to", 1.0)),
+    "normal_": (("mean", 0.0), ("std", 1.0)),
+    "log_normal_": (("mean", 1.0), ("std", 2.0)),
+    "exponential_": (("lambd", 1.0),),
+    "cauchy_": (("median", 0.0), ("sigma", 1.0)),
+}
+
+
 def noise_quantile(name: str, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The number below which a draw lies with probability ``level``."""
+    """The number below which what ``name`` draws lies with probability ``level``; ``args`` and ``kwargs`` but the tensor."""
+    own = _OWN.get(name, ())
+    given = [args[i] if i < len(args) else kwargs.get(key, default) for i, (key, default) in enumerate(own)]
+    normal = statistics.NormalDist().inv_cdf(level)
     if name == "uniform_":
-        low, high = (*args, *(kwargs.get(key, 1.0 if key == "to" else 0.0) for key in ("from", "to")[len(args) :]))[:2]
-        return float(low + (high - low) * level)
-    if name.startswith("rand") and not name.startswith("randn"):
-        return level
-    return 4 * level - 2 if "norm" in name or "randn" in name else 2 * level
+        return float(given[0] + (given[1] - given[0]) * level)
+    if name == "exponential_":
+        return -math.log1p(-level) / float(given[0])
+    if name == "cauchy_":
+        return float(given[0] + given[1] * math.tan(math.pi * (level - 0.5)))
+    if name in ("normal_", "log_normal_"):
+        value = float(given[0] + given[1] * normal)
+        return math.exp(value) if name == "log_normal_" else value
+    return normal if name.startswith("randn") else level
+
+
+def alpha_dropped(x: Tensor, kept: Tensor, p: float) -> Tensor:
+    """Alpha dropout with this mask (Klambauer et al., "Self-normalizing neural networks", NeurIPS 2017, section 2)."""
+    low = -1.7580993408473766
+    a = math.sqrt(1 / ((1 - p) * (1 + p * low**2)))
+    return a * torch.where(kept, x, torch.full_like(x, low)) - a * low * p
+
+
+def probabilities_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What ``bernoulli`` draws with, in place where that is."""
+    x = args[0] if args else kwargs["input"]
+    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else None)
+    with torch.no_grad():
+        out: Tensor = x if name == "bernoulli_" else x.detach().clone()
+        return out if p is None else out.copy_(torch.as_tensor(p, device=out.device))

@@ -509,8 +509,8 @@ BUGS = [
     (
         "operations with other switches are the same",
         "capture/calls/trace.py",
-        "number = self._numbered(((function.name, tuple(kinds), named), where))",
-        "number = self._numbered(((function.name, len(kinds), named), where))",
+        "number = self._numbered((function.name, where, tuple(kinds), named))",
+        "number = self._numbered((function.name, where, len(kinds), named))",
         CHECKS,
     ),
     (
@@ -567,8 +567,8 @@ BUGS = [
     (
         "nothing is dropped in checks",
         "_no_randomness.py",
-        "mask = self.masks.make(x, p) if self.varied else None",
-        "mask = None",
+        "return self.masks.make(x, p) if self.varied else None",
+        "return None",
         "tests/checks/test_masks.py",
     ),
     (

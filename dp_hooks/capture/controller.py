@@ -22,7 +22,7 @@ from .discovery import Discovery
 from .hooked_modules import HookedModules
 from .model_calls import ModelCalls
 from .module_calls import ModuleCalls
-from .module_hooks import ModuleHooks
+from .module_hooks import ModuleHooks, hooks_everywhere
 from .samples.tracker import Tracker
 from .samples.uses import SampleAxes
 from .validate import check_is_module, check_model
@@ -182,7 +182,8 @@ class HookController:
     @property
     def hands_out(self) -> bool:
         """Whether hooks of the user are called inside the model: what they get may enter a loss beside the model's outputs."""
-        return any(self._module_hooks.are_given(module) for module in modules_of(self.model) if module is not self.model)
+        inside = (module for module in modules_of(self.model) if module is not self.model)
+        return hooks_everywhere() or any(self._module_hooks.are_given(module) for module in inside)
 
     @property
     def has_gradients(self) -> bool:

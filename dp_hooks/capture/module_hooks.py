@@ -47,6 +47,18 @@ def _take_out(module: nn.Module, number: int) -> None:
         getattr(module, name).pop(number, None)
 
 
+def _is_of_others(hook: Any) -> bool:
+    """Whether it is no hook of PyTorch's own (weight norm in its old form)."""
+    return not str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.")
+
+
+def hooks_everywhere() -> bool:
+    """Whether there are hooks of the user on all modules that there are."""
+    everywhere = nn.modules.module
+    hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    return any(_is_of_others(hook) for some in hooks for hook in some.values())
+
+
 class ModuleHooks:
     """Knows which hooks are ours, so that copies of hooked modules come out with the user's hooks and parameters only."""
 
@@ -90,11 +102,8 @@ class ModuleHooks:
     def are_given(self, module: nn.Module) -> bool:
         """Whether hooks that are neither ours nor PyTorch's get inputs or outputs of ``module``."""
         ours = self._ids.get(id(module), set())
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in hooks.items():
-                if key not in ours and not str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch."):
-                    return True
-        return False
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        return any(key not in ours and _is_of_others(hook) for some in hooks for key, hook in some.items())
 
     def forget(self) -> None:
         """The hooks are gone."""

@@ -77,13 +77,13 @@ class Comparison:
             return False
         if samples > 1 and without.noisy:  # which may choose the samples that are mixed
             self._try_way(NoRandomness(samples, varied=True), samples, again, what, began)
-        if self._unseen(transitions, samples, noisy=without.noisy) and draws is not None:
+        if self._unseen(transitions, samples) and draws is not None:
             self._in_either_order(NoRandomness(samples, draws=draws), again, what, began)
         if samples > 1 and without.gates:
             self._try_gates(min(samples, _HANDFUL), again, what, draws, began)
         if samples > 1:
             self._compare_otherwise(min(samples, self._enough), again, what, draws, began, gates=without.gates)
-        if left := self._unseen(transitions, samples, noisy=without.noisy):
+        if left := self._unseen(transitions, samples):
             places = sorted({"the function" if name is None else name or "the model" for name, *_ in left})
             raise SelfCheckError(
                 f"{what}: run again on the same batch, it did not do the same as before (in {some_of(places)}), so "
@@ -95,13 +95,13 @@ class Comparison:
     def _in_either_order(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
         return _in_either_order(without, partial(self._compared, without, again, what, began))
 
-    def _unseen(self, transitions: set[Transition], samples: int, *, noisy: bool) -> set[Transition]:
+    def _unseen(self, transitions: set[Transition], samples: int) -> set[Transition]:
         left = self._trace.repeatable(self._trace.unchecked(transitions, samples))
         self._trace.verify(transitions - left, samples)
         if left:
             classes = {name: type(module) for name, module in self._model.named_modules()}
             left = self._trace.verify_alike(left, samples, classes)
-        return self._trace.verify_roughly(left, samples) if left and noisy else left
+        return left
 
     def _compared(self, without: NoRandomness, again: Repeated, what: str, began: Began) -> bool:
         controller, samples = self._controller, again.samples
@@ -197,6 +197,7 @@ class Comparison:
         without = NoRandomness(samples)
         # Gradients that do not come through a layer of zeros may mix behind it, where no value does.
         closed = self.gradients.blocked or any(is_closed(p) for p in self._trainable if not self._is_bias(p))
+        closed = closed and not self.gradients.coarse  # where rounding is larger than with the model's own parameters
         _in_either_order(without, partial(self._with_other_weights, without, whole, samples, began, what, closed))
         for sign in (1, -1) if gates else ():
             with _if_it_can_be_computed(), exchanged(self._trainable, sign):
@@ -241,7 +242,7 @@ class Comparison:
             self._controller.disable_hooks()
         if found is not None and found.samples == again.samples:
             with suppress(NotFinite):
-                self.gradients.compare(begin, again, found, what)
+                self.gradients.compare(begin, again, found, what, values=False)
 
     def _keep(self, without: NoRandomness, begin: Begin, again: Repeated) -> None:
         """Run it on all its samples, for values, under circumstances that it need not be made for."""
@@ -355,7 +356,7 @@ class Comparison:
     ) -> None:
         """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
         ways = [NoRandomness(samples, trial=trial) for trial in range(1, FEW_TRIALS if values_only else TRIALS)]
-        if draws is not None and draws.numbers:
+        if draws is not None and draws.few:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:
             self._try_way(without, samples, whole, what, began, values_only=values_only)

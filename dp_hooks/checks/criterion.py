@@ -18,6 +18,7 @@ from ..capture.calls.trace import OpTrace, Transition, untraced
 from ..capture.calls.undisturbed import undisturbed
 from ..capture.controller import HookController
 from ..capture.samples.rows_of_inputs import rows_of_inputs
+from ..capture.samples.tracked import TrackedTensor
 from ..errors import SelfCheckError
 from .compare import tolerance
 from .lent import Lent, can_be_lent
@@ -158,7 +159,7 @@ class CriterionCheck:
     def _note_output(self, call: ModelCall, index: int, output: Tensor) -> None:
         if index == 0 and self._controller.hands_out:
             self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
-        if any(isinstance(t, Tensor) and t.requires_grad for t in vars(output).values()):  # it may lead into the model
+        if vars(output) and not isinstance(output, TrackedTensor):  # what was put there may lead into the model
             self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
         if not call.name:
             self._outputs[id(call), index] = _Seen(call, output.grad_fn, output.output_nr, output.shape)

@@ -41,8 +41,8 @@ class GradientComparison:
         back_propagate(loss, [self._controller.session.anchor, *self._controller.params])
         return self._controller.take()
 
-    def compare(self, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
-        """Compare what was ``found`` in a run of ``again``; hooks are disabled.
+    def compare(self, begin: Begin, again: Repeated, found: SampleGradients, what: str, *, values: bool = True) -> None:
+        """Compare what was ``found`` in a run of ``again``; hooks are disabled; ``values``: of single samples, too.
 
         Raises:
             SelfCheckError: a disagreement beyond rounding.
@@ -53,7 +53,7 @@ class GradientComparison:
         agreed = finite and self._compare_passes(begin, again, found, what)
         # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
         if again.samples > 1 or again.has_scalar or not agreed:
-            self._compare_alone(begin, again, found, norms, what, jumps=agreed)
+            self._compare_alone(begin, again, found, norms, what, jumps=agreed, values=values)
 
     def of(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
         """Gradients by plain autograd."""
@@ -103,7 +103,9 @@ class GradientComparison:
         """Whether rounding is too small to switch a unit of the model."""
         return all(p.dtype == torch.float64 for p in self._params)
 
-    def _compare_alone(self, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool) -> None:
+    def _compare_alone(
+        self, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool, values: bool
+    ) -> None:
         """Compare with the gradients of single samples; ``jumps``: all that differs may be units that rounding has switched.
 
         How far they may differ then is measured, where it matters: by what rounding of the parameters, up and down, does to them.
@@ -113,16 +115,16 @@ class GradientComparison:
         unseen: list[NotFinite] = []
         for i in picked:  # one after the other: the gradient of one is as large as the model
             try:
-                self._compare_one(i, begin, again, found, norms, what, jumps=jumps)
+                self._compare_one(i, begin, again, found, norms, what, jumps=jumps, values=values)
             except NotFinite as error:
                 unseen.append(error)
         if len(unseen) == len(picked):
             raise unseen[0]
 
     def _compare_one(
-        self, i: int, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool
+        self, i: int, begin: Begin, again: Repeated, found: SampleGradients, norms: Sums, what: str, *, jumps: bool, values: bool
     ) -> None:
-        expected = self._alone(i, begin, again, what)
+        expected = self._alone(i, begin, again, what, compared=values)
         compared = partial(compare, found, norms, i, expected, self._params, self._controller, what, coarse=self.coarse)
         try:
             compared()

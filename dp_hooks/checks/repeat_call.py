@@ -204,7 +204,7 @@ class RepeatedCall:
             self.rounding = max(self.rounding, float(values_off(before, slice(None), now).max()))
 
     def _tolerance(self) -> float:
-        coarse = self.call.coarse
+        coarse = self.call.context.autocast is not None
         return value_tolerance(self._outputs[0].dtype, coarse=coarse, rounding=self.rounding)
 
     def _mixed(self, i: int, how: str, kind: type[SelfCheckError] = SelfCheckError) -> SelfCheckError:

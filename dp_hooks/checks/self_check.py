@@ -231,7 +231,7 @@ class SelfCheck:
         if not self.armed and not self._trace.unchecked(taken, samples) and not recorder.changed:
             return  # another call than then: it is compared alone, by check_calls
         self._comparison.gradients.coarse = any(call.coarse for call in recorder.calls)
-        coarse = self._comparison.gradients.coarse
+        coarse = any(call.context.autocast is not None for call in recorder.calls)  # values are not, where that is inside
         chosen, drawn = self._chosen(taken, samples), self._trace.draws
 
         again = RepeatedFunction(run, self._controller, samples, coarse=coarse)

@@ -96,12 +96,18 @@ def grad_samples(call: Call) -> dict[str, Tensor]:
     return {name: found[name] for name in call.names}
 
 
+def _shares_nothing(cell: nn.Module) -> bool:
+    params = [p for p in cell._parameters.values() if p is not None]
+    return len(set(params)) == len(params)
+
+
 CELL = Rule(
     "recurrent cell",
     grad_samples,
     outer_products=outer_products,
     parameters=frozenset(_NAMES),
     subclasses=True,
+    applies=_shares_nothing,
     batch_dim=0,
     all_per_sample=True,
 )

@@ -107,14 +107,21 @@ class Rows:
     # ---------------------------------------------------------------- what the model sees
 
     def find_counting(self, inputs: Sequence[Tensor]) -> int:
-        """Return the number of the first input of a call that has a row for each example, unless the batch comes before it.
+        """Return the number of the first input of a call that has a row for each example, unless rows of the batch come before it.
 
-        What all samples share, an adjacency matrix for one, may be the first input and have rows of its own.
+        What all samples share, an adjacency matrix for one, may be the first input and have rows of its own: not such as the batch
+        has, of which it might be made.
         """
+        if inputs and inputs[0].shape[self._axis : self._axis + 1] == (self.expected,):
+            return 0
+        rows = [t for t in (*inputs, *_alive(self._present)) if t.dim() > self._axis and t.shape[self._axis] == self.expected]
+        kinds = {_row_of(t, self._axis) for t in rows}
         for i, t in enumerate(inputs):
             if t.dim() > self._axis and t.shape[self._axis] == self.expected:
                 return i
             if torch._C._functorch.is_functorch_wrapped_tensor(t) or _any_same_memory([t], self._present):
+                break
+            if t.dim() > self._axis and _row_of(t, self._axis) in kinds:
                 break
         return 0
 
@@ -230,6 +237,11 @@ class Rows:
 
 def _alive(known: list[weakref.ref[Tensor]]) -> list[Tensor]:
     return [t for t in (ref() for ref in known) if t is not None]
+
+
+def _row_of(tensor: Tensor, axis: int) -> torch.Size:
+    """The shape of one row."""
+    return torch.Size([*tensor.shape[:axis], *tensor.shape[axis + 1 :]])
 
 
 def _any_same_memory(inputs: list[Tensor], known: list[weakref.ref[Tensor]]) -> bool:

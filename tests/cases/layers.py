@@ -30,6 +30,11 @@ def two_cells(model, x):
     return model.out(second[0])
 
 
+def with_one_weight(cell):
+    cell.weight_hh = cell.weight_ih
+    return cell
+
+
 def from_start(model, x):
     h = model.h.expand(len(x), -1)
     for token in x.unbind(1):
@@ -223,6 +228,7 @@ LAYERS = [
     case(
         "lstm-cells-two-layers", lambda: Net(two_cells, c=nn.LSTMCell(4, 3), d=nn.LSTMCell(3, 3), out=nn.Linear(3, 2)), rows(5, 4)
     ),
+    case("gru-cell-one-weight", lambda: Net(lambda s, x: s.c(x, s.c(x)), c=with_one_weight(nn.GRUCell(4, 4))), rows(4)),
     case("gru-cell-learnt-start", lambda: Net(from_start, c=nn.GRUCell(4, 3), h=nn.Parameter(randn(3))), rows(5, 4)),
     case(
         "attention",

@@ -57,6 +57,11 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropped in place": lambda h: F.dropout(torch.ones_like(h), 0.4, inplace=True) == 0,
     "dropped channels": lambda h: F.dropout1d(torch.ones_like(h), 0.4) == 0,
     "dropped features of all": lambda h: F.dropout(torch.ones(h.shape[-1]), 0.4) == 0,
+    "dropped rows": lambda h: (F.dropout(torch.ones(len(h), 1), 0.4) == 0).view(-1, *[1] * (h.dim() - 1)),
+    "rarely dropped": lambda h: F.dropout(torch.ones_like(h), 0.02) == 0,
+    "all of a sample dropped": lambda h: (F.dropout(torch.ones(len(h), 3), 0.3) == 0).all(1).view(-1, *[1] * (h.dim() - 1)),
+    "alpha dropout": lambda h: F.alpha_dropout(torch.ones_like(h), 0.4, True) < 0.5,
+    "native dropout": lambda h: ~torch.native_dropout(torch.ones_like(h), 0.4, True)[1],
     "dropped samples": lambda h: (F.dropout(torch.ones(len(h), 2), 0.5) == 0).any(1).view(-1, *[1] * (h.dim() - 1)),
 }
 OF_ALL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,6 +71,15 @@ OF_ALL: dict[str, Callable[[Tensor], Tensor]] = {
     "choice of ten for each token": lambda h: torch.randint(0, 10, (h.shape[-1],)) == 7,
     "quarters": lambda h: (torch.rand(()) * 4).long() == 1,
     "hard gumbel-softmax": lambda h: F.gumbel_softmax(torch.zeros(5), hard=True)[3] == 1,
+    "two coins": lambda h: (torch.rand(()) < 0.4) & (torch.rand(()) > 0.6),
+    "a coin and a choice": lambda h: (torch.rand(()) < 0.5) & (torch.randint(0, 2, ()) == 1),
+    "normal with a mean": lambda h: torch.empty(()).normal_(3.0, 1.0) > 3,
+    "normal with a deviation": lambda h: torch.empty(()).normal_(std=5.0) > 3,
+    "cauchy": lambda h: torch.empty(()).cauchy_() < 0,
+    "exponential": lambda h: torch.empty(()).exponential_(0.1) > 22,
+    "log-normal": lambda h: torch.empty(()).log_normal_(0.0, 1.0) > 3,
+    "uniform between": lambda h: torch.empty(()).uniform_(-3.0, 3.0) > 2,
+    "poisson": lambda h: torch.poisson(torch.tensor(3.0)) > 6,
     "one of few": lambda h: torch.multinomial(torch.ones(6), 1) == 4,
 }
 LONG = 100
@@ -131,7 +145,9 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "samples last": lambda: Net(lambda s, x: s.b(F.dropout(s.a(x.mean(1)).T, 0.3).T), **layers()),
     "one number for each sample": lambda: Net(lambda s, x: F.dropout(s.b(s.a(x.mean(1))).mean(1), 0.3)[:, None], **layers()),
     "weights": lambda: Net(lambda s, x: F.linear(s.a(x).tanh().mean(1), F.dropout(s.b.weight, 0.3), s.b.bias), **layers()),
-    "alpha dropout": lambda: Net(lambda s, x: s.b(F.alpha_dropout(s.a(x), 0.3).mean(1)), **layers()),
+    "alpha dropout": lambda: Net(lambda s, x: s.b(F.alpha_dropout(s.a(x), 0.3, True).mean(1)), **layers()),
+    "native dropout": lambda: Net(lambda s, x: s.b(torch.native_dropout(s.a(x), 0.3, True)[0].mean(1)), **layers()),
+    "a count for all": lambda: Net(lambda s, x: s.b(s.a(x).mean(1) * torch.poisson(torch.tensor(3.0))), **layers()),
     "layers of a transformer": lambda: Net(
         lambda s, x: s.b(s.e(s.a(x)).mean(1)), **layers(e=nn.TransformerEncoderLayer(D, 2, 8, dropout=0.2, batch_first=True))
     ),
@@ -148,6 +164,33 @@ def test_dropout_of_any_layout_is_no_reason_to_refuse(model: str, samples: int, 
     """Masks of rows, tokens and features, of experts, and draws that follow parameters, mix nothing."""
     torch.manual_seed(0)
     assert refusal(SOUND[model]().double(), randn(samples, T, D), style) is None
+
+
+def grouped_by_chance(s: Any, x: Tensor) -> Tensor:
+    """Tokens are centred within their sample, or all together where little was dropped."""
+    h = F.dropout(s.a(x), 0.3)
+    groups = len(x) if int((h == 0).sum()) % 2 else 1
+    v = h.reshape(groups, -1, D)
+    return s.b((h - 0.9 * v.mean(1, keepdim=True).expand(groups, v.shape[1], D).reshape(h.shape)).mean(1))
+
+
+def test_the_same_operations_on_other_groups_are_another_way() -> None:
+    """Where chance decides what is put together, both ways are run, or nothing is released."""
+    torch.manual_seed(0)
+    assert refusal(Net(grouped_by_chance, **layers()).double(), randn(N, T, D)) is not None
+
+
+def fourier(s: Any, x: Tensor) -> Tensor:
+    return s.b(torch.cat([(s.a(x) * 1000).sin(), (s.a(x) * 1000).cos()], 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_models_that_enlarge_rounding_pass_with_a_head_of_zeros(seed: int) -> None:
+    """Other values of the parameters are no reason to be stricter than with the model's own."""
+    torch.manual_seed(seed)
+    model = Net(fourier, a=nn.Linear(2 * D, D), b=nn.Linear(2 * D, 3))
+    nn.init.zeros_(model.b.weight)
+    assert refusal(model, torch.randn(4 * N, 2 * D)) is None
 
 
 def half_inside(s: Any, x: Tensor) -> Tensor:
@@ -171,3 +214,17 @@ def test_half_precision_inside_a_model_is_compared_as_such(model: str, style: st
     """Rounding to few digits in a part of a model is no disagreement, whatever is around the call of it."""
     torch.manual_seed(seed)
     assert refusal(HALF[model](), torch.randn(2 * N, D), style) is None
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_values_are_compared_in_full_where_only_a_part_is_in_half_precision(share: float, style: str) -> None:
+    """A layer in half precision, used or not, does not hide that samples mix a little."""
+
+    def beside(s: Any, x: Tensor) -> Tensor:
+        s.c(x[:, :1].bfloat16())
+        h = F.gelu(s.a(x))
+        return s.b(h + share * h.mean(0))
+
+    model = Net(beside, a=nn.Linear(D, D), b=nn.Linear(D, 3), c=nn.Linear(1, 2).bfloat16())
+    assert "mix" in str(refusal(model, torch.randn(2 * N, D), style)).lower()

@@ -458,18 +458,23 @@ class Showing(nn.Linear):
 
     def forward(self, h):
         out = super().forward(h)
-        out.hidden = h
+        out.hidden = [h]
         return out
 
 
-@pytest.mark.parametrize("way", ["hook", "pre-hook", "hook set in the loop", "attribute of the output"])
-def test_a_loss_is_not_verified_where_the_loop_can_get_hold_of_what_is_inside_the_model(way):
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "hook set in the loop", "hook everywhere", "attribute of the output"])
+def test_a_loss_is_not_verified_where_the_loop_can_get_hold_of_what_is_inside_the_model(way, request):
     """Another term may lead into the model past its outputs: by hooks of the user, or beside an output."""
     model, taken = build("mlp"), []
     if way == "hook":
         model[0].register_forward_hook(lambda m, args, out: taken.append(out))
     elif way == "pre-hook":
         model[2].register_forward_pre_hook(lambda m, args: taken.append(args[0]))
+    elif way == "hook everywhere":
+        everywhere = nn.modules.module.register_module_forward_pre_hook(
+            lambda m, args: taken.append(args[0]) if m is model[2] else None
+        )
+        request.addfinalizer(everywhere.remove)
     elif way == "attribute of the output":
         shown = Showing(model[2].in_features, model[2].out_features).double()
         model[2] = shown
@@ -479,7 +484,7 @@ def test_a_loss_is_not_verified_where_the_loop_can_get_hold_of_what_is_inside_th
         out = model(x)
         if handle is not None:
             handle.remove()
-        h = out.hidden if way.startswith("attribute") else taken[-1]
+        h = out.hidden[0] if way.startswith("attribute") else taken[-1]
         return c(out, y) + k * (h - h.mean(0)).square().mean()
 
     assert not steps(model, nn.CrossEntropyLoss(), loss, count=2).report().loss_verified

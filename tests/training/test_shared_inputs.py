@@ -57,3 +57,19 @@ def test_rows_of_the_batch_are_not_taken_for_what_is_shared() -> None:
         with pytest.raises(ScopeError, match=f"on 4 rows, but the private loader handed out {N} examples"):
             F.cross_entropy(model(x[:4, 0], y), y[:4]).backward()
     run.assert_untouched()
+
+
+MADE_OF_THE_BATCH = {"its mean": lambda x: x.mean(0, keepdim=True), "all and one more": lambda x: torch.cat([x, x[:1]])}
+
+
+@pytest.mark.parametrize("made", MADE_OF_THE_BATCH)
+def test_what_was_made_of_the_batch_is_no_shared_input(made: str) -> None:
+    """A first input whose rows are such as the batch has is counted, whatever comes after it."""
+    net = Net(lambda m, bank, x: m.b((m.a(x) @ bank.T).softmax(-1) @ m.a(bank)), a=nn.Linear(4, 4), b=nn.Linear(4, 3)).double()
+    run = Run(net, loader=DataLoader(graphs(), batch_size=N), **POISSON)
+    with run as (model, _, loader):
+        x, y = next(iter(loader))
+        x = x[:, 0].clone()
+        with pytest.raises(ScopeError, match=f"but the private loader handed out {N} examples"):
+            F.cross_entropy(model(MADE_OF_THE_BATCH[made](x), x), y).backward()
+    run.assert_untouched()

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # For every room, what it may import from: those of lower rank, unless they are never to meet. Its own files, always.
 ROOMS = [
     {"errors"},
-    {"_validate", "_tree", "_operations", "_precision"},
+    {"_validate", "_tree", "_operations", "_precision", "_dropout_masks"},
     {"_no_randomness"},
     {"_rerun"},
     {"rules", "privacy.noise", "distributed"},
@@ -34,7 +34,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 APART = [({"privacy", "distributed"}, {"rules", "gradients", "capture", "checks"}), ({"privacy"}, {"distributed"})]
 TRUSTED = {"torch", "opacus", "typing_extensions"}
 
-MOST_FILES_ON_TOP = 8
+MOST_FILES_ON_TOP = 9
 MOST_FOLDERS_ON_TOP = 8
 MOST_LINES = {"a file": 450, "the package": 16_000, "the file in the middle": 130}
 

@@ -169,7 +169,6 @@ class OpTrace:
     _constants: dict[int, Tensor] = field(default_factory=dict)
     _from_constants: set[Transition] = field(default_factory=set)
     _numbers: dict[Any, int] = field(default_factory=dict)  # of operations: quicker to compare
-    _roughly: list[Any] = field(default_factory=list)  # the same by number, without where they count samples
     _below: list[TorchFunctionMode] | None = None  # modes that were there when ours was put on top; None while it is not
     _mode: _Follow = field(init=False)
 
@@ -266,7 +265,7 @@ class OpTrace:
         named: Any = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
         if function.mean:
             named = (named, _uneven(args, kwargs or {}, self.rows))
-        number = self._numbered(((function.name, tuple(kinds), named), where))
+        number = self._numbered((function.name, where, tuple(kinds), named))
         self._pass_by(number)
         self._frames[-1][1] = number
         known.pop(id(first), None)  # it may have been written to
@@ -298,7 +297,7 @@ class OpTrace:
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
             # Not what the next operation follows: a cache is there the second time.
-            operation = ((function.name, *(_kind(arg, function.sized) for arg in args)), None)
+            operation = (function.name, *(_kind(arg, function.sized) for arg in args))
             self._from_constants.add(self._pass_by(self._numbered(operation)))
 
     def _multiple(self, shape: torch.Size) -> int | None:
@@ -306,12 +305,8 @@ class OpTrace:
         rows = self.rows
         return None if not rows else next((i for i, size in enumerate(shape) if size and size % rows == 0), None)
 
-    def _numbered(self, operation: tuple[Any, tuple[int, int | None] | None]) -> int:
-        number = self._numbers.setdefault(operation, len(self._numbers))
-        if number == len(self._roughly):
-            how, where = operation
-            self._roughly.append((how, where and where[0]))
-        return number
+    def _numbered(self, operation: Any) -> int:
+        return self._numbers.setdefault(operation, len(self._numbers))
 
     def _pass_by(self, number: int) -> Transition:
         name, before = self._frames[-1]
@@ -343,21 +338,6 @@ class OpTrace:
         left = {transition for transition in transitions if (classes.get(transition[0]), *transition[1:]) not in known}
         self.verify(transitions - left, samples)
         return left
-
-    def verify_roughly(self, left: set[Transition], samples: int) -> set[Transition]:
-        """Take as verified what a check went through with other numbers of rows; return what is left.
-
-        Where random numbers decide how many rows are chosen (masked tokens), it may be as many as samples, or not.
-        """
-
-        def rough(transition: Transition) -> Any:
-            name, *steps = transition
-            return name, *(self._roughly[s] if isinstance(s, int) and s >= 0 else s for s in steps)
-
-        known = {rough(transition) for transition in self._verified["one" if samples == 1 else "many"]}
-        different = {transition for transition in left if rough(transition) not in known}
-        self.verify(left - different, samples)
-        return different
 
     @contextmanager
     def apart(self) -> Iterator[None]:
