@@ -119,8 +119,10 @@ class NoRandomness(TorchFunctionMode):
     is set, one of each sample after the other.
     """
 
-    def __init__(self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False, trial: int = 0) -> None:
-        """For runs on ``samples`` and on some of them."""
+    def __init__(
+        self, samples: int | None = None, *, draws: Draws | None = None, varied: bool = False, trial: int = 0, choices: int = 0
+    ) -> None:
+        """For runs on ``samples`` and on some of them; from trial ``TRIALS`` on each of so many ``choices`` has its turn."""
         super().__init__()
         self.samples = samples
         self.draws = draws
@@ -131,6 +133,7 @@ class NoRandomness(TorchFunctionMode):
         self.grouped = False  # whether numbers with several rows for each sample were cut
         self.noisy = False  # whether noise with rows for each sample, or much of it, or dropout was replaced
         self.gates = False  # whether a number for the whole batch was drawn
+        self.choices = choices  # how many different ones can be drawn at once for the whole batch, if that is not too many
         self.operations = 0  # in the present run
         self._limit: int | None = None  # more than so many in it are an error
         self._coins = 0
@@ -263,6 +266,8 @@ class NoRandomness(TorchFunctionMode):
                 drawn, out = out, out.detach() if name == "_standard_gamma" else out
                 with torch.no_grad():
                     gate = self._is_gate(out)
+                    if gate and self._some is None:
+                        self._note_choices(out, name, args, kwargs)
                     if not (gate and self.trial and self._at_level(out, func, name, args, kwargs)):
                         self._repeat(out, constant=name in NOISE and not self.varied)
                 if drawn.grad_fn is not None and drawn is not out:  # what is drawn here follows its parameter
@@ -280,6 +285,8 @@ class NoRandomness(TorchFunctionMode):
     def _level(self) -> float:
         """That of the number drawn now: in later trials the next number has another one."""
         first = self.trial - 1
+        if self.trial >= TRIALS:
+            return ((self.trial - TRIALS + self._asked - 1) % self.choices + 0.5) / self.choices
         return _LEVELS[first if first < _ALL_ALIKE else (first + self._asked - 1) % len(_LEVELS)]
 
     def _levels(self, out: Tensor, *, spread: bool = False) -> list[float]:
@@ -321,6 +328,15 @@ class NoRandomness(TorchFunctionMode):
         # A row for the one sample of a run looks like a number for all.
         self._asked += 1
         return self._asked <= len(self._are_gates) and self._are_gates[self._asked - 1][0]
+
+    def _note_choices(self, out: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count = out.numel()  # the largest of them, as of Gumbel noise
+        if name in ("randint", "randint_like") and (bounds := randint_bounds(args, kwargs)) is not None:
+            count = bounds[1] - bounds[0]
+        elif name == "multinomial":
+            count = (args[0] if args else kwargs["input"]).shape[-1]
+        if count <= _COIN:
+            self.choices = max(self.choices, count)
 
     def _repeat(self, out: Tensor, *, constant: bool) -> None:
         """Make ``out`` a constant, or the rows of its samples in what the run on the whole batch drew here."""

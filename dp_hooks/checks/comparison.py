@@ -80,7 +80,7 @@ class Comparison:
         if self._unseen(transitions, samples) and draws is not None:
             self._in_either_order(NoRandomness(samples, draws=draws), again, what, began)
         if samples > 1 and without.gates:
-            self._try_gates(min(samples, _HANDFUL), again, what, draws, began)
+            self._try_gates(min(samples, _HANDFUL), again, what, draws, began, choices=without.choices)
         if samples > 1:
             self._compare_otherwise(min(samples, self._enough), again, what, draws, began, gates=without.gates)
         if left := self._unseen(transitions, samples):
@@ -352,10 +352,19 @@ class Comparison:
         recorder.cover_quiet()
 
     def _try_gates(
-        self, samples: int, whole: Repeated, what: str, draws: Draws | None, began: Began, *, values_only: bool = False
+        self,
+        samples: int,
+        whole: Repeated,
+        what: str,
+        draws: Draws | None,
+        began: Began,
+        *,
+        choices: int = 0,
+        values_only: bool = False,
     ) -> None:
         """Where numbers are drawn for the whole batch, compare values also for other numbers, and for those of the step."""
-        ways = [NoRandomness(samples, trial=trial) for trial in range(1, FEW_TRIALS if values_only else TRIALS)]
+        last = FEW_TRIALS if values_only else TRIALS if choices < TRIALS else TRIALS + choices
+        ways = [NoRandomness(samples, trial=trial, choices=choices) for trial in range(1, last)]
         if draws is not None and draws.few:
             ways.append(NoRandomness(samples, draws=draws))
         for without in ways:

@@ -80,6 +80,10 @@ OF_ALL: dict[str, Callable[[Tensor], Tensor]] = {
     "log-normal": lambda h: torch.empty(()).log_normal_(0.0, 1.0) > 3,
     "uniform between": lambda h: torch.empty(()).uniform_(-3.0, 3.0) > 2,
     "poisson": lambda h: torch.poisson(torch.tensor(3.0)) > 6,
+    "choice of twelve": lambda h: torch.randint(12, ()) == 5,
+    "choice of sixty": lambda h: torch.randint(3, 63, (1,)) == 47,
+    "hard gumbel-softmax of twelve": lambda h: F.gumbel_softmax(torch.zeros(12), hard=True)[10] == 1,
+    "one of twenty": lambda h: torch.multinomial(torch.ones(20), 1) == 13,
     "one of few": lambda h: torch.multinomial(torch.ones(6), 1) == 4,
 }
 LONG = 100
