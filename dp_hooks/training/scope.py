@@ -31,6 +31,7 @@ from ..privacy.sampling.loader import PrivateDataLoader
 from ..privacy.sampling.scheme import plan_sampling
 from .claims import Claims
 from .clipped_sum import ClippedSum
+from .freed_memory import keep_freed_memory
 from .lifetime import Lifetime
 from .optimizer import PrivateOptimizer
 from .wrapped_optimizer import check_optimizer
@@ -247,6 +248,7 @@ class PrivateTraining:
                 f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
                 "accountant=scope.accountant to go on with the same budget."
             )
+        keep_freed_memory()
         if self._wants_collate_check:
             self._collate = probe_collate(self._original_loader)
         with ExitStack() as stack:
