@@ -70,18 +70,20 @@ def other_generators_kept() -> Iterator[None]:
 class Draws:
     """What a pass drew that can decide which way it takes, and the generators beside torch's."""
 
-    numbers: list[tuple[str, Tensor]] = field(default_factory=list)
+    numbers: list[tuple[str, Tensor | None]] = field(default_factory=list)  # in their order; None: too many to be kept
     few: bool = False  # whether some of it was for the whole batch, and not much
     _left: int = _KEPT
     _generators: tuple[Any, Any] = field(default_factory=_other_generators)
 
     def note(self, name: str, out: Any, rows: int | None) -> None:
-        """Keep what the function ``name``, one of :data:`DRAWS`, drew for ``rows`` samples, as long as it is not much."""
-        if isinstance(out, Tensor) and self._left > 0:
-            self._left -= out.numel()
-            if self._left > 0:  # else later ones would take its place
-                self.numbers.append((name, out.detach().clone()))
-                self.few = self.few or out.numel() == 1 or (out.numel() <= _COIN and rows not in out.shape)
+        """Keep what the function ``name``, one of :data:`DRAWS`, drew for ``rows`` samples, unless it is much."""
+        if not isinstance(out, Tensor):
+            return
+        few = out.numel() == 1 or (out.numel() <= _COIN and rows not in out.shape)
+        kept = few or out.numel() <= self._left
+        self._left -= out.numel() if kept and not few else 0
+        self.numbers.append((name, out.detach().clone() if kept else None))
+        self.few = self.few or few
 
     def begin_again(self) -> None:
         """Set the generators of Python and NumPy to what they were."""
@@ -275,11 +277,13 @@ class NoRandomness(TorchFunctionMode):
                     out = out + (shape - shape.detach()) * torch._standard_gamma_grad(shape.detach(), out)
             elif isinstance(out, Tensor):
                 self.gates = True
-        queue = [] if self.draws is None else self.draws.numbers[self._coins :]
-        if queue and isinstance(out, Tensor) and queue[0][0] == name and (mine := self._rows_in(queue[0][1], out)) is not None:
-            self._coins += 1
-            with torch.no_grad():
-                out.copy_(mine)
+        if self.draws is not None and isinstance(out, Tensor) and self._coins < len(self.draws.numbers):
+            drew, whole = self.draws.numbers[self._coins]
+            self._coins += drew == name
+            mine = None if drew != name or whole is None else self._rows_in(whole, out)
+            if mine is not None:
+                with torch.no_grad():
+                    out.copy_(mine)
         return out
 
     def _level(self) -> float:

@@ -170,6 +170,22 @@ def test_dropout_of_any_layout_is_no_reason_to_refuse(model: str, samples: int, 
     assert refusal(SOUND[model]().double(), randn(samples, T, D), style) is None
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("drawn_before", [2, 20_000], ids=["few numbers", "many numbers"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_coin_after_noise_is_tossed_as_in_the_step(seed: int, drawn_before: int, style: str) -> None:
+    """A branch that a coin decides is followed, however many numbers were drawn for each sample before."""
+
+    def tossed(s: Any, x: Tensor) -> Tensor:
+        h = s.a(x) * s.w + 0.1 * torch.randn(len(x), D, dtype=x.dtype) + torch.rand(len(x), drawn_before).mean(1, keepdim=True)
+        return s.b(h.tanh()) if torch.rand(()) < 0.5 else s.c(h.sin() * s.w)
+
+    torch.manual_seed(seed)
+    model = Net(tossed, a=nn.Linear(D, D), b=nn.Linear(D, 3), c=nn.Linear(D, 3), w=nn.Parameter(torch.ones(D))).double()
+    for _ in range(3):
+        assert refusal(model, randn(N, D), style) is None
+
+
 def grouped_by_chance(s: Any, x: Tensor) -> Tensor:
     """Tokens are centred within their sample, or all together where little was dropped."""
     h = F.dropout(s.a(x), 0.3)
