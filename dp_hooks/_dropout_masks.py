@@ -50,23 +50,19 @@ class DropoutMasks:
                 self._misfits.add(number)
                 return None
         generator = torch.Generator("cpu").manual_seed(number)
-        numbers = torch.rand(count, generator=generator, device="cpu")
-        if samples is not None:
-            own = torch.rand(self._samples or 0, 1, generator=generator, device="cpu")
-            numbers = (own + numbers) % 1 if features is not None else own
-            if len(own) > 3 and features is not None:  # of one nothing is kept, and of one everything
-                numbers[1], numbers[2] = 0.0, 1.0
-        ordered = numbers.flatten().sort().values
-        dropped = numbers <= min(max(p, float(ordered[0])), float(ordered[-2]))  # one is, at least, and one is not
-        if samples is not None:
-            dropped = dropped if self._some is None else dropped[self._some.cpu()]
-        shape = [1] * x.dim()
-        for axis in (samples, features):
+        numbers = torch.zeros([1] * x.dim(), device="cpu")  # of all samples, one for each feature
+        for axis, size in ((features, count), (samples, self._samples or 0)):
             if axis is not None:
-                shape[axis] = x.shape[axis]
-        if samples is not None and features is not None and samples > features:
-            dropped = dropped.T
-        return (~dropped).reshape(shape).to(x.device, x.dtype) / (1 - p)
+                numbers = numbers + _along(torch.rand(size, generator=generator, device="cpu"), axis, x.dim())
+        numbers %= 1
+        if samples is not None and features is not None and numbers.shape[samples] > 3:
+            numbers.select(samples, 1).fill_(0.0)  # of one nothing is kept, and of one everything
+            numbers.select(samples, 2).fill_(1.0)
+        flat = numbers.flatten()
+        dropped = numbers <= min(max(p, float(flat.min())), float(flat.topk(2).values[-1]))  # one is, at least, and one is not
+        if samples is not None and self._some is not None:
+            dropped = dropped.index_select(samples, self._some.cpu())
+        return (~dropped).to(x.device, x.dtype) / (1 - p)
 
     def _find_axes(self, x: Tensor, drops: int) -> tuple[int | None, int | None, int]:
         """The axis that counts samples, the last one that does not, and its length; None: there is none."""
@@ -78,3 +74,10 @@ class DropoutMasks:
         if drops == _NOTHING:
             return None, None, 1
         return samples, features, 1 if features is None else x.shape[features]
+
+
+def _along(numbers: Tensor, axis: int, dims: int) -> Tensor:
+    """A view of ``numbers`` along one of so many axes."""
+    shape = [1] * dims
+    shape[axis] = -1
+    return numbers.reshape(shape)

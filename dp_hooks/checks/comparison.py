@@ -196,8 +196,9 @@ class Comparison:
         """The same with other parameters, which later steps may lead to: what is dead or closed in this batch may mix later."""
         without = NoRandomness(samples)
         # Gradients that do not come through a layer of zeros may mix behind it, where no value does.
-        closed = self.gradients.blocked or any(is_closed(p) for p in self._trainable if not self._is_bias(p))
-        closed = closed and not self.gradients.coarse  # where rounding is larger than with the model's own parameters
+        closed = not self.gradients.coarse and (  # in half precision rounding is larger than with the model's own parameters
+            self.gradients.blocked or any(is_closed(p) for p in self._trainable if not self._is_bias(p))
+        )
         _in_either_order(without, partial(self._with_other_weights, without, whole, samples, began, what, closed))
         for sign in (1, -1) if gates else ():
             with _if_it_can_be_computed(), exchanged(self._trainable, sign):
@@ -246,12 +247,12 @@ class Comparison:
 
     def _keep(self, without: NoRandomness, begin: Begin, again: Repeated) -> None:
         """Run it on all its samples, for values, under circumstances that it need not be made for."""
-        with without.limited(_LONGER * self._operations), self._unsaved.run():
-            again.keep()
-        if self._unsaved.failed:
-            begin(None)
+
+        def keep() -> None:
             with without.limited(_LONGER * self._operations):
                 again.keep()
+
+        self._unsaved.attempt(keep, partial(begin, None))
 
     @property
     def _trainable(self) -> list[nn.Parameter]:
@@ -270,11 +271,7 @@ class Comparison:
 
     def _run_some(self, rows: Tensor, begin: Begin, again: Repeated) -> None:
         begin(rows)
-        with self._unsaved.run():
-            again.compare(rows)
-        if self._unsaved.failed:
-            begin(rows)
-            again.compare(rows)
+        self._unsaved.attempt(partial(again.compare, rows), partial(begin, rows))
 
     def _check_state(
         self, before: CarriedState, begin: Begin, again: Repeated, what: str, *, kept: bool, now: CarriedState | None = None

@@ -1,6 +1,6 @@
 """Forward passes of which nothing is saved for a backward pass, with gradients enabled all the same."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,3 +43,11 @@ class Unsaved:
             if isinstance(error, DPHooksError) and not self.failed:
                 raise
             self.failed = True
+
+    def attempt(self, run: Callable[[], Any], begin_again: Callable[[], Any]) -> None:
+        """Run forward, with everything saved the second time if there has to be one."""
+        with self.run():
+            run()
+        if self.failed:
+            begin_again()
+            run()

@@ -15,6 +15,7 @@ from .linear import wide
 from .outer import OuterProducts
 from .rule import Call, Rule
 
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 States = Sequence[Tensor]
 Grads = Sequence[Tensor | None]
 # From gi, gh, the state and the gradients of the outputs: the gradients of gi and gh.
@@ -74,12 +75,9 @@ def _factors(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     else:
         state = [wide(t, x).reshape(size) for t in (hx if isinstance(hx, (tuple, list)) else [hx])]
     grads = [None if grad is None else wide(grad, x).reshape(size) for grad in call.grads]
-    weights = [None if p is None else p.detach().to(x.dtype) for p in (call.own.get(n, getattr(cell, n)) for n in _NAMES)]
+    weights = [None if getattr(cell, name) is None else call.parameter(name).detach().to(x.dtype) for name in _NAMES]
     gi, gh = F.linear(x, cast(Tensor, weights[0]), weights[2]), F.linear(state[0], cast(Tensor, weights[1]), weights[3])
     return x, state[0], *_BACKWARD[kind](gi, gh, state, grads, cell)
-
-
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def outer_products(call: Call) -> dict[str, OuterProducts]:
