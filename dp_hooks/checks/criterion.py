@@ -22,6 +22,7 @@ from ..capture.samples.tracked import TrackedTensor
 from ..errors import SelfCheckError
 from .compare import tolerance
 from .lent import Lent, can_be_lent
+from .linear_path import is_linear
 from .single_samples import nodes_of, not_alone, some_samples
 
 # What part of the gradient may be anything but the criterion's: rounding, under autocast as well.
@@ -134,6 +135,7 @@ class CriterionCheck:
         self._is_scalar = True
         self._outputs: dict[Output, _Seen] = {}  # of the model as a whole, in the present step
         self._own: dict[Output, list[Tensor]] = {}  # what the criterion brings to them
+        self._ends: dict[int, Any] = {}  # where the losses of its calls in the present step are in the graph
         self._version = 0  # of what was seen last of it
         self._reached = True  # whether the present call is on outputs of the model
         self._opaque: set[str] = set()  # classes of arguments that tensors can be hidden in
@@ -241,7 +243,7 @@ class CriterionCheck:
     def new_step(self) -> None:
         """Forget the call of an earlier step."""
         self._calls, self._depth = [], 0
-        self._outputs, self._own = {}, {}
+        self._outputs, self._own, self._ends = {}, {}, {}
         self._factors.new_step()
 
     def _follow(self, criterion: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -281,6 +283,7 @@ class CriterionCheck:
             if watched:
                 assert output.grad_fn is not None
                 # After hooks of the loop, which may change the gradient.
+                self._ends[id(call)] = output.grad_fn
                 output.grad_fn.register_prehook(partial(self._note_loss, call, output.output_nr))
             if recorder.armed or self._trace.unverified:
                 if len(self._calls) == LIMIT:
@@ -298,6 +301,9 @@ class CriterionCheck:
         if grad is not None:
             call.reached = True
             self._factors.note(grad)
+            end = self._ends.get(id(call))
+            if end is None or not is_linear(end, {*self._ends.values(), *(seen.node for seen in self._outputs.values())}):
+                self._worse(torch.ones((), dtype=torch.float64, device="cpu"))
 
     def takes_new_way(self, samples: int) -> bool:
         """Whether the criterion went through operations that no check on so many samples did."""

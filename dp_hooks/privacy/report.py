@@ -36,6 +36,7 @@ class PrivacyReport:
     epsilon_remark: str = ""
     model_verified: bool = False
     collate: str = ""
+    written_steps: int = 0
     relation: str = RELATION
     not_covered: tuple[str, ...] = NOT_COVERED
     clipping_details: dict[str, float] = field(default_factory=dict)
@@ -68,6 +69,8 @@ class PrivacyReport:
             rows.insert([name for name, _ in rows].index("clipping") + 1, ("", details))
         if self.foreign_steps:
             rows.append(("outside the loader", f"{self.foreign_steps} steps, charged without amplification"))
+        if self.written_steps:
+            rows.append(("written to", f"parameters, by something else, before {self.written_steps} of the steps: not covered"))
         rows += [("not covered" if i == 0 else "", what) for i, what in enumerate(self.not_covered)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(["Privacy report", *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -38,23 +38,29 @@ class ClippedSum:
         """Whether a physical batch with samples was added."""
         return bool(self._totals)
 
-    def add(self, gradients: SampleGradients, params: list[nn.Parameter]) -> Tensor:
+    def add(self, gradients: SampleGradients, params: list[nn.Parameter], weights: Tensor | None = None) -> Tensor:
         """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them.
+
+        Before it is clipped, the gradient of a sample is multiplied by its weight, where there are ``weights`` ``[n]``.
 
         Returns their norms ``[n]``, as they were before; NaN or infinite where a sample is left out.
         """
         # A step, or the loader that finishes a physical batch, may be used inside the user's autocast.
         with without_autocast(params[0].device.type):
             groups = self.clipping.groups(params)
-            norms = SampleNorms(gradients.group_sq_norms(groups))
-            of_groups = zip(groups, self.clipping.factors(norms, groups), strict=True)
+            raw = SampleNorms(gradients.group_sq_norms(groups))
+            norms = raw if weights is None else raw.weighted(weights)
+            clipped = self.clipping.factors(norms, groups)
+            if weights is not None:
+                clipped = [factor * weights.to(factor) for factor in clipped]
+            of_groups = zip(groups, clipped, strict=True)
             factors = {p: factor.to(p.device) for group, factor in of_groups for p in group}
             for p, total in gradients.weighted_sums(factors, norms.finite, consume=True).items():
                 self._totals[p] = self._totals[p].add_(total) if p in self._totals else total
         statistic = self.clipping.statistic(norms)
         if statistic is not None:
             self._statistic = statistic if self._statistic is None else self._statistic + statistic
-        return norms.joint
+        return raw.joint
 
     def take(self) -> tuple[dict[nn.Parameter, Tensor], Tensor | None]:
         """Return the totals, in at least float32, and what the clipping function learns from; nothing is left here."""

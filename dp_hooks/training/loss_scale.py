@@ -1,13 +1,11 @@
 """A loss multiplied by a GradScaler's scale: per-sample clipping would meet gradients that are too large by it."""
 
 import gc
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..capture.calls.running_backward import losses_in_backward
 from ..errors import ScopeError
 
 # How many operations may come after the scale: a mean over devices, a division by the number of accumulated batches.
@@ -23,28 +21,13 @@ def refuse_scaled_loss() -> None:
     Raises:
         ScopeError: it was scaled.
     """
-    if any(_multiplied(loss.grad_fn, _DEPTH) for loss in _losses_in_backward()) and _scaler_in_use():
+    if any(_multiplied(loss.grad_fn, _DEPTH) for loss in losses_in_backward() or ()) and _scaler_in_use():
         raise ScopeError(
             "the loss was scaled by a GradScaler (scaler.scale(loss).backward()): its gradients are larger by that factor, and "
             "clipping and noise would not know of it. Call loss.backward() and opt.step() without the scaler; autocast alone is "
             "fine, since gradients are clipped in float32 here. (If the scaler belongs to another model: divide this loss by a "
             "number instead of multiplying it.)"
         )
-
-
-def _losses_in_backward() -> list[Tensor]:
-    """What ``Tensor.backward`` is running on, in this thread or, where the graph is on another device, in the one that waits."""
-    frames: list[FrameType] = [sys._getframe(1), *sys._current_frames().values()]
-    try:
-        while frames:
-            frame = frames.pop(0)
-            if frame.f_code is torch.Tensor.backward.__code__ and isinstance(frame.f_locals.get("self"), Tensor):
-                return [frame.f_locals["self"]]
-            frames[:0] = [] if frame.f_back is None else [frame.f_back]
-        return []
-    finally:
-        frames.clear()  # a frame that refers to itself would live until the garbage collector comes, and the graph with it
-        del frame
 
 
 def _multiplied(node: Any, depth: int) -> bool:

@@ -1,16 +1,12 @@
 """The optimizer that a private scope hands out: clips, adds noise, charges, and only then lets the user's own one step."""
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from .._precision import wide_dtype
 from .._tree import modules_of
@@ -24,18 +20,13 @@ from ..privacy.noise.standard_deviation import standard_deviation
 from ..privacy.sampling.physical import PhysicalBatch
 from .clipped_sum import ClippedSum
 from .lifetime import Lifetime
+from .other_optimizers import OtherOptimizers
 from .outside import OutsideGradients
 from .rows_are_examples import AHEAD, Rows
 from .wrapped_optimizer import WrappedOptimizer
+from .writes import Writes
 
 StepHook = Callable[["PrivateOptimizer"], None]
-
-# Handles of what is global: their weak references would be empty if the garbage collector ended a scope that alone has them.
-_guards: dict[int, RemovableHandle] = {}
-
-
-def _remove_guard(number: int) -> None:
-    _guards.pop(number).remove()
 
 
 class PrivateOptimizer(WrappedOptimizer):
@@ -50,7 +41,9 @@ class PrivateOptimizer(WrappedOptimizer):
 
     Attributes:
         params: the trainable parameters, in the wrapped optimizer's order.
-        expected_batch_size: what the noised sum is divided by if ``loss_reduction`` is "mean".
+        expected_batch_size: what the noised sum is divided by, if it is.
+        averages: whether it is: with ``loss_reduction="mean"``.
+        writes: whether parameters were written to between steps.
         outside: gradients of private samples that a :func:`dp_step` function left outside the model.
     """
 
@@ -63,14 +56,14 @@ class PrivateOptimizer(WrappedOptimizer):
         noise: GaussianNoise,
         meter: PrivacyMeter,
         expected_batch_size: float,
-        loss_reduction: str,
+        averages: bool,
         self_check: SelfCheck | None = None,
         lifetime: Lifetime | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
         super().__init__(optimizer)
         self.expected_batch_size = expected_batch_size
-        self.loss_reduction = loss_reduction
+        self.averages = averages
         self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._controller = controller
         self._sum = clipped_sum
@@ -80,11 +73,11 @@ class PrivateOptimizer(WrappedOptimizer):
         self.outside = OutsideGradients(controller)
         self._rows = Rows(controller.axis)
         self._lifetime = lifetime  # who can step can still use the scope
-        self._paused = False
+        self._others = OtherOptimizers(optimizer, self.params, controller.model, self.outside)
+        self.writes = Writes(self.params)
         self._check_function: Callable[[Tensor | None], None] | None = None
         self._step_hooks: list[StepHook] = []
         self._closed = False
-        self._stepping = False
         self._batch_done = False
         self._mentioned: set[nn.Parameter] = set()
 
@@ -150,6 +143,21 @@ class PrivateOptimizer(WrappedOptimizer):
                 were declared for it before.
         """
         self._rows.keep(rows)
+
+    def weigh_rows(self, weights: Tensor) -> None:
+        """Multiply the gradient of each example of the batch by a number, before it is clipped.
+
+        So that a sum of losses can be a mean for each example: of its tokens, say, by ``1 / (number of its tokens)``. An example
+        adds at most the bound, whatever its weight. Its weight must depend on nothing but that example, and on what is public.
+        Is forgotten after the step. ``p.grad_sample`` stays as it is.
+
+        Args:
+            weights: ``[n]``, 0 or more and finite: one for each row that the model is called on, in their order.
+
+        Raises:
+            InvalidArgumentError: they are not.
+        """
+        self._rows.weigh(weights)
 
     def skip_batch(self) -> None:
         """Leave out the batch that the private loader handed out last: nothing is released or charged for it.
@@ -226,7 +234,7 @@ class PrivateOptimizer(WrappedOptimizer):
                 "opt.step() after the end of its private scope. Train inside the with block; to go on without privacy, use "
                 "the original optimizer."
             )
-        if self._paused:
+        if self._others.are_allowed:
             raise ScopeError("opt.step() while the scope is paused: step the public optimizer there, and this one after the block.")
         batch = self.physical_batch
         empty = empty or self._rows.expected == 0
@@ -310,7 +318,7 @@ class PrivateOptimizer(WrappedOptimizer):
             self._rows.check_count(gradients.samples)
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
-            norms = self._sum.add(gradients, params) if gradients.samples > 0 and params else None
+            norms = self._sum.add(gradients, params, self._rows.weights) if gradients.samples > 0 and params else None
             if self._self_check is not None:  # once there is room for it, since what was captured is gone
                 try:
                     self._check(self._self_check, gradients.samples, norms)
@@ -346,7 +354,7 @@ class PrivateOptimizer(WrappedOptimizer):
             if p not in sums:
                 sums[p] = torch.zeros_like(p, dtype=wide_dtype(p.dtype))
         std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
-        scale = 1 / self.expected_batch_size if self.loss_reduction == "mean" else 1.0
+        scale = 1 / self.expected_batch_size if self.averages else 1.0
         if not self._noise.add_([sums[p] for p in params], std, scale):
             names = some_of([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p].sum()))])
             raise ScopeError(
@@ -355,16 +363,15 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(foreign=foreign)
+        self.writes.before_step()
         for hook in self._step_hooks:
             hook(self)
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
             for p in group["params"]:
                 p.grad = noised.get(p)
-        self._stepping = True
-        try:
+        with self._others.allowed():
             self.original_optimizer.step()
-        finally:
-            self._stepping = False
+        self.writes.after_step()
         clipping.update(statistic, self._noise, sigma)
 
     def _mention_unused(self, unused: list[nn.Parameter]) -> None:
@@ -386,57 +393,22 @@ class PrivateOptimizer(WrappedOptimizer):
                 "scope.paused(): gradients of private samples are waiting. Take opt.step(), or call opt.zero_grad(), before the "
                 "block."
             )
-        self._paused = True
         self._controller.disable_hooks()
         try:
-            yield
+            with self._others.allowed():
+                yield
         finally:
-            self._paused = False
+            self.writes.after_step()
             if not self._closed:
                 self._controller.enable_hooks()
             self.original_optimizer.zero_grad(set_to_none=True)
-
-    def _forbid_step(self, optimizer: torch.optim.Optimizer) -> None:
-        raw = self.outside.held_by(optimizer)
-        if raw:
-            shapes = some_of([f"{type(p).__name__} {tuple(p.shape)}" for p in raw])
-            raise ScopeError(
-                f"{type(optimizer).__name__} was about to apply gradients of private samples, neither clipped nor noised, to "
-                f"{shapes} outside the model. Make what the loss trains one module, and enter the scope with it; if this optimizer "
-                "only has a loss of its own, clear these gradients first (its zero_grad()), or detach what the private loss takes "
-                "from there."
-            )
-        if self._stepping or self._paused:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if optimizer is self.original_optimizer or any(
-            id(p) in held for p in chain(self.params, self._controller.model.parameters())
-        ):
-            which = (
-                "the original optimizer"
-                if optimizer is self.original_optimizer
-                else f"another optimizer ({type(optimizer).__name__})"
-            )
-            raise ScopeError(
-                f"{which} was stepped inside a private scope: that step would have neither noise nor charge. Step the optimizer "
-                "that the scope returned; for steps on public data use `with scope.paused():`."
-            )
 
     def open(self, stack: ExitStack) -> None:
         """Guard the original optimizer and the rows of calls until ``stack`` unwinds, and close this one then."""
         session = self._controller.session
         session.before_call, session.check_rows = self._rows.before_call, self._rows.check_pass
         session.find_counting = self._rows.find_counting
-        this = weakref.ref(self)  # the hook is global, and must not keep the scope alive
-
-        def guard(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            private = this()
-            if private is not None:
-                private._forbid_step(optimizer)
-
-        handle = register_optimizer_step_pre_hook(guard)
-        _guards[handle.id] = handle
-        stack.callback(_remove_guard, handle.id)
+        self._others.watch(stack)
         stack.callback(self._close)
 
     def _close(self) -> None:

@@ -37,11 +37,18 @@ class RowOrder:
         """A call begins, on ``inputs`` of so many ``rows`` along ``axis``, of a part that was ``handed_out``.
 
         Raises:
-            ScopeError: they are those of an earlier call, in another order.
+            ScopeError: they are those of an earlier call, in another order; or some of them are rows of the part in another order,
+                beside others that are in its own.
         """
         counted = [_rows_first(t, axis) for t in inputs if _has_rows(t, axis) and t.shape[axis] == rows]
         handed_out = [_rows_first(t, at) for t in handed_out for at in {0, axis} if _has_rows(t, at) and t.shape[at] == rows]
         mine = [_row_sums(t) for t in counted]
+        if len(counted) > 1 and _some_moved(mine, counted, handed_out):
+            raise ScopeError(
+                "the model was called on rows of the batch beside rows of it in another order (negatives from the batch, MixUp, a "
+                "shuffled copy): row i is made of two examples. Remedy: let row i come from example i in every input; pairs belong "
+                "into the dataset, as one example each."
+            )
         for before in self._calls:
             if _moved(before, mine, counted, handed_out):
                 raise ScopeError(
@@ -85,6 +92,23 @@ def _moved(before: list[Tensor], mine: list[Tensor], counted: list[Tensor], hand
         if of_batch and kinds >= _MANY_SHORT:
             return True
     return False
+
+
+def _some_moved(mine: list[Tensor], counted: list[Tensor], handed_out: list[Tensor]) -> bool:
+    """Whether some inputs of a call are rows that were handed out in their order, and some in another."""
+    moved = in_order = False
+    for own in handed_out:
+        sums: Tensor | None = None
+        for k, t in enumerate(counted):
+            if t is own or t.data_ptr() == own.data_ptr():
+                in_order = True
+                continue
+            if t.shape != own.shape or t.dtype != own.dtype or t.device != own.device:
+                continue
+            sums = _row_sums(own) if sums is None else sums
+            in_order = in_order or torch.equal(sums, mine[k])
+            moved = moved or (_in_another_order(sums, mine[k]) and _is_telling(own))
+    return moved and in_order
 
 
 def _has_rows(tensor: Tensor, axis: int) -> bool:

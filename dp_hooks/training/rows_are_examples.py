@@ -37,6 +37,7 @@ class Rows:
 
     Attributes:
         part: what was handed out last; None before the first.
+        weights: what the gradient of each row is multiplied by in this step; None: by 1.
         was_run: whether the model was called on it with gradients, and it was neither stepped nor skipped since.
     """
 
@@ -46,6 +47,7 @@ class Rows:
         self.part: PhysicalBatch | None = None
         self._kept: int | None = None
         self._rows: Tensor | None = None  # which they are
+        self.weights: Tensor | None = None
         # Tensors of the parts handed out since one was used; the last are those of `part`.
         self._unused: list[list[Tensor]] = []
         self._earlier: deque[list[weakref.ref[Tensor]]] = deque(maxlen=_REMEMBERED)  # tensors of the parts before
@@ -58,7 +60,7 @@ class Rows:
 
     def hand_out(self, part: PhysicalBatch, batch: Any) -> None:
         """``part`` is handed out as ``batch``."""
-        self.part, self._kept = part, None
+        self.part, self._kept, self.weights = part, None, None
         self.was_run = False
         self._order.new_part()
         self._earlier.append(self._present)
@@ -74,7 +76,7 @@ class Rows:
 
     def stepped(self) -> None:
         """The step of the part was taken: what was declared about its rows is over."""
-        self._kept = None
+        self._kept, self.weights = None, None
         self.used()
 
     @property
@@ -103,6 +105,19 @@ class Rows:
             raise bad(
                 "rows", rows, f"pass a mask of bool with one entry for each of the {size} rows, or numbers of rows, each once."
             )
+
+    def weigh(self, weights: Tensor) -> None:
+        """Declare what the gradient of each row is multiplied by in this step.
+
+        Raises:
+            InvalidArgumentError: they are not finite numbers of 0 or more, one for each row.
+        """
+        n = self.expected
+        if not isinstance(weights, Tensor) or weights.dim() != 1 or (n is not None and len(weights) != n):
+            raise bad("weights", weights, f"pass a tensor with one number for each of the {'' if n is None else f'{n} '}rows.")
+        if not weights.is_floating_point() or not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise bad("weights", weights, "pass finite floating point numbers of 0 or more.")
+        self.weights = weights.detach()
 
     # ---------------------------------------------------------------- what the model sees
 
@@ -211,7 +226,9 @@ class Rows:
             self._seen = True
 
     def check_count(self, samples: int) -> None:
-        """Refuse another number of rows than there are examples."""
+        """Refuse another number of rows than there are examples, or weights."""
+        if self.weights is not None and len(self.weights) != samples:
+            raise ScopeError(f"the model was called on {samples} rows, but weights were given for {len(self.weights)}.")
         expected = self.expected
         if expected is None or samples == expected:
             return

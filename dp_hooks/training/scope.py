@@ -117,6 +117,7 @@ class PrivateTraining:
         controller: the :class:`~dp_hooks.HookController` (None before entering).
         accountant: the Opacus accountant that is charged.
         noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
+        averages: whether the noised sum is divided by the expected batch size, as with ``loss_reduction="mean"``.
         criterion_is_optional: whether ``criterion`` may stay unused; the loss counts as not checked then.
 
     Raises:
@@ -161,6 +162,7 @@ class PrivateTraining:
         wanted = check_budget(noise_multiplier, target_epsilon, target_delta, epochs)
         self.target_delta = target_delta
         self.loss_reduction = one_of("loss_reduction", loss_reduction, REDUCTIONS)
+        self.averages = loss_reduction == "mean"
         self.batch_first = boolean("batch_first", batch_first)
         self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
         if boolean("secure_mode", secure_mode):
@@ -274,7 +276,7 @@ class PrivateTraining:
                 noise=self._noise,
                 meter=self._meter,
                 expected_batch_size=self.plan.expected_batch_size,
-                loss_reduction=self.loss_reduction,
+                averages=self.averages,
                 self_check=self.self_check,
                 lifetime=self._lifetime,
             )
@@ -369,6 +371,7 @@ class PrivateTraining:
             expected_batch_size=plan.expected_batch_size,
             dataset_size=plan.examples,
             foreign_steps=self._meter.foreign_steps,
+            written_steps=0 if self.optimizer is None else self.optimizer.writes.steps,
             collate=self._collate.remark or self._padding_remark(),
             model_verified=self.self_check is not None and self.self_check.model_verified,
             loss_verified=self.self_check is not None and self.self_check.loss_verified,

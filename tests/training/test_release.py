@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_hooks import dp_step
-from dp_hooks.errors import ScopeError, UnsupportedModelError
+from dp_hooks.errors import InvalidArgumentError, ScopeError, UnsupportedModelError
 from dp_hooks.training.clipped_sum import ClippedSum
 
 from ..models import BOUND, BUILDERS, Net, assert_same, charges, clipped_sum, each_mode, examples, moved, norm_of, values
@@ -49,6 +49,63 @@ def test_physical_parts_add_up_to_the_logical_batch(mode: str) -> None:
         run = Run(max_physical_batch_size=size, grad_sample_mode=mode).trained()
         assert run.scope.steps == 1
         run.assert_moved()
+
+
+@each_mode
+@each_clipping
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_weights_multiply_gradients_before_they_are_clipped(parts: int, clipping: str, mode: str) -> None:
+    """The sum has ``clip(w g)`` of each example, in whatever parts the batch comes; weights are gone after the step."""
+    weights = torch.tensor([0.0, 0.01, 0.3, 1.0, 2.0, 50.0], dtype=torch.float64)
+    rows = Run().rows()
+    bound = BOUND if clipping == "flat" else [0.05 * (k + 1) for k in range(len(rows[0]))]
+    run = Run(clipping=clipping, max_grad_norm=bound, max_physical_batch_size=parts, grad_sample_mode=mode)
+    left = weights
+
+    def weighed(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> None:
+        nonlocal left
+        opt.zero_grad()
+        opt.weigh_rows(left[: len(y)])
+        left = left[len(y) :]
+        backward(model, x, y)
+        opt.step()
+
+    run.trained(by=weighed)
+    weighted = [[w * g for g in row] for w, row in zip(weights, rows, strict=True)]
+    assert_same(run.moved, [g / 6 for g in clipped_sum(weighted, bound)])
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(5), torch.ones(6, 1), torch.ones(6).long(), -torch.ones(6), torch.ones(6) / 0, [1.0] * 6]
+)
+def test_weights_that_are_none_are_refused(weights: Any) -> None:
+    """One number for each row is needed, of 0 or more; nothing moves."""
+
+    def weighed(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> None:
+        with pytest.raises(InvalidArgumentError, match="weights="):
+            opt.weigh_rows(weights)
+
+    run = Run().trained(by=weighed)
+    assert run.scope.steps == 0
+
+
+def test_a_report_says_that_parameters_were_written_to_between_steps() -> None:
+    """What was averaged into the model, or projected, is not covered by epsilon; a public step in a pause is another matter."""
+    run = Run(**POISSON)
+    public = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    with run as (model, opt, loader):
+        for k in range(4):
+            train(model, opt, loader)
+            if k == 0:
+                with run.scope.paused():
+                    backward(model, *examples())
+                    public.step()
+            if k == 1:
+                assert run.scope.report().written_steps == 0
+                with torch.no_grad():
+                    model[0].weight.mul_(0.5)
+    assert run.scope.report().written_steps == 1
+    assert "written to" in str(run.scope.report())
 
 
 @each_mode

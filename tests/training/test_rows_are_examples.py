@@ -408,6 +408,22 @@ def test_numbers_that_come_in_another_order_by_chance_are_no_reason_to_refuse(nu
         opt.step()
 
 
+@pytest.mark.parametrize("order", [[1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 5, 4]])
+def test_rows_beside_rows_in_another_order_in_one_call_are_refused(order: list[int]) -> None:
+    """Each row would be made of two examples; both inputs in the same other order are no such thing."""
+    model = Net(lambda s, x, z: s.layer(x * (1 + z)), layer=build("mlp"))
+    start = values(model)
+    with scope_over(model, loader=in_order(), **POISSON) as (opt, loader):
+        x, _ = next(iter(loader))
+        with pytest.raises(ScopeError, match="beside rows of it in another order"):
+            model(x, x[order])
+        with pytest.raises(ScopeError, match="beside rows of it in another order"):
+            model(x * 1, x[order])
+        model(x[order], x[order])
+        opt.skip_batch()
+    assert_same(values(model), start)
+
+
 def test_texts_in_another_order_beside_the_same_images_are_refused() -> None:
     """Pairs that do not belong together: an example has a part in the rows of two."""
     model = Net(lambda s, x, ids: s.layer(x * (1 + ids.double().mean(1, keepdim=True))), layer=build("mlp"))

@@ -36,7 +36,7 @@ TRUSTED = {"torch", "opacus", "typing_extensions"}
 
 MOST_FILES_ON_TOP = 9
 MOST_FOLDERS_ON_TOP = 8
-MOST_LINES = {"a file": 450, "the package": 16_000, "the file in the middle": 130}
+MOST_LINES = {"a file": 450, "the package": 16_000, "integrations": 2_500, "the file in the middle": 130}
 
 
 def name_of(path):
@@ -138,7 +138,9 @@ def test_the_house_is_small():
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_FILES_ON_TOP
     assert len([d for d in PACKAGE.iterdir() if d.is_dir() and d.name != "__pycache__"]) <= MOST_FOLDERS_ON_TOP
     assert {name: n for name, n in lines.items() if n > MOST_LINES["a file"]} == {}
-    assert sum(lines.values()) < MOST_LINES["the package"]
+    ways_in = sum(n for name, n in lines.items() if room_of(name) == "integrations")
+    assert ways_in < MOST_LINES["integrations"]
+    assert sum(lines.values()) - ways_in < MOST_LINES["the package"]
     assert statistics.median(lines.values()) <= MOST_LINES["the file in the middle"]
 
 

@@ -1,0 +1,86 @@
+"""Losses over the tokens of a batch, taken apart by examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import Self
+
+from .._validate import bad
+from .attributes import put
+
+_IGNORED = -100
+
+
+class TokenLosses:
+    """How a trainer's loss over tokens becomes a sum over examples, each weighted by what is its own.
+
+    A mean over all tokens of a batch couples examples: how long one is decides how much the others count. So the trainer is asked
+    for the sum over all tokens (``num_items_in_batch=1``), and the gradient of each example is divided by its own number of
+    tokens, before it is clipped; or by ``denominator``, the same for all.
+    """
+
+    def __init__(self, trainer: Any, denominator: float | None) -> None:
+        """Of ``trainer``."""
+        self._trainer = trainer
+        self._denominator = denominator
+
+    @classmethod
+    def of(cls, trainer: Any, loader: DataLoader[Any], options: Mapping[str, Any], denominator: float | None) -> Self | None:
+        """Return None where labels are not one for each token, or the user says how the loss is reduced."""
+        if options.get("loss_reduction") is not None:
+            return None
+        with torch.random.fork_rng(devices=[]):  # collate functions may draw masks
+            batch = loader.collate_fn([loader.dataset[0]])
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+            if denominator is not None:
+                raise bad("tokens_per_example", denominator, "a batch has no labels for single tokens ([n, t]); leave it out.")
+            return None
+        return cls(trainer, denominator)
+
+    def count(self, part: Any) -> Tensor:
+        """``[n]``: on how many tokens of each example there is a loss; 1 or more."""
+        labels: Tensor = (
+            part["shift_labels"] if "shift_labels" in part else part["labels"][..., 1:] if self._shifts() else part["labels"]
+        )
+        counted = labels != _IGNORED
+        return counted.flatten(1).sum(1).clamp(min=1)
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """``[n]``: what the gradient of each example is multiplied by."""
+        return (
+            1 / tokens.float() if self._denominator is None else torch.full_like(tokens, 1 / self._denominator, dtype=torch.float32)
+        )
+
+    def prepare(self, stack: ExitStack, part: Any) -> tuple[Any, int]:
+        """Return what the training step is called with, so that its loss is the sum over all tokens, until ``stack`` unwinds."""
+        trainer = self._trainer
+        if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+            return part, 1
+        # The model reduces its own loss to a mean, so it is not asked for it.
+        put(stack, trainer, compute_loss_func=self._sum)
+        make = getattr(trainer.model, "prepare_decoder_input_ids_from_labels", None)
+        if trainer.model.config.is_encoder_decoder and "decoder_input_ids" not in part and make is not None:
+            part = {**part, "decoder_input_ids": make(labels=part["labels"])}
+        return part, 1
+
+    def _sum(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if self._shifts():
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum")
+
+    def _shifts(self) -> bool:
+        """Whether labels are those of the next token, and the model shifts them itself."""
+        known = getattr(self._trainer, "_loss_shifts_labels", None)
+        if known is not None:
+            return bool(known)
+        loss = str(getattr(self._trainer.model, "loss_type", ""))
+        return loss == "ForCausalLM"

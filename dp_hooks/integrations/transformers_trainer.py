@@ -1,0 +1,250 @@
+"""A transformers.Trainer that trains privately while a scope over it is open."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from .._rerun import checking
+from .._validate import bad, positive
+from ..errors import ScopeError
+from ..training.scope import PrivateTraining
+from ..training.step import dp_step
+from .attributes import put
+from .logical_batches import LogicalBatch, LogicalBatches
+from .stepped_optimizer import SteppedOptimizer
+from .token_losses import TokenLosses
+from .trl_forward import PairedCollate, TRLForward, is_paired, unpaired
+
+# What trainers of TRL count on themselves while the loss is computed, which the runs of a check would add to.
+_COUNTED = ("_metrics", "_total_train_tokens")
+_KEPT = (
+    "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor persistent_workers"
+).split()
+
+
+class PrivateTransformersTrainer:
+    """A scope over a ``transformers.Trainer``: ``with ... as scope: trainer.train()`` is private training.
+
+    - A logical batch is drawn by Poisson sampling, of ``per_device_train_batch_size * gradient_accumulation_steps`` examples
+      expected; parts of at most ``per_device_train_batch_size`` are run at a time.
+    - ``training_step`` takes the whole private step; the trainer's own ``optimizer.step()`` only acknowledges it. The train
+      function, ``compute_loss`` included, is covered by the self-check, as under ``@dp_step``.
+    - Losses over tokens (labels ``[n, t]``) are means over each example's own tokens, so that no example counts for another's:
+      the trainer's usual mean over all tokens of a batch couples examples. With ``tokens_per_example`` an example's loss is the
+      sum over its tokens divided by that number instead.
+    - ``target_epsilon`` needs no ``epochs``: the budget is for the steps that the trainer's arguments ask for (``max_steps``,
+      ``num_train_epochs``).
+    - Epsilon is in the trainer's logs. The loss in there, and evaluation on private data, are not private.
+
+    The trainer's own ``max_grad_norm`` is applied to gradients that have been used already, and means nothing here.
+    """
+
+    def __init__(self, trainer: Any, *, tokens_per_example: float | None = None, **options: Any) -> None:
+        """Keep the arguments; see :func:`~dp_hooks.integrations.private_trainer`.
+
+        Args:
+            trainer: the trainer.
+            tokens_per_example: what an example's sum of token losses is divided by; None: the number of its tokens.
+            options: those of :func:`dp_hooks.private_training`.
+        """
+        self._trainer = trainer
+        self._tokens = None if tokens_per_example is None else positive("tokens_per_example", tokens_per_example)
+        self._options = options
+        self._stack = ExitStack()
+        self._losses: list[Tensor] = []
+        self._step = dp_step(self._loss)
+        for name in ("model", "optimizer", "loader"):
+            if name in options:
+                raise bad(name, options[name], "it is the trainer's; leave it out.")
+
+    # ---------------------------------------------------------------- lifetime
+
+    def __enter__(self) -> PrivateTraining:
+        """Make the trainer private, and return the scope; if anything fails, everything is taken back."""
+        trainer = self._trainer
+        _check(trainer)
+        self._paired = is_paired(trainer)
+        self._is_trl = any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
+        with ExitStack() as stack:
+            put(stack, trainer, optimizer=_unwrapped(trainer.optimizer))
+            optimizer = trainer.create_optimizer()
+            whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+            loader = _plain(trainer.get_train_dataloader(), whole, paired=self._paired)
+            self._token_losses = TokenLosses.of(trainer, loader, self._options, self._tokens)
+            scope = PrivateTraining(trainer.model, optimizer, loader, **self._completed(loader))
+            scope.averages = scope.averages or self._token_losses is not None
+            private, batches = stack.enter_context(scope)
+            self._original = {name: getattr(trainer, name) for name in ("training_step", "floating_point_ops", "log")}
+            self._scope, self._private = scope, private
+            self._stepped = SteppedOptimizer(private)
+            view = LogicalBatches(batches, private, scope.plan.batches_per_pass)
+            put(
+                stack,
+                trainer,
+                optimizer=self._stepped,
+                get_train_dataloader=lambda: view,
+                training_step=self._training_step,
+                floating_point_ops=self._floating_point_ops,
+                log=self._log,
+            )
+            put(stack, trainer.args, gradient_accumulation_steps=1, ignore_data_skip=True)
+            put(stack, trainer.accelerator, backward=self._caught)
+            put(stack, trainer.callback_handler, optimizer=trainer.callback_handler.optimizer)
+            stack.callback(self._forget)
+            print(self._summary(whole))
+            self._stack = stack.pop_all()
+        return scope
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        """Take everything off the trainer and the model."""
+        self._stack.__exit__(kind, exc, trace)
+
+    def _forget(self) -> None:
+        """Take the private optimizer out of what accelerate keeps."""
+        known = self._trainer.accelerator._optimizers
+        known[:] = [held for held in known if getattr(held, "optimizer", None) is not self._stepped]
+
+    def _completed(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """The options of the scope, with what follows from the trainer's arguments."""
+        args, options = self._trainer.args, dict(self._options)
+        options.setdefault("max_physical_batch_size", args.per_device_train_batch_size)
+        if self._token_losses is not None:
+            options["loss_reduction"] = "sum"
+        if options.get("target_epsilon") is not None and options.get("epochs") is None:
+            steps = len(loader) if options.get("sample_rate") is None else math.ceil(1 / options["sample_rate"] - 1e-9)
+            options["epochs"] = args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs
+        return options
+
+    def _summary(self, whole: int) -> str:
+        scope, args = self._scope, self._trainer.args
+        accumulated = f"{args.per_device_train_batch_size} x {whole // args.per_device_train_batch_size} accumulated"
+        return (
+            f"dp_hooks: logical batches of {scope.plan.expected_batch_size:g} examples expected ({accumulated}) of "
+            f"{scope.plan.examples}; sigma = {scope.noise_multiplier:.4g}"
+            + ("" if scope.target_delta is None else f", delta = {scope.target_delta:g}")
+        )
+
+    # ---------------------------------------------------------------- what the trainer calls
+
+    def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Take one private step, on all parts of a logical batch; return the mean loss."""
+        if not isinstance(inputs, LogicalBatch):
+            raise ScopeError(
+                "training_step() in a private scope was given a batch that is not from the private loader. Let trainer.train() "
+                "fetch its batches by get_train_dataloader()."
+            )
+        total = torch.zeros((), device=self._trainer.args.device)
+        count = 0.0
+        for part, size in inputs.parts():
+            if size:
+                self._count_operations(inputs, part)
+            parts = size
+            if size and self._token_losses is not None:
+                tokens = self._token_losses.count(part)
+                self._private.weigh_rows(self._token_losses.weights(tokens).to(self._private.params[0].device))
+                parts = int(tokens.sum())
+            loss = self._step(model, part)
+            share = parts if self._token_losses is None else 1
+            if size:
+                total, count = total + loss.to(total) * share, count + parts
+        self._stepped.taken = True
+        return total / count if count else total
+
+    def _loss(self, model: nn.Module, part: Any) -> Tensor:
+        """The loss of one part, by the trainer's own training step, which hands it over where it would go back from it."""
+        trainer = self._trainer
+        self._losses.clear()
+        with ExitStack() as stack:
+            if checking():
+                put(stack, trainer, **{name: _copied(vars(trainer)[name]) for name in _COUNTED if name in vars(trainer)})
+            items = None
+            if self._token_losses is not None:
+                part, items = self._token_losses.prepare(stack, part)
+            if self._is_trl:
+                model = TRLForward(model, paired=self._paired)  # type: ignore[assignment]
+            self._original["training_step"](model, unpaired(part) if self._paired else part, items)
+        if len(self._losses) != 1:
+            raise ScopeError(
+                f"training_step() of {type(trainer).__name__} went back from {len(self._losses)} losses; a private step needs one: "
+                "accelerator.backward(loss), once."
+            )
+        return self._losses.pop()
+
+    def _caught(self, loss: Tensor, **kwargs: Any) -> None:
+        self._losses.append(loss)
+
+    def _count_operations(self, batch: LogicalBatch, part: Any) -> None:
+        batch.operations += float(self._original["floating_point_ops"](part))
+        track = getattr(type(self._trainer), "_track_num_input_tokens", None)
+        if track is not None:
+            track(self._trainer, part)
+
+    def _floating_point_ops(self, inputs: Any) -> float:
+        return inputs.operations if isinstance(inputs, LogicalBatch) else float(self._original["floating_point_ops"](inputs))
+
+    def _log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs or "train_loss" in logs:
+            logs["epsilon"] = self._scope.report().epsilon
+        self._original["log"](logs, *args, **kwargs)
+
+
+def _check(trainer: Any) -> None:
+    args = trainer.args
+    reasons = {
+        "its model is made anew by model_init in every train(). Pass model=... instead": trainer.model_init is not None,
+        "fp16=True scales losses by a GradScaler. Use bf16=True": args.fp16,
+        "several GPUs would run it in DataParallel. Let it see one (CUDA_VISIBLE_DEVICES=0)": args.n_gpu > 1,
+        "auto_find_batch_size=True changes the batch size, which the accounting is for": args.auto_find_batch_size,
+        "DeepSpeed and FSDP are not supported in this version": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+        "it has no train_dataset": trainer.train_dataset is None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise bad("trainer", type(trainer).__name__, f"{reason}.")
+    choosing = [type(c).__name__ for c in trainer.callback_handler.callbacks if type(c).__name__ == "EarlyStoppingCallback"]
+    choosing += ["load_best_model_at_end"] if args.load_best_model_at_end else []
+    if choosing:
+        warnings.warn(
+            f"{', '.join(choosing)}: to choose by evaluation on private data is not covered by the stated epsilon; it is if the "
+            "evaluation data are public",
+            stacklevel=3,
+        )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside what an earlier ``train()`` has made of it."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _plain(prepared: Any, batch_size: int, *, paired: bool) -> DataLoader[Any]:
+    """A loader as the trainer's own, before accelerate has prepared it, with batches of another size."""
+    batches = prepared.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    options: dict[str, Any] = {name: getattr(prepared, name) for name in _KEPT}
+    if paired:
+        options["collate_fn"] = PairedCollate(prepared.collate_fn)
+    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+        options["shuffle"] = True
+    elif not isinstance(sampler, SequentialSampler):
+        options["sampler"] = sampler
+    return DataLoader(prepared.dataset, batch_size=batch_size, drop_last=getattr(batches, "drop_last", False), **options)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that can be added to."""
+    if isinstance(value, dict):
+        held = value.copy()  # of a class of its own, it may be
+        for key, item in value.items():
+            held[key] = _copied(item)
+        return held
+    return list(value) if isinstance(value, list) else value
