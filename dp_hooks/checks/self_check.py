@@ -230,8 +230,9 @@ class SelfCheck:
         taken, recorder = self._trace.unverified, self._recorder
         if not self.armed and not self._trace.unchecked(taken, samples) and not recorder.changed:
             return  # another call than then: it is compared alone, by check_calls
-        self._comparison.gradients.coarse = any(call.coarse for call in recorder.calls)
-        coarse = any(call.context.autocast is not None for call in recorder.calls)  # values are not, where that is inside
+        calls = [*recorder.calls, *recorder.came_back_to]  # known ones as well, which are no longer kept
+        self._comparison.gradients.coarse = any(call.coarse for call in calls)
+        coarse = any(call.context.autocast is not None for call in calls)  # values are not, where that is inside
         chosen, drawn = self._chosen(taken, samples), self._trace.draws
 
         again = RepeatedFunction(run, self._controller, samples, coarse=coarse)

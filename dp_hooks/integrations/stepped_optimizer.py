@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..errors import ScopeError
 from ..training.wrapped_optimizer import WrappedOptimizer
 
@@ -17,17 +19,22 @@ class SteppedOptimizer(WrappedOptimizer):
     taken = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Acknowledge the step.
+        """Acknowledge the step; if the trainer takes its steps by a ``closure``, that is where it is taken.
 
         Raises:
-            ScopeError: none was taken, or there is a closure, which would be evaluated too late.
+            ScopeError: none was taken.
         """
-        if closure is not None or not self.taken:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if not self.taken:
             raise ScopeError(
                 "the trainer asked for an optimizer step of its own. In a private scope the step belongs to training_step(): "
                 "clipping and noise are for one logical batch at a time."
             )
         self.taken = False
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient."""

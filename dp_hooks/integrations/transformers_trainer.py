@@ -231,6 +231,8 @@ def _plain(prepared: Any, batch_size: int, *, paired: bool) -> DataLoader[Any]:
     batches = prepared.batch_sampler
     sampler = getattr(batches, "sampler", None)
     options: dict[str, Any] = {name: getattr(prepared, name) for name in _KEPT}
+    if type(prepared) is DataLoader:  # not accelerate's, whose generator everybody knows
+        options["generator"] = prepared.generator
     if paired:
         options["collate_fn"] = PairedCollate(prepared.collate_fn)
     if isinstance(sampler, RandomSampler) and not sampler.replacement:

@@ -497,3 +497,22 @@ def test_what_hooks_of_the_user_take_out_is_compared(mixed, late, mode):
                 break
             back_and_step(loss, opt)
     handle.remove()
+
+
+def test_a_check_for_what_changed_knows_that_the_step_was_in_half_precision():
+    """An attribute that appears in a later step has the function looked at again, its calls being known: still under autocast."""
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.net(x), net=nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 3)))
+    scope = scope_over(model, loader=loader_of([randn(N, D).float()], 3), accountant="rdp")
+
+    @dp_step
+    def train(model, batch):
+        setattr(model, f"note{len(vars(model))}", len(batch[0]))
+        return nn.functional.cross_entropy(model.net(batch[0]), torch.zeros(len(batch[0]), dtype=torch.long), reduction="none")
+
+    with scope as (_, loader):
+        for _ in range(3):
+            for batch in loader:
+                with torch.autocast("cpu", torch.bfloat16):
+                    train(model, batch)
+    assert scope.report().loss_verified

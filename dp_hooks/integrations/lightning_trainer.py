@@ -1,0 +1,172 @@
+"""A Lightning trainer that trains a module privately while a scope over both is open."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .._rerun import checking
+from .._validate import bad
+from ..capture.calls.trace import untraced
+from ..errors import ScopeError
+from ..training.scope import PrivateTraining
+from ..training.step import dp_step
+from .attributes import put
+from .logical_batches import LogicalBatch, LogicalBatches
+from .stepped_optimizer import SteppedOptimizer
+
+
+class PrivateLightningTrainer:
+    """A scope over a Lightning ``Trainer`` and a module: ``with ... as scope: trainer.fit(module)`` is private training.
+
+    - Logical batches are drawn from the train loader, with ``batch_size * accumulate_grad_batches`` examples expected; parts of at
+      most ``batch_size`` are run at a time.
+    - ``training_step`` of the module (automatic optimization) takes the whole private step; what it does and returns is covered
+      by the self-check, as under ``@dp_step``. It is called with the model's examples alone, so ``self.log`` of a loss there shows
+      what is not private.
+    - ``target_epsilon`` needs no ``epochs``: the budget is for ``max_steps`` or ``max_epochs``.
+    """
+
+    def __init__(self, trainer: Any, module: Any, *, train_dataloaders: DataLoader[Any] | None = None, **options: Any) -> None:
+        """Keep the arguments; see :func:`~dp_hooks.integrations.private_trainer`.
+
+        Args:
+            trainer: the trainer.
+            module: the ``LightningModule`` that ``trainer.fit`` will be called with.
+            train_dataloaders: the loader of the training data; None: what ``module.train_dataloader()`` returns.
+            options: those of :func:`dp_hooks.private_training`.
+        """
+        self._trainer = trainer
+        self._module = module
+        self._given = train_dataloaders
+        self._options = options
+        self._stack = ExitStack()
+        self._step = dp_step(self._loss)
+        self._index = 0
+        for name in ("model", "optimizer", "loader"):
+            if name in options:
+                raise bad(name, options[name], "it is the trainer's; leave it out.")
+
+    def __enter__(self) -> PrivateTraining:
+        """Make the module and the trainer private, and return the scope; if anything fails, everything is taken back."""
+        trainer, module = self._trainer, self._module
+        _check(trainer, module)
+        loader = module.train_dataloader() if self._given is None else self._given
+        if not isinstance(loader, DataLoader):
+            raise bad("train_dataloaders", loader, "pass the torch.utils.data.DataLoader with the training data.")
+        if loader.batch_size is None:
+            raise bad("train_dataloaders", loader, "it has no batch_size.")
+        options = {"max_physical_batch_size": loader.batch_size, **self._options}
+        accumulated = trainer.accumulate_grad_batches
+        if accumulated > 1:
+            rate = loader.batch_size * accumulated / len(loader.dataset)  # type: ignore[arg-type]
+            options.setdefault("sample_rate", rate)
+        configured = module.configure_optimizers()
+        optimizer, schedulers = _one_optimizer(configured)
+        with ExitStack() as stack:
+            if options.get("target_epsilon") is not None and options.get("epochs") is None:
+                rate = options.get("sample_rate") or loader.batch_size / len(loader.dataset)  # type: ignore[arg-type]
+                options["epochs"] = _epochs(trainer, len(loader) if accumulated == 1 else math.ceil(1 / rate - 1e-9))
+            scope = PrivateTraining(module, optimizer, loader, **options)
+            private, batches = stack.enter_context(scope)
+            self._scope, self._private = scope, private
+            self._original = module.training_step
+            self._stepped = SteppedOptimizer(private)
+            for scheduler in schedulers:
+                put(stack, scheduler, optimizer=self._stepped)
+            answer = _with_optimizer(configured, self._stepped)
+            view = LogicalBatches(batches, private, scope.plan.batches_per_pass)
+            put(
+                stack, module, training_step=self._training_step, configure_optimizers=lambda: answer, train_dataloader=lambda: view
+            )
+            put(stack, trainer, accumulate_grad_batches=1)
+            self._stack = stack.pop_all()
+        return scope
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        """Take everything off the trainer and the module."""
+        self._stack.__exit__(kind, exc, trace)
+
+    def _training_step(self, batch: Any, batch_idx: int = 0, *args: Any) -> Tensor:
+        """Take one private step, on all parts of a logical batch; return the mean loss."""
+        if not isinstance(batch, LogicalBatch):
+            raise ScopeError(
+                "training_step() in a private scope was given a batch that is not from the private loader. Call "
+                "trainer.fit(module) without a loader: the scope has it."
+            )
+        total, count = torch.zeros((), device=self._private.params[0].device), 0
+        self._index = batch_idx
+        for part, size in batch.parts():
+            loss = self._step(self._module, part)
+            if size:
+                total, count = total + loss.to(total) * (size if self._scope.loss_reduction == "mean" else 1), count + size
+        self._stepped.taken = True
+        # Lightning goes back from what is returned; nothing is behind it any more.
+        return (total / max(count, 1)).detach().requires_grad_()
+
+    def _loss(self, model: nn.Module, part: Any) -> Tensor:
+        with ExitStack() as stack:
+            # What is logged is no part of the loss; and not logged again by the runs of a check.
+            logs = {name: _nothing if checking() else untraced(getattr(self._module, name)) for name in ("log", "log_dict")}
+            put(stack, self._module, **logs)
+            part = self._trainer.strategy.batch_to_device(part, dataloader_idx=0)
+            found = self._original(part, self._index)
+        loss = found["loss"] if isinstance(found, dict) else found
+        if not isinstance(loss, Tensor):
+            raise ScopeError(f"training_step() returned {type(found).__name__}; a private step needs a loss.")
+        return loss
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
+
+
+def _check(trainer: Any, module: Any) -> None:
+    reasons = {
+        "manual optimization is not supported in this version. Train in a plain loop": not module.automatic_optimization,
+        'precision="16-mixed" scales losses by a GradScaler. Use "bf16-mixed"': str(trainer.precision).startswith("16"),
+        "several devices are not supported in this version": trainer.world_size > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise bad("trainer", type(trainer).__name__, f"{reason}.")
+
+
+def _epochs(trainer: Any, steps: int) -> float:
+    found = [float(trainer.max_epochs)] if trainer.max_epochs not in (None, -1) else []
+    found += [trainer.max_steps / steps] if trainer.max_steps not in (None, -1) else []
+    if not found:
+        raise bad("epochs", None, "the trainer has neither max_epochs nor max_steps, so say for how many passes the budget is.")
+    return min(found)
+
+
+def _one_optimizer(configured: Any) -> tuple[torch.optim.Optimizer, list[Any]]:
+    """The optimizer, and schedulers over it, of what ``configure_optimizers()`` returned."""
+    optimizers, schedulers = configured, []
+    if isinstance(configured, dict):
+        optimizers, schedulers = configured["optimizer"], configured.get("lr_scheduler", [])
+    elif isinstance(configured, (tuple, list)) and len(configured) == 2 and isinstance(configured[0], (tuple, list)):
+        optimizers, schedulers = configured
+    if isinstance(optimizers, (tuple, list)) and len(optimizers) == 1:
+        optimizers = optimizers[0]
+    if not isinstance(optimizers, torch.optim.Optimizer):
+        raise bad(
+            "module", type(optimizers).__name__, "configure_optimizers() has to return one optimizer, with or without schedulers."
+        )
+    listed = schedulers if isinstance(schedulers, (tuple, list)) else [schedulers]
+    return optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in listed]
+
+
+def _with_optimizer(configured: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """What ``configure_optimizers()`` returned, with another optimizer."""
+    if isinstance(configured, dict):
+        return {**configured, "optimizer": optimizer}
+    if isinstance(configured, (tuple, list)) and len(configured) == 2 and isinstance(configured[0], (tuple, list)):
+        return [optimizer], configured[1]
+    return optimizer
