@@ -11,12 +11,11 @@ from opacus import PrivacyEngine
 from opacus.accountants import IAccountant
 from torch import nn
 
-from ..errors import ScopeError
+from ..privacy.accounting.history import joined
 from ..privacy.accounting.opacus import make_accountant
 
 _WRAPPER = "_module."
 
-History = list[tuple[float, float, int]]
 PathOrFile = str | os.PathLike[str] | BinaryIO | IO[bytes]
 
 
@@ -70,7 +69,9 @@ class OpacusCheckpoints:
         checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
         spent = checkpoint["privacy_accountant_state_dict"]
         make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
-        history = _joined(self.accountant.history, spent["history"])
+        history, is_older = joined(self.accountant.history, spent["history"])
+        if is_older:
+            warnings.warn("the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=2)
         weights = checkpoint["module_state_dict"]
         if weights and all(key.startswith(_WRAPPER) for key in weights):
             weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
@@ -85,26 +86,3 @@ class OpacusCheckpoints:
                 given = "not given" if part is None else "given"
                 warnings.warn(f"the checkpoint has {'a' if state else 'no'} {what} state, but {what} is {given}", stacklevel=2)
         return checkpoint
-
-
-def _joined(spent: History, loaded: History) -> History:
-    """Return the history to go on with: the longer of two where one continues the other."""
-    spent, loaded = ([(sigma, rate, steps) for sigma, rate, steps in history] for history in (spent, loaded))
-    if _continues(spent, loaded):
-        return loaded
-    if _continues(loaded, spent):
-        warnings.warn("the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=3)
-        return spent
-    raise ScopeError(
-        f"this engine has already spent budget ({spent}) that the checkpoint ({loaded}) knows nothing of; loading would "
-        "forget it. Load into a new engine."
-    )
-
-
-def _continues(earlier: History, later: History) -> bool:
-    """Whether more of the last entry of ``earlier``, and further entries, make it ``later``."""
-    if not earlier:
-        return True
-    *head, (sigma, rate, steps) = earlier
-    at = len(head)
-    return later[:at] == head and len(later) > at and later[at][:2] == (sigma, rate) and later[at][2] >= steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from .._rerun import checking
 from .._validate import bad, positive
 from ..errors import ScopeError
+from ..privacy.accounting.history import continues
+from ..training.optimizer import PrivateOptimizer
 from ..training.scope import PrivateTraining
 from ..training.step import dp_step
 from .attributes import put
 from .logical_batches import LogicalBatch, LogicalBatches
+from .spending import NAME, history_in, read, set_aside, write
 from .stepped_optimizer import SteppedOptimizer
 from .token_losses import TokenLosses
 from .trl_forward import PairedCollate, TRLForward, is_paired, unpaired
@@ -60,6 +64,7 @@ class PrivateTransformersTrainer:
         self._options = options
         self._stack = ExitStack()
         self._losses: list[Tensor] = []
+        self._kept = False  # whether what is spent has been written to disk
         self._step = dp_step(self._loss)
         for name in ("model", "optimizer", "loader"):
             if name in options:
@@ -82,7 +87,15 @@ class PrivateTransformersTrainer:
             scope = PrivateTraining(trainer.model, optimizer, loader, **self._completed(loader))
             scope.averages = scope.averages or self._token_losses is not None
             private, batches = stack.enter_context(scope)
-            self._original = {name: getattr(trainer, name) for name in ("training_step", "floating_point_ops", "log")}
+            own = (
+                "training_step",
+                "floating_point_ops",
+                "log",
+                "_save_checkpoint",
+                "_load_optimizer_and_scheduler",
+                "_get_output_dir",
+            )
+            self._original = {name: getattr(trainer, name) for name in own}
             self._scope, self._private = scope, private
             self._stepped = SteppedOptimizer(private)
             view = LogicalBatches(batches, private, scope.plan.batches_per_pass)
@@ -94,7 +107,10 @@ class PrivateTransformersTrainer:
                 training_step=self._training_step,
                 floating_point_ops=self._floating_point_ops,
                 log=self._log,
+                _save_checkpoint=self._save_checkpoint,
+                _load_optimizer_and_scheduler=self._load_optimizer_and_scheduler,
             )
+            private.attach_step_hook(self._keep)
             put(stack, trainer.args, gradient_accumulation_steps=1, ignore_data_skip=True)
             put(stack, trainer.accelerator, backward=self._caught)
             put(stack, trainer.callback_handler, optimizer=trainer.callback_handler.optimizer)
@@ -189,6 +205,41 @@ class PrivateTransformersTrainer:
 
     def _floating_point_ops(self, inputs: Any) -> float:
         return inputs.operations if isinstance(inputs, LogicalBatch) else float(self._original["floating_point_ops"](inputs))
+
+    # ---------------------------------------------------------------- what was spent, on disk
+
+    def _keep(self, optimizer: PrivateOptimizer) -> None:
+        """Before the parameters move: what has been spent now."""
+        folder = Path(self._original["_get_output_dir"](None))
+        if not self._kept:
+            if self._scope.steps == 1:
+                set_aside(folder)
+            self._kept = True
+        write(folder, self._scope.state_dict())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self._original["_get_output_dir"](trial)) / f"checkpoint-{self._trainer.state.global_step}"
+        write(folder, self._scope.state_dict())  # first: weights are never there without what they have cost
+        self._original["_save_checkpoint"](model, trial, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The trainer goes on from a checkpoint: so does the scope, with all that was spent up to the last step of that run."""
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            state = read(folder)
+            if state is None:
+                raise bad(
+                    "resume_from_checkpoint",
+                    checkpoint,
+                    f"it has no {NAME}, so what its run has spent is not known. Go on from a checkpoint that was saved in a "
+                    "private scope; to begin with these weights, load them into the model, and start a new run.",
+                )
+            later = read(folder.parent)
+            if later is not None and continues(history_in(state), history_in(later)):
+                state = later
+            self._scope.resume(state)
+            self._kept = True
+        self._original["_load_optimizer_and_scheduler"](checkpoint)
 
     def _log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_loss" in logs:

@@ -34,6 +34,7 @@ from .clipped_sum import ClippedSum
 from .freed_memory import keep_freed_memory
 from .lifetime import Lifetime
 from .optimizer import PrivateOptimizer
+from .saved_state import SavedState
 from .wrapped_optimizer import check_optimizer
 
 open_scopes: Claims["PrivateTraining"] = Claims()
@@ -225,6 +226,7 @@ class PrivateTraining:
             budget=wanted if isinstance(wanted, Budget) else None,
             releases=releases,
         )
+        self._state = SavedState(self._meter, self._sum, clipping, self.plan.examples)
         self.optimizer: PrivateOptimizer | None = None
         self.loader: PrivateDataLoader | None = None
         self.controller: HookController | None = None
@@ -338,6 +340,32 @@ class PrivateTraining:
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
         return epsilon_of(self.accountant, delta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been spent, and what goes with it, to go on in another scope: plain numbers, strings and lists.
+
+        It can be kept as JSON, and by ``torch.save`` (it loads with ``weights_only=True``). No state of a random generator is
+        in it: from that, noise could be drawn again and taken off. Model, optimizer and scheduler are saved beside it.
+        """
+        return self._state.as_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the run stopped that ``state`` is of: before entering, with the arguments of that run.
+
+        What it spent is spent here; a budget goes on to the number of steps that it was calculated for, and is never refilled.
+
+        Raises:
+            ScopeError: the scope was entered; or its accountant has spent what the state knows nothing of.
+            InvalidArgumentError: the state is damaged, of something else, or of a run with another dataset, clipping or
+                accountant; or it has a budget, and this scope has none.
+        """
+        if self.is_open or self._lifetime.ended:
+            raise ScopeError("load_state_dict() after entering: load into a scope before `with`, so that no step comes first.")
+        self.resume(state)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """The same for integrations: also in an open scope, before its first step."""
+        self._state.resume(state)
 
     def _padding_remark(self) -> str:
         if not self._collate.padded or (self._padding is not None and self._padding.paddings and not self._padding.waiting):

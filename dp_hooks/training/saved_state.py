@@ -1,0 +1,105 @@
+"""What has to be kept of a scope, so that another one goes on where it stopped."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from .._validate import bad
+from ..errors import ScopeError
+from ..privacy.accounting.history import History, joined
+from ..privacy.accounting.meter import PrivacyMeter
+from .clipped_sum import ClippedSum
+
+FORMAT = "dp_hooks scope 1"
+_FIELDS: dict[str, Any] = {
+    "format": str,
+    "accountant": str,
+    "history": (list, tuple),
+    "steps": int,
+    "foreign_steps": int,
+    "dataset_size": int,
+    "sample_rate": Real,
+    "budget": (list, tuple, type(None)),
+    "clipping": str,
+    "clipping_bound": (Real, type(None)),
+}
+
+
+class SavedState:
+    """Takes the state of a scope down, and goes on from one."""
+
+    def __init__(self, meter: PrivacyMeter, clipped_sum: ClippedSum, clipping: str, examples: int) -> None:
+        """Of the scope that has these parts, over so many ``examples``."""
+        self._meter = meter
+        self._sum = clipped_sum
+        self._mine = {"accountant": meter.accountant.mechanism(), "dataset_size": examples, "clipping": clipping}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The state now; see :meth:`~dp_hooks.PrivateTraining.state_dict`."""
+        meter = self._meter
+        return {
+            "format": FORMAT,
+            **self._mine,
+            "history": [[float(sigma), float(rate), int(steps)] for sigma, rate, steps in meter.accountant.history],
+            "steps": meter.steps,
+            "foreign_steps": meter.foreign_steps,
+            "sample_rate": meter.charged_rate,
+            "budget": None if meter.budget is None else [meter.budget.epsilon, meter.budget.delta, meter.releases],
+            "clipping_bound": self._sum.clipping.max_grad_norm if self._mine["clipping"] == "adaptive" else None,
+        }
+
+    def resume(self, state: object) -> None:
+        """Go on from ``state``; see :meth:`~dp_hooks.PrivateTraining.load_state_dict`."""
+        known, meter = _checked(state), self._meter
+        if meter.steps:
+            raise ScopeError(f"{meter.steps} steps were taken in this scope already: load into a new one.")
+        for name, value in self._mine.items():
+            if known[name] != value:
+                remedy = f"its {name} is another one than this scope's ({value!r}): build it as that run's was."
+                raise bad("state", known[name], remedy)
+        if known["budget"] is not None and meter.budget is None:
+            epsilon, delta, _ = known["budget"]
+            remedy = f"it goes on with a budget: pass target_epsilon={epsilon}, target_delta={delta}, epochs=..."
+            raise bad("state", known["budget"], remedy)
+        history, _ = joined(meter.accountant.history, _history_of(known))
+        if known["clipping_bound"] is not None:
+            self._sum.change_bound(known["clipping_bound"])
+        meter.accountant.history = history
+        meter.steps, meter.foreign_steps = known["steps"], known["foreign_steps"]
+
+
+def _checked(state: object) -> dict[str, Any]:
+    """Return ``state`` if it is what :meth:`~dp_hooks.PrivateTraining.state_dict` makes.
+
+    Raises:
+        InvalidArgumentError: it is something else, of another version, or damaged.
+    """
+    if not isinstance(state, Mapping):
+        raise bad("state", type(state).__name__, "pass what scope.state_dict() returned.")
+    if state.get("format") != FORMAT:
+        known = state.get("format")
+        raise bad("state", known, f"it is no state of a scope in the format {FORMAT!r}. Pass what scope.state_dict() returned.")
+    for name, kinds in _FIELDS.items():
+        if name not in state or not isinstance(state[name], kinds) or isinstance(state[name], bool):
+            raise bad("state", dict(state), f"its field {name!r} is missing or damaged.")
+    if not all(_is_entry(entry) for entry in state["history"]):
+        raise bad("state", state["history"], "its history is not of (noise multiplier, sampling rate, steps).")
+    counts = [state[name] for name in ("steps", "foreign_steps", "dataset_size")]
+    if min(counts) < 0 or not 0 < state["sample_rate"] <= 1:
+        raise bad("state", dict(state), "it has numbers that cannot be.")
+    return dict(state)
+
+
+def _history_of(state: Mapping[str, Any]) -> History:
+    """What was charged."""
+    return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["history"]]
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+        return False
+    sigma, rate, steps = entry
+    if not all(isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) for n in entry):
+        return False
+    return bool(sigma >= 0 and 0 < rate <= 1 and steps >= 0 and steps == int(steps))

@@ -1,0 +1,210 @@
+"""Runs of a trainer that were killed: what they have spent is never forgotten, and they train on."""
+
+import json
+import os
+import random
+from itertools import count
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from dp_hooks.errors import InvalidArgumentError, ScopeError
+from dp_hooks.privacy.accounting.calibrate import calibrate
+from dp_hooks.privacy.accounting.meter import PrivacyMeter
+
+from .language import DELTA, language_model, quietly, trained_by, transformers_trainer
+
+STEPS = 8
+KILLS = int(os.environ.get("DP_HOOKS_KILLS", "12"))
+BUDGET = {"noise_multiplier": None, "target_epsilon": 6.0, "target_delta": DELTA}
+
+
+_sigmas = {}
+
+
+@pytest.fixture(autouse=True)
+def calibrated_once(monkeypatch):
+    """The same budgets have the same noise, which takes seconds to work out."""
+
+    def known(accountant, budget, rate, releases):
+        key = (accountant.mechanism(), budget, rate, releases)
+        if key not in _sigmas:
+            _sigmas[key] = calibrate(accountant, budget, rate, releases)
+        return _sigmas[key]
+
+    monkeypatch.setattr("dp_hooks.training.scope.calibrate", known)
+
+
+class Killed(BaseException):
+    """Nothing catches it, and nothing is tidied up by hand."""
+
+
+class Kill(TrainerCallback):
+    """Ends the run where somebody says."""
+
+    def __init__(self, where, step):
+        self.where, self.step = where, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.where == "before a step" and state.global_step == self.step:
+            raise Killed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.where == "after a step" and state.global_step == self.step + 1:
+            raise Killed
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.where == "after saving" and state.global_step == self.step + 1:
+            raise Killed
+
+
+def run_of(folder, *, kill=None, resume=None, **options):
+    """Train, or go on; return the scope and the trainer."""
+    trainer = transformers_trainer(
+        language_model(lora=False), folder, max_steps=STEPS, save_strategy="steps", save_steps=2, logging_steps=100
+    )
+    del trainer.get_train_dataloader
+    if kill is not None:
+        trainer.add_callback(kill)
+        if kill.where == "while saving":
+            save = trainer.save_model
+            trainer.save_model = lambda *a, **k: die() if trainer.state.global_step == kill.step + 1 else save(*a, **k)
+        if kill.where == "in a step":
+            trainer.data_collator = dying(trainer, kill.step)
+    if resume:
+        train = trainer.train
+        trainer.train = lambda: train(resume_from_checkpoint=resume)
+    return trained_by(trainer, **{**BUDGET, **options}), trainer
+
+
+def die():
+    raise Killed
+
+
+def dying(trainer, step):
+    """Return a collate function that ends the run at a step."""
+    collate = trainer.data_collator
+    return lambda rows: die() if trainer.state.global_step == step and trainer.is_in_train else collate(rows)
+
+
+WHERE = ["before a step", "after a step", "while saving", "after saving", "in a step"]
+
+
+def test_runs_that_are_killed_never_forget_what_was_spent(tmp_path, monkeypatch):
+    """Every charge that was ever made is in the epsilon of the run that goes on, a budget is kept, and it trains on to its end."""
+    choose, kills, made = random.Random(0), 0, []
+    charge = PrivacyMeter.charge_step
+    monkeypatch.setattr(PrivacyMeter, "charge_step", lambda self, *, foreign: (made.append(1), charge(self, foreign=foreign)))
+    for number in count():
+        if kills >= KILLS:
+            break
+        folder = tmp_path / str(number)
+        while True:
+            # One that was being saved is torn, and nothing to go on from.
+            whole = sorted(path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
+            if not whole:
+                made.clear()
+            kill = Kill(choose.choice(WHERE), choose.randrange(STEPS)) if choose.random() < 0.9 else None
+            try:
+                with quietly():
+                    scope, trainer = run_of(folder, kill=kill, resume=str(whole[-1]) if whole else None)
+            except Killed:
+                kills += 1
+                assert spent_in(folder) == len(made)
+                continue
+            break
+        assert scope.steps == sum(steps for *_, steps in scope.accountant.history) == len(made) <= STEPS
+        assert scope.get_epsilon(DELTA) <= 6.0
+        assert trainer.state.global_step <= STEPS
+        assert len(made) == STEPS or trainer.state.global_step == STEPS
+
+
+def spent_in(folder):
+    """How many charges are on disk."""
+    path = folder / "privacy.json"
+    return sum(steps for *_, steps in json.loads(path.read_text())["history"]) if path.exists() else 0
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that was killed in its fifth step, with checkpoints after two and four."""
+    with quietly(), pytest.raises(Killed):
+        run_of(tmp_path, kill=Kill("after a step", 4))
+    return tmp_path
+
+
+def test_steps_after_the_last_checkpoint_stay_spent(stopped):
+    """Five steps were released and four are in the checkpoint: three are left of eight, and epsilon is that of eight."""
+    with quietly():
+        scope, trainer = run_of(stopped, resume=True)
+    assert scope.steps == STEPS
+    assert trainer.state.global_step == STEPS - 1
+    assert 5.9 < scope.get_epsilon(DELTA) <= 6.0
+
+
+def test_a_checkpoint_that_was_moved_goes_on_by_itself(stopped, tmp_path_factory):
+    """A checkpoint has in it what was spent until then."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (stopped / "checkpoint-4").rename(elsewhere / "checkpoint-4")
+    with quietly():
+        scope, trainer = run_of(elsewhere, resume=str(elsewhere / "checkpoint-4"))
+    assert scope.steps == STEPS == trainer.state.global_step
+
+
+@pytest.mark.parametrize("fault", ["missing", "torn", "foreign", "older", "other data"])
+def test_a_checkpoint_without_what_it_has_cost_is_refused(stopped, fault):
+    """A file that is missing, torn, of something else or of a run on other data is an error by name; nothing is trained."""
+    (stopped / "privacy.json").unlink()
+    path = stopped / "checkpoint-4" / "privacy.json"
+    text = path.read_text()
+    changed = {
+        "torn": text[: len(text) // 2],
+        "foreign": "[1, 2]",
+        "older": text.replace("scope 1", "scope 0"),
+        "other data": text.replace('"dataset_size": 10', '"dataset_size": 11'),
+    }
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_text(changed[fault])
+    with quietly(), pytest.raises(InvalidArgumentError, match=r"privacy\.json|format|dataset_size"):
+        run_of(stopped, resume=True)
+
+
+def test_a_new_run_in_the_same_folder_says_that_it_counts_anew(stopped):
+    """What an earlier run has spent is kept under another name."""
+    with pytest.warns(UserWarning, match="earlier run has spent"):
+        scope, _ = run_of(stopped)
+    assert scope.steps == STEPS
+    assert spent_in(stopped) == STEPS
+    assert (stopped / "privacy.1.json").exists()
+
+
+def test_a_budget_is_not_refilled_by_going_on(stopped):
+    """To go on with the end of a run that has spent everything trains nothing more."""
+    with quietly():
+        run_of(stopped, resume=True)
+        start = dict(load_file(stopped / "checkpoint-4" / "model.safetensors"))
+        scope, trainer = run_of(stopped, resume=str(stopped / "checkpoint-4"))
+    assert scope.steps == STEPS
+    now = trainer.model.state_dict()
+    assert start
+    assert all(torch.equal(now[name], value) for name, value in start.items())
+
+
+def test_going_on_in_a_scope_that_has_trained_is_refused(stopped):
+    """What was spent is loaded before the first step, or not at all."""
+    with quietly():
+        trainer = transformers_trainer(language_model(lora=False), stopped, max_steps=STEPS)
+        del trainer.get_train_dataloader
+        train = trainer.train
+
+        def twice():
+            train()
+            train(resume_from_checkpoint=True)
+
+        trainer.train = twice
+        with pytest.raises(ScopeError, match="steps were taken in this scope already"):
+            trained_by(trainer, noise_multiplier=1.0)
