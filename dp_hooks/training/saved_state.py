@@ -33,6 +33,7 @@ class SavedState:
         """Of the scope that has these parts, over so many ``examples``."""
         self._meter = meter
         self._sum = clipped_sum
+        self._loaded = 0  # how many of the steps were taken elsewhere
         self._mine = {"accountant": meter.accountant.mechanism(), "dataset_size": examples, "clipping": clipping}
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,8 +53,8 @@ class SavedState:
     def resume(self, state: object) -> None:
         """Go on from ``state``; see :meth:`~dp_hooks.PrivateTraining.load_state_dict`."""
         known, meter = _checked(state), self._meter
-        if meter.steps:
-            raise ScopeError(f"{meter.steps} steps were taken in this scope already: load into a new one.")
+        if meter.steps > self._loaded:
+            raise ScopeError(f"{meter.steps - self._loaded} steps were taken in this scope already: load into a new one.")
         for name, value in self._mine.items():
             if known[name] != value:
                 remedy = f"its {name} is another one than this scope's ({value!r}): build it as that run's was."
@@ -66,7 +67,8 @@ class SavedState:
         if known["clipping_bound"] is not None:
             self._sum.change_bound(known["clipping_bound"])
         meter.accountant.history = history
-        meter.steps, meter.foreign_steps = known["steps"], known["foreign_steps"]
+        meter.steps, meter.foreign_steps = max(meter.steps, known["steps"]), max(meter.foreign_steps, known["foreign_steps"])
+        self._loaded = meter.steps
 
 
 def _checked(state: object) -> dict[str, Any]:

@@ -35,7 +35,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Objects that the library hands out and nobody builds: the reference shows what can be called on them instead.
 HANDED_OUT = {
-    "PrivateTraining": ("get_epsilon", "report", "paused"),
+    "PrivateTraining": ("get_epsilon", "report", "paused", "state_dict", "load_state_dict"),
     "PrivateOptimizer": ("zero_grad", "step", "step_empty", "attach_step_hook", "keep_rows", "weigh_rows", "skip_batch"),
     "PrivateDataLoader": (),
     "PrivacyReport": ("as_dict",),
@@ -149,7 +149,7 @@ def test_a_continued_run_takes_exactly_the_steps_that_were_left():
     """A scope that is handed what was spent takes the rest of the planned steps, and ends at the same epsilon."""
     names, _ = run(block_of("Saving and continuing a run"))
     scope = names["scope"]
-    assert scope.steps == 8 * len(names["loader"])
+    assert scope.steps == 10 * len(names["loader"])
     assert sum(steps for _, _, steps in scope.accountant.history) == 10 * len(names["loader"])
     assert 7.9 < scope.get_epsilon(1e-5) <= 8
 
