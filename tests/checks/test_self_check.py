@@ -6,10 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dp_hooks import HookController, dp_step, errors
+from dp_hooks.checks.compare import compare_sums
 
 from .. import laws
 from ..cases.mixing import OF_ANY, D, N, between
-from ..models import Net, loader_of, moved, randn, scope_over, values
+from ..models import Net, build, examples, loader_of, moved, randn, scope_over, values
 from ..reference import losses_of
 
 each_mode = pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch"])
@@ -516,3 +517,22 @@ def test_a_check_for_what_changed_knows_that_the_step_was_in_half_precision():
                 with torch.autocast("cpu", torch.bfloat16):
                     train(model, batch)
     assert scope.report().loss_verified
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_of_gradients_from_the_same_pass_agree_to_rounding(dtype):
+    """A hundredth more or less in the gradient of one parameter is no rounding, whatever other comparison might see it."""
+    model, (x, y) = build("mlp").to(dtype), examples(dtype=dtype)
+    factors = torch.tensor([0.3, -1.2, 0.7, 1.9, -0.4, 1.1])
+    params = list(model.parameters())
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    expected = dict(zip(params, torch.autograd.grad((losses * factors).sum(), params), strict=True))
+    controller = HookController(model, loss_reduction="sum", grad_sample_mode="ghost")
+    nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    found = controller.take()
+    compare_sums(found, factors, expected, params, controller, "the model", coarse=False)
+    for p in params:
+        for times in (0.99, 1.01):
+            with pytest.raises(errors.SelfCheckError, match=r"1 of \d parameters differ"):
+                compare_sums(found, factors, {**expected, p: times * expected[p]}, params, controller, "the model", coarse=False)
+    controller.cleanup()

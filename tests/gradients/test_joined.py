@@ -80,3 +80,14 @@ def test_what_is_small_depends_on_the_number_of_samples() -> None:
     assert is_small(weight, 2)
     assert not is_small(weight, 1 << 20)
     assert not is_small(nn.Parameter(torch.zeros(2, dtype=torch.complex64)), 2)
+
+
+def test_factors_of_their_own_count_for_parameters_whose_norms_were_taken_together(found: SampleGradients) -> None:
+    """Gradients that lie side by side are told apart by their factors, not by the groups that norms were asked for."""
+    params = found.params
+    grads = {p: found.grads(p).clone() for p in params}
+    found.group_sq_norms([params])
+    factors = {p: torch.rand(6, dtype=torch.float64) for p in params}
+    sums = found.weighted_sums(factors, torch.ones(6, dtype=torch.bool))
+    for p in params:
+        torch.testing.assert_close(sums[p], torch.tensordot(factors[p], grads[p], 1), rtol=1e-12, atol=1e-12)
