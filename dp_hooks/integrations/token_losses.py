@@ -82,5 +82,8 @@ class TokenLosses:
         known = getattr(self._trainer, "_loss_shifts_labels", None)
         if known is not None:
             return bool(known)
-        loss = str(getattr(self._trainer.model, "loss_type", ""))
-        return loss == "ForCausalLM"
+        # As transformers (before 5.24) chooses a loss: by the model's class, and that of causal models where it knows none.
+        model = self._trainer.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        loss = getattr(model, "loss_type", None)
+        return loss in (None, "ForCausalLM", "ForConditionalGeneration") and not model.config.is_encoder_decoder

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,9 +141,12 @@ def accelerated(model: nn.Module, bf16: bool) -> Any:
 
 
 def arguments(folder: Path, bf16: bool, kind: Any = None, **more: Any) -> Any:
-    """Return the arguments of a trainer of transformers."""
+    """Return the arguments of a trainer of transformers; the precision of an earlier one in this process is forgotten."""
+    from accelerate.state import AcceleratorState
     from transformers import TrainingArguments
 
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    AcceleratorState._reset_state(True)
     options: dict[str, Any] = {
         "per_device_train_batch_size": EACH,
         "gradient_accumulation_steps": ACCUMULATED,
