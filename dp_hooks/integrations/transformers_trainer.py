@@ -25,7 +25,7 @@ from .logical_batches import LogicalBatch, LogicalBatches
 from .spending import NAME, history_in, read, set_aside, write
 from .stepped_optimizer import SteppedOptimizer
 from .token_losses import TokenLosses
-from .trl_forward import PairedCollate, TRLForward, is_paired, unpaired
+from .trl_forward import PairedCollate, TRLForward, is_paired, makes_two_rows, unpaired
 
 # What trainers of TRL count on themselves while the loss is computed, which the runs of a check would add to.
 _COUNTED = ("_metrics", "_total_train_tokens")
@@ -82,7 +82,9 @@ class PrivateTransformersTrainer:
             put(stack, trainer, optimizer=_unwrapped(trainer.optimizer))
             optimizer = trainer.create_optimizer()
             whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-            loader = _plain(trainer.get_train_dataloader(), whole, paired=self._paired)
+            prepared = trainer.get_train_dataloader()
+            self._doubled = self._paired and makes_two_rows(prepared.collate_fn, prepared.dataset[0])
+            loader = _plain(prepared, whole, paired=self._doubled)
             self._token_losses = TokenLosses.of(trainer, loader, self._options, self._tokens)
             scope = PrivateTraining(trainer.model, optimizer, loader, **self._completed(loader))
             scope.averages = scope.averages or self._token_losses is not None
@@ -186,7 +188,7 @@ class PrivateTransformersTrainer:
                 part, items = self._token_losses.prepare(stack, part)
             if self._is_trl:
                 model = TRLForward(model, paired=self._paired)  # type: ignore[assignment]
-            self._original["training_step"](model, unpaired(part) if self._paired else part, items)
+            self._original["training_step"](model, unpaired(part) if self._doubled else part, items)
         if len(self._losses) != 1:
             raise ScopeError(
                 f"training_step() of {type(trainer).__name__} went back from {len(self._losses)} losses; a private step needs one: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,14 @@ _ONE_EACH = ("ref_", "margin")  # what has one row for each example there, by th
 def is_paired(trainer: Any) -> bool:
     """Whether a trainer's batches have two rows for each example."""
     return any(kind.__name__ in _PAIRED and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
+
+
+def makes_two_rows(collate_fn: Callable[[list[Any]], Any], example: Any) -> bool:
+    """Whether a collate function makes two rows of an example; trainers of TRL before 1.0 do that where they call the model."""
+    with torch.random.fork_rng(devices=[]):
+        batch = collate_fn([copy.deepcopy(example)])
+    found = [len(value) for name, value in batch.items() if _is_doubled(name, value)]
+    return bool(found) and all(rows == 2 for rows in found)
 
 
 class PairedCollate:

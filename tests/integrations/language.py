@@ -51,18 +51,23 @@ def sampled(dataset: Any, batch_size: int, collate_fn: Any = None) -> DataLoader
     return DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=drawn(7), collate_fn=collate_fn)
 
 
-def language_model(*, lora: bool) -> nn.Module:
+def language_model(*, lora: bool, kind: str = "LlamaForCausalLM", **more: Any) -> nn.Module:
     """Return a Llama of two layers, with LoRA adapters of which none is zero if asked for."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
+    from transformers import LlamaConfig
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=WORDS, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=16)
-    model: nn.Module = LlamaForCausalLM(config)
+    config = LlamaConfig(
+        vocab_size=WORDS, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=32, **more
+    )
+    model: nn.Module = getattr(transformers, kind)(config)
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM" if "Causal" in kind else "SEQ_CLS")
+        )
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_B" in name:
@@ -172,25 +177,55 @@ def transformers_trainer(model: nn.Module, folder: Path, bf16: bool = False, eva
     return trainer
 
 
-def sft_trainer(model: nn.Module, folder: Path, bf16: bool = False, **more: Any) -> Any:
-    from datasets import Dataset as Table
-    from tokenizers import Tokenizer, models
+def tokenizer() -> Any:
+    """Return a tokenizer of twenty words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    named: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    split = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+
+
+def sft_trainer(model: nn.Module, folder: Path, bf16: bool = False, **more: Any) -> Any:
+    from datasets import Dataset as Table
+    from trl import SFTConfig, SFTTrainer
+
     table = Table.from_list([{"input_ids": ids.tolist()} for ids in Sentences().rows])
     trainer = SFTTrainer(
         model=model,
         args=arguments(folder, bf16, SFTConfig, max_length=16, **more),
         train_dataset=table,
-        processing_class=named,
+        processing_class=tokenizer(),
         optimizers=(sgd(model), None),
     )
     trainer.get_train_dataloader = lambda: sampled(trainer.train_dataset, EACH, trainer.data_collator)
     return trainer
+
+
+def preference_trainer(kind: str, model: nn.Module, folder: Path, **more: Any) -> Any:
+    """Return TRL's trainer of that kind on pairs of answers of several lengths."""
+    import trl
+    from datasets import Dataset as Table
+
+    def words(ids: Tensor) -> str:
+        return " ".join(f"w{max(3, int(k))}" for k in ids)
+
+    rows = Sentences().rows
+    pairs = [
+        {"prompt": words(a[:2]), "chosen": words(a), "rejected": words(b)}
+        for a, b in zip(rows, [*rows[3:], *rows[:3]], strict=True)
+    ]
+    others = {"ref_model": copy.deepcopy(model)} if kind == "DPO" and not hasattr(model, "peft_config") else {}
+    return getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=arguments(folder, False, getattr(trl, f"{kind}Config"), max_length=32, **more),
+        train_dataset=Table.from_list(pairs),
+        processing_class=tokenizer(),
+        optimizers=(sgd(model), None),
+        **others,
+    )
 
 
 def trained_by(trainer: Any, **options: Any) -> Any:
