@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +24,8 @@ from .attributes import put
 from .logical_batches import LogicalBatch, LogicalBatches
 from .stepped_optimizer import SteppedOptimizer
 
+_KEY = "dp_hooks"  # of the scope's state in a checkpoint
+
 
 class PrivateLightningTrainer:
     """A scope over a Lightning ``Trainer`` and a module: ``with ... as scope: trainer.fit(module)`` is private training.
@@ -31,6 +36,8 @@ class PrivateLightningTrainer:
       by the self-check, as under ``@dp_step``. It is called with the model's examples alone, so ``self.log`` of a loss there shows
       what is not private.
     - ``target_epsilon`` needs no ``epochs``: the budget is for ``max_steps`` or ``max_epochs``.
+    - Checkpoints hold what was spent, and ``fit(module, ckpt_path=...)`` goes on from there. Steps that were taken after the
+      checkpoint are not in it.
     """
 
     def __init__(self, trainer: Any, module: Any, *, train_dataloaders: DataLoader[Any] | None = None, **options: Any) -> None:
@@ -48,7 +55,7 @@ class PrivateLightningTrainer:
         self._options = options
         self._stack = ExitStack()
         self._step = dp_step(self._loss)
-        self._index = 0
+        self._index = self._size = 0  # of the logical batch, and examples in the present part
         for name in ("model", "optimizer", "loader"):
             if name in options:
                 raise bad(name, options[name], "it is the trainer's; leave it out.")
@@ -77,14 +84,23 @@ class PrivateLightningTrainer:
             private, batches = stack.enter_context(scope)
             self._scope, self._private = scope, private
             self._original = module.training_step
+            self._takes_index = len(inspect.signature(self._original).parameters) > 1
             self._stepped = SteppedOptimizer(private)
             for scheduler in schedulers:
                 put(stack, scheduler, optimizer=self._stepped)
             answer = _with_optimizer(configured, self._stepped)
             view = LogicalBatches(batches, private, scope.plan.batches_per_pass)
             put(
-                stack, module, training_step=self._training_step, configure_optimizers=lambda: answer, train_dataloader=lambda: view
+                stack,
+                module,
+                training_step=self._training_step,
+                configure_optimizers=lambda: answer,
+                train_dataloader=lambda: view,
+                on_save_checkpoint=partial(self._save, module.on_save_checkpoint),
+                on_load_checkpoint=partial(self._load, module.on_load_checkpoint),
+                _apply_batch_transfer_handler=partial(_transferred, module._apply_batch_transfer_handler),
             )
+            stack.callback(self._forget, optimizer)
             put(stack, trainer, accumulate_grad_batches=1)
             self._stack = stack.pop_all()
         return scope
@@ -92,6 +108,28 @@ class PrivateLightningTrainer:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         """Take everything off the trainer and the module."""
         self._stack.__exit__(kind, exc, trace)
+
+    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the private optimizer and loader out of what the trainer keeps."""
+        trainer = self._trainer
+        if self._stepped in trainer.strategy.optimizers:
+            trainer.strategy.optimizers = [optimizer]
+        trainer.fit_loop._combined_loader = None
+
+    def _save(self, original: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        checkpoint[_KEY] = self._scope.state_dict()
+        original(checkpoint)
+
+    def _load(self, original: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        if _KEY not in checkpoint:
+            raise bad(
+                "ckpt_path",
+                self._trainer.ckpt_path,
+                "the checkpoint does not say what its run has spent. Go on from one that was saved in a private scope; to begin "
+                "with these weights, load them into the module, and start a new run.",
+            )
+        self._scope.resume(checkpoint[_KEY])
+        original(checkpoint)
 
     def _training_step(self, batch: Any, batch_idx: int = 0, *args: Any) -> Tensor:
         """Take one private step, on all parts of a logical batch; return the mean loss."""
@@ -103,6 +141,7 @@ class PrivateLightningTrainer:
         total, count = torch.zeros((), device=self._private.params[0].device), 0
         self._index = batch_idx
         for part, size in batch.parts():
+            self._size = size
             loss = self._step(self._module, part)
             if size:
                 total, count = total + loss.to(total) * (size if self._scope.loss_reduction == "mean" else 1), count + size
@@ -113,21 +152,47 @@ class PrivateLightningTrainer:
     def _loss(self, model: nn.Module, part: Any) -> Tensor:
         with ExitStack() as stack:
             # What is logged is no part of the loss; and not logged again by the runs of a check.
-            logs = {name: _nothing if checking() else untraced(getattr(self._module, name)) for name in ("log", "log_dict")}
+            logs = {
+                name: _nothing if checking() else untraced(partial(_logged, getattr(self._module, name), self._size))
+                for name in ("log", "log_dict")
+            }
             put(stack, self._module, **logs)
             part = self._trainer.strategy.batch_to_device(part, dataloader_idx=0)
-            found = self._original(part, self._index)
+            found = self._original(part, self._index) if self._takes_index else self._original(part)
         loss = found["loss"] if isinstance(found, dict) else found
         if not isinstance(loss, Tensor):
             raise ScopeError(f"training_step() returned {type(found).__name__}; a private step needs a loss.")
         return loss
 
 
+def _transferred(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """A batch where the model is; the parts of a logical batch are transferred one by one."""
+    return batch if isinstance(batch, LogicalBatch) else original(batch, *args, **kwargs)
+
+
+def _logged(original: Callable[..., None], size: int, *args: Any, **kwargs: Any) -> None:
+    original(*args, **{"batch_size": size, **kwargs})
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
 
 
+_PAST = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "on_after_backward")
+
+
 def _check(trainer: Any, module: Any) -> None:
+    if isinstance(getattr(vars(module).get("training_step"), "__self__", None), PrivateLightningTrainer):
+        raise ScopeError("this module is in an open private scope already: leave that one first.")
+    base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
+    own = [name for name in _PAST if getattr(type(module), name) is not getattr(base, name)]
+    if own:
+        raise bad(
+            "module",
+            type(module).__name__,
+            f"it has a {own[0]}() of its own, which a private step would go past: gradients are clipped and get noise, and the "
+            "optimizer steps, inside training_step(). Remove it, or train in a plain loop.",
+        )
     reasons = {
         "manual optimization is not supported in this version. Train in a plain loop": not module.automatic_optimization,
         'precision="16-mixed" scales losses by a GradScaler. Use "bf16-mixed"': str(trainer.precision).startswith("16"),

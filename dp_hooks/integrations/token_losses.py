@@ -30,6 +30,7 @@ class TokenLosses:
         """Of ``trainer``."""
         self._trainer = trainer
         self._denominator = denominator
+        self._takes_number = False  # whether the trainer's loss is divided by the number it is given, and not by one of its own
 
     @classmethod
     def of(cls, trainer: Any, loader: DataLoader[Any], options: Mapping[str, Any], denominator: float | None) -> Self | None:
@@ -43,7 +44,9 @@ class TokenLosses:
             if denominator is not None:
                 raise bad("tokens_per_example", denominator, "a batch has no labels for single tokens ([n, t]); leave it out.")
             return None
-        return cls(trainer, denominator)
+        losses = cls(trainer, denominator)
+        losses._takes_number = losses._is_divided(batch)
+        return losses
 
     def count(self, part: Any) -> Tensor:
         """``[n]``: on how many tokens of each example there is a loss; 1 or more."""
@@ -62,7 +65,7 @@ class TokenLosses:
     def prepare(self, stack: ExitStack, part: Any) -> tuple[Any, int]:
         """Return what the training step is called with, so that its loss is the sum over all tokens, until ``stack`` unwinds."""
         trainer = self._trainer
-        if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        if self._takes_number:
             return part, 1
         # The model reduces its own loss to a mean, so it is not asked for it.
         put(stack, trainer, compute_loss_func=self._sum)
@@ -71,8 +74,29 @@ class TokenLosses:
             part = {**part, "decoder_input_ids": make(labels=part["labels"])}
         return part, 1
 
+    def _is_divided(self, batch: Any) -> bool:
+        """Whether the loss of a batch is half as large if it is to be divided by two: many models take the number and leave it."""
+        trainer = self._trainer
+        if trainer.compute_loss_func is not None or trainer.label_smoother is not None or not _is_plain(trainer):
+            return True  # it is the trainer's, and gets the number; how it is reduced will be checked
+        if not trainer.model_accepts_loss_kwargs:
+            return False
+        inputs, found = trainer._prepare_inputs(batch), []
+        for number in (1, 2):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                outputs = trainer.model(**inputs, num_items_in_batch=number)
+            found.append(outputs["loss"] if isinstance(outputs, Mapping) else outputs[0])
+        return bool((found[0] - 2 * found[1]).abs() <= 1e-2 * found[0].abs())
+
     def _sum(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if not isinstance(outputs, Mapping) or "logits" not in outputs:
+            raise bad(
+                "trainer",
+                type(self._trainer).__name__,
+                f"the loss of {type(self._trainer.model).__name__} over tokens cannot be taken apart by examples. Override "
+                'compute_loss to return the mean of one loss for each example, and pass loss_reduction="mean".',
+            )
+        logits = outputs["logits"]
         if self._shifts():
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum")
@@ -87,3 +111,8 @@ class TokenLosses:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         loss = getattr(model, "loss_type", None)
         return loss in (None, "ForCausalLM", "ForConditionalGeneration") and not model.config.is_encoder_decoder
+
+
+def _is_plain(trainer: Any) -> bool:
+    """Whether ``compute_loss`` is that of ``transformers.Trainer``."""
+    return str(type(trainer).compute_loss.__module__) == "transformers.trainer"

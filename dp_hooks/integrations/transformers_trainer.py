@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from .._rerun import checking
 from .._validate import bad, positive
-from ..errors import ScopeError
+from ..errors import ScopeError, SelfCheckError
 from ..privacy.accounting.history import continues
 from ..training.optimizer import PrivateOptimizer
 from ..training.scope import PrivateTraining
@@ -115,7 +116,8 @@ class PrivateTransformersTrainer:
             private.attach_step_hook(self._keep)
             put(stack, trainer.args, gradient_accumulation_steps=1, ignore_data_skip=True)
             put(stack, trainer.accelerator, backward=self._caught)
-            put(stack, trainer.callback_handler, optimizer=trainer.callback_handler.optimizer)
+            handler = trainer.callback_handler
+            put(stack, handler, optimizer=handler.optimizer, train_dataloader=handler.train_dataloader)
             stack.callback(self._forget)
             print(self._summary(whole))
             self._stack = stack.pop_all()
@@ -169,12 +171,27 @@ class PrivateTransformersTrainer:
                 tokens = self._token_losses.count(part)
                 self._private.weigh_rows(self._token_losses.weights(tokens).to(self._private.params[0].device))
                 parts = int(tokens.sum())
-            loss = self._step(model, part)
+            with self._explained():
+                loss = self._step(model, part)
             share = parts if self._token_losses is None else 1
             if size:
                 total, count = total + loss.to(total) * share, count + parts
         self._stepped.taken = True
         return total / count if count else total
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in an error of the self-check what the trainer was asked for."""
+        try:
+            yield
+        except SelfCheckError as error:
+            if self._token_losses is None:
+                raise
+            raise SelfCheckError(
+                f"{error}\n(Labels are those of single tokens, so the trainer was asked for the sum over all tokens, by "
+                "num_items_in_batch=1. If compute_loss returns the mean of one loss for each example, pass "
+                'loss_reduction="mean" to private_trainer.)'
+            ) from error
 
     def _loss(self, model: nn.Module, part: Any) -> Tensor:
         """The loss of one part, by the trainer's own training step, which hands it over where it would go back from it."""
@@ -236,9 +253,14 @@ class PrivateTransformersTrainer:
                     f"it has no {NAME}, so what its run has spent is not known. Go on from a checkpoint that was saved in a "
                     "private scope; to begin with these weights, load them into the model, and start a new run.",
                 )
-            later = read(folder.parent)
-            if later is not None and continues(history_in(state), history_in(later)):
-                state = later
+            # What was spent after the checkpoint, by the run it is of, and by one that went on from it in this run's folder.
+            own = Path(self._original["_get_output_dir"](None))
+            for later in (read(folder.parent), read(own)):
+                if later is not None and continues(history_in(state), history_in(later)):
+                    state = later
+            known = read(own)
+            if known is not None and not continues(history_in(known), history_in(state)):
+                set_aside(own)
             self._scope.resume(state)
             self._kept = True
         self._original["_load_optimizer_and_scheduler"](checkpoint)
@@ -251,17 +273,28 @@ class PrivateTransformersTrainer:
 
 def _check(trainer: Any) -> None:
     args = trainer.args
+    if isinstance(getattr(vars(trainer).get("training_step"), "__self__", None), PrivateTransformersTrainer):
+        raise ScopeError("this trainer is in an open private scope already: leave that one first.")
+    by_length = getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", "") == "group_by_length"
     reasons = {
         "its model is made anew by model_init in every train(). Pass model=... instead": trainer.model_init is not None,
         "fp16=True scales losses by a GradScaler. Use bf16=True": args.fp16,
         "several GPUs would run it in DataParallel. Let it see one (CUDA_VISIBLE_DEVICES=0)": args.n_gpu > 1,
         "auto_find_batch_size=True changes the batch size, which the accounting is for": args.auto_find_batch_size,
         "DeepSpeed and FSDP are not supported in this version": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+        "batches of examples that are alike in length tell their lengths, and Poisson sampling draws others. Set "
+        'train_sampling_strategy="random" (group_by_length=False)': by_length,
         "it has no train_dataset": trainer.train_dataset is None,
     }
     for reason, holds in reasons.items():
         if holds:
             raise bad("trainer", type(trainer).__name__, f"{reason}.")
+    if getattr(args, "packing", False):
+        warnings.warn(
+            "packing joins texts to rows before the scope sees them: what is protected is a row, and a text that is in two rows, "
+            "or moves others, counts more than once. Set packing=False to protect texts",
+            stacklevel=3,
+        )
     choosing = [type(c).__name__ for c in trainer.callback_handler.callbacks if type(c).__name__ == "EarlyStoppingCallback"]
     choosing += ["load_best_model_at_end"] if args.load_best_model_at_end else []
     if choosing:

@@ -74,8 +74,9 @@ class TRLForward:
         """Call the model, once or twice."""
         if not self._paired:
             return self._once(*args, **kwargs)
-        halves = [tuple(_half(value, i) for value in args) for i in (0, 1)]
-        named = [{key: _half(value, i) for key, value in kwargs.items()} for i in (0, 1)]
+        rows = max(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+        halves = [tuple(_half(value, i, rows) for value in args) for i in (0, 1)]
+        named = [{key: _half(value, i, rows) for key, value in kwargs.items()} for i in (0, 1)]
         first, second = (self._once(*half, **more) for half, more in zip(halves, named, strict=True))
         return _joined(first, second)
 
@@ -113,8 +114,8 @@ def _per_token(outputs: Any, labels: Tensor, items: Any, *, shifts: bool) -> Sim
     )
 
 
-def _half(value: Any, which: int) -> Any:
-    return value.chunk(2)[which] if isinstance(value, Tensor) and value.dim() else value
+def _half(value: Any, which: int, rows: int) -> Any:
+    return value.chunk(2)[which] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
 
 
 def _joined(first: Any, second: Any) -> Any:

@@ -44,6 +44,58 @@ def plain(model_is_lora, folder, **more):
     return transformers_trainer(model, folder, **more), model
 
 
+def of_tokens(kind):
+    """Return a case of a model with labels for tokens, which need not care for ``num_items_in_batch``."""
+
+    def case(model_is_lora, folder, **more):
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        if kind == "T5ForConditionalGeneration":
+            sizes = {
+                "d_model": 16,
+                "d_kv": 8,
+                "d_ff": 24,
+                "num_layers": 1,
+                "num_heads": 2,
+                "decoder_start_token_id": 0,
+                "dropout_rate": 0.0,
+            }
+        config = getattr(transformers, f"{kind[:2] if kind[:2] == 'T5' else kind.partition('For')[0]}Config")
+        model = getattr(transformers, kind)(config(vocab_size=20, **({} if "Token" not in kind else {"num_labels": 20}), **sizes))
+        return transformers_trainer(model, folder, **more), model
+
+    return case
+
+
+@pytest.mark.parametrize("part", [1, 3])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForTokenClassification", "T5ForConditionalGeneration", "GPT2LMHeadModel"])
+def test_losses_of_tokens_are_taken_apart_whatever_the_model_makes_of_their_number(kind, part, tmp_path):
+    """Many models take ``num_items_in_batch`` and leave it: their mean over all tokens is not taken for the sum."""
+    kind_of = language_model_of_gpt2 if kind.startswith("GPT2") else of_tokens(kind)
+    with quietly():
+        trainer, model = kind_of(False, tmp_path, max_steps=1, per_device_train_batch_size=part)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        wanted = clipped_mean(trainer, model, EXAMPLES)
+        trained_by(trainer, sample_rate=1.0)
+    after = [p.detach() for p in model.parameters() if p.requires_grad]
+    off = torch.cat([(b - a - 0.5 * w).flatten() for a, b, w in zip(after, before, wanted, strict=True)]).norm()
+    assert float(off / torch.cat([0.5 * w.flatten() for w in wanted]).norm()) < 1e-4
+
+
+def language_model_of_gpt2(model_is_lora, folder, **more):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2, **dropped))
+    return transformers_trainer(model, folder, **more), model
+
+
 CASES = {"Trainer": plain, "SFTTrainer": supervised, "DPOTrainer": preference, "RewardTrainer": reward}
 
 

@@ -208,3 +208,16 @@ def test_going_on_in_a_scope_that_has_trained_is_refused(stopped):
         trainer.train = twice
         with pytest.raises(ScopeError, match="steps were taken in this scope already"):
             trained_by(trainer, noise_multiplier=1.0)
+
+
+def test_a_run_that_goes_on_in_another_folder_counts_what_it_spent_there(stopped, tmp_path_factory):
+    """Killed before it saved a checkpoint of its own, and begun once more from the same one: its steps are not forgotten."""
+    other = tmp_path_factory.mktemp("other")
+    from_there = str(stopped / "checkpoint-4")
+    with quietly():
+        with pytest.raises(Killed):
+            run_of(other, kill=Kill("after a step", 4), resume=from_there)
+        assert spent_in(other) == 6
+        scope, trainer = run_of(other, resume=from_there)
+    assert scope.steps == STEPS
+    assert trainer.state.global_step == STEPS - 2

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
-from dp_hooks.errors import InvalidArgumentError, SelfCheckError
+from dp_hooks.errors import InvalidArgumentError, ScopeError, SelfCheckError
 from dp_hooks.integrations import private_trainer
 from dp_hooks.training.wrapped_optimizer import WrappedOptimizer
 
@@ -136,6 +136,7 @@ def test_evaluation_and_generation_in_the_scope_are_ordinary(tmp_path):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"model_init": True}, "model_init"),
         ({"train_dataset": None}, "train_dataset"),
+        ({"group_by_length": True}, "train_sampling_strategy"),
     ],
 )
 def test_what_cannot_be_private_is_refused_on_entering(wrong, said, tmp_path):
@@ -143,7 +144,7 @@ def test_what_cannot_be_private_is_refused_on_entering(wrong, said, tmp_path):
     with quietly():
         trainer = transformers_trainer(language_model(lora=False), tmp_path)
         for name, value in wrong.items():
-            setattr(trainer if hasattr(trainer, name) else trainer.args, name, value)
+            setattr(trainer if name in vars(trainer) else trainer.args, name, value)
         own = state_of(trainer)
         with pytest.raises(InvalidArgumentError, match=said):
             trained_by(trainer)
@@ -194,3 +195,14 @@ def test_a_loss_that_couples_examples_is_refused_in_a_trainer(tmp_path):
         with pytest.raises(SelfCheckError):
             trained_by(trainer, sample_rate=0.9)
     assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+
+
+def test_scopes_over_one_trainer_are_not_nested(tmp_path):
+    """The second one is refused by name, and the first one goes on."""
+    with quietly():
+        trainer = transformers_trainer(language_model(lora=False), tmp_path)
+        with private_trainer(trainer, noise_multiplier=1.0, max_grad_norm=1.0, accountant="rdp") as scope:
+            with pytest.raises(ScopeError, match="open private scope"):
+                trained_by(trainer)
+            trainer.train()
+    assert scope.steps > 0
