@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOISE, CLIPPING = "tests/privacy/noise tests/training", "tests/privacy/clipping tests/training"
 RULES, SAMPLING = "tests/rules tests/gradients tests/whole/test_laws.py", "tests/privacy/sampling"
+TRAINERS = "tests/integrations"
 ACCOUNTS, CHECKS = "tests/privacy/accounting tests/training", "tests/checks tests/whole/test_faults.py"
 
 # What it is, the file in the package, what stands there, what is put in its place, and the tests that should notice.
@@ -607,6 +608,55 @@ BUGS = [
         "if t._version != version]",
         "if t._version < version]",
         "tests/gradients",
+    ),
+    (
+        "weights are forgotten after norms were taken",
+        "training/clipped_sum.py",
+        "clipped = [factor * weights.to(factor) for factor in clipped]",
+        "clipped = [factor * 1.0 for factor in clipped]",
+        CLIPPING,
+    ),
+    (
+        "norms without weights",
+        "privacy/clipping/norms.py",
+        "self._squares * weights.to(self._squares).square()",
+        "self._squares * weights.to(self._squares)",
+        CLIPPING,
+    ),
+    (
+        "powers of a criterion's loss count as linear",
+        "checks/linear_path.py",
+        "if node.name() not in _LINEAR:",
+        "if False:",
+        CHECKS,
+    ),
+    (
+        "tokens of a trainer's examples are not counted",
+        "integrations/token_losses.py",
+        "return 1 / tokens.float() if",
+        "return 1 + 0 * tokens.float() if",
+        TRAINERS,
+    ),
+    (
+        "a trainer goes on with what the checkpoint knows only",
+        "integrations/transformers_trainer.py",
+        "for later in (read(folder.parent), read(own)):",
+        "for later in (None, None):",
+        TRAINERS,
+    ),
+    (
+        "a state forgets what was charged",
+        "training/saved_state.py",
+        "        meter.accountant.history = history\n",
+        "",
+        "tests/training/test_saved_state.py",
+    ),
+    (
+        "a lightning checkpoint without what was spent is taken",
+        "integrations/lightning_trainer.py",
+        "        if _KEY not in checkpoint:",
+        "        if False:",
+        TRAINERS,
     ),
 ]
 
