@@ -640,7 +640,7 @@ BUGS = [
     (
         "a trainer goes on with what the checkpoint knows only",
         "integrations/transformers_trainer.py",
-        "for later in (read(folder.parent), read(own)):",
+        "for later in (read(folder.parent), known):",
         "for later in (None, None):",
         TRAINERS,
     ),

@@ -5,19 +5,13 @@ from typing import Any
 from ..capture.calls.running_backward import losses_in_backward
 
 # Products: by what is seen in the gradient. Their operands are gone by the time that a loss is reached.
-_LINEAR = {"NegBackward0", "AddBackward0", "SubBackward0", "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1"}
-_LINEAR |= {
-    "RsubBackward0",
-    "RsubBackward1",
-    "MulBackward0",
-    "DivBackward0",
-    "StackBackward0",
-    "CatBackward0",
-    "CloneBackward0",
-    "AliasBackward0",
+_LINEAR = {
+    f"{name.rstrip('01')}Backward{name[-1]}"
+    for name in (
+        "Neg0 Add0 Sub0 Sum0 Sum1 Mean0 Mean1 Rsub0 Rsub1 Mul0 Div0 Stack0 Cat0 Clone0 Alias0 View0 UnsafeView0 ReshapeAlias0 "
+        "ToCopy0 Expand0 Squeeze0 Squeeze1 Unsqueeze0"
+    ).split()
 }
-_LINEAR |= {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0", "ExpandBackward0"}
-_LINEAR |= {"SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"}
 _MOST = 10_000  # nodes that are looked at
 
 

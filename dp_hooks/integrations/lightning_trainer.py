@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,15 +18,15 @@ from .._validate import bad
 from ..capture.calls.trace import untraced
 from ..errors import ScopeError
 from ..training.scope import PrivateTraining
-from ..training.step import dp_step
 from .attributes import put
 from .logical_batches import LogicalBatch, LogicalBatches
 from .stepped_optimizer import SteppedOptimizer
+from .trainer_scope import TrainerScope, refuse
 
 _KEY = "dp_hooks"  # of the scope's state in a checkpoint
 
 
-class PrivateLightningTrainer:
+class PrivateLightningTrainer(TrainerScope):
     """A scope over a Lightning ``Trainer`` and a module: ``with ... as scope: trainer.fit(module)`` is private training.
 
     - Logical batches are drawn from the train loader, with ``batch_size * accumulate_grad_batches`` examples expected; parts of at
@@ -49,16 +48,10 @@ class PrivateLightningTrainer:
             train_dataloaders: the loader of the training data; None: what ``module.train_dataloader()`` returns.
             options: those of :func:`dp_hooks.private_training`.
         """
-        self._trainer = trainer
+        super().__init__(trainer, options)
         self._module = module
         self._given = train_dataloaders
-        self._options = options
-        self._stack = ExitStack()
-        self._step = dp_step(self._loss)
         self._index = self._size = 0  # of the logical batch, and examples in the present part
-        for name in ("model", "optimizer", "loader"):
-            if name in options:
-                raise bad(name, options[name], "it is the trainer's; leave it out.")
 
     def __enter__(self) -> PrivateTraining:
         """Make the module and the trainer private, and return the scope; if anything fails, everything is taken back."""
@@ -105,10 +98,6 @@ class PrivateLightningTrainer:
             self._stack = stack.pop_all()
         return scope
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        """Take everything off the trainer and the module."""
-        self._stack.__exit__(kind, exc, trace)
-
     def _forget(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the private optimizer and loader out of what the trainer keeps."""
         trainer = self._trainer
@@ -133,21 +122,13 @@ class PrivateLightningTrainer:
 
     def _training_step(self, batch: Any, batch_idx: int = 0, *args: Any) -> Tensor:
         """Take one private step, on all parts of a logical batch; return the mean loss."""
-        if not isinstance(batch, LogicalBatch):
-            raise ScopeError(
-                "training_step() in a private scope was given a batch that is not from the private loader. Call "
-                "trainer.fit(module) without a loader: the scope has it."
-            )
-        total, count = torch.zeros((), device=self._private.params[0].device), 0
         self._index = batch_idx
-        for part, size in batch.parts():
-            self._size = size
-            loss = self._step(self._module, part)
-            if size:
-                total, count = total + loss.to(total) * (size if self._scope.loss_reduction == "mean" else 1), count + size
-        self._stepped.taken = True
-        # Lightning goes back from what is returned; nothing is behind it any more.
-        return (total / max(count, 1)).detach().requires_grad_()
+        mean = self._step_on(self._module, batch, "Call trainer.fit(module) without a loader: the scope has it.")
+        return mean.detach().requires_grad_()  # Lightning goes back from it; nothing is behind it any more
+
+    def _before(self, part: Any, size: int) -> tuple[int, int]:
+        self._size = size
+        return super()._before(part, size)
 
     def _loss(self, model: nn.Module, part: Any) -> Tensor:
         with ExitStack() as stack:
@@ -182,25 +163,19 @@ _PAST = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradien
 
 
 def _check(trainer: Any, module: Any) -> None:
-    if isinstance(getattr(vars(module).get("training_step"), "__self__", None), PrivateLightningTrainer):
-        raise ScopeError("this module is in an open private scope already: leave that one first.")
     base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
     own = [name for name in _PAST if getattr(type(module), name) is not getattr(base, name)]
-    if own:
-        raise bad(
-            "module",
-            type(module).__name__,
-            f"it has a {own[0]}() of its own, which a private step would go past: gradients are clipped and get noise, and the "
-            "optimizer steps, inside training_step(). Remove it, or train in a plain loop.",
-        )
+    past = (
+        f"it has a {' and a '.join(own)}() of its own, which a private step would go past: gradients are clipped and get noise, "
+        "and the optimizer steps, inside training_step(). Remove it, or train in a plain loop"
+    )
+    refuse(module, "module", {past: bool(own)})
     reasons = {
         "manual optimization is not supported in this version. Train in a plain loop": not module.automatic_optimization,
         'precision="16-mixed" scales losses by a GradScaler. Use "bf16-mixed"': str(trainer.precision).startswith("16"),
         "several devices are not supported in this version": trainer.world_size > 1,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise bad("trainer", type(trainer).__name__, f"{reason}.")
+    refuse(trainer, "trainer", reasons)
 
 
 def _epochs(trainer: Any, steps: int) -> float:

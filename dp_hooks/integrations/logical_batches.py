@@ -9,18 +9,13 @@ from ..training.optimizer import PrivateOptimizer
 
 
 class LogicalBatch:
-    """The physical parts of one logical batch, each fetched when the one before it was used.
-
-    Attributes:
-        operations: floating point operations that were counted for its parts.
-    """
+    """The physical parts of one logical batch, each fetched when the one before it was used."""
 
     def __init__(self, first: Any, further: Iterator[Any], optimizer: PrivateOptimizer) -> None:
         """``first`` was handed out just now; the rest of it will come from ``further``."""
         self._first: list[Any] = [first]
         self._further = further
         self._optimizer = optimizer
-        self.operations = 0.0
 
     def parts(self) -> Iterator[tuple[Any, int]]:
         """Yield each part, once, with the number of examples in it."""

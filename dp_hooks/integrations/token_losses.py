@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from .._validate import bad
 from .attributes import put
 
-_IGNORED = -100
+IGNORED = -100  # the label of a token that there is no loss on
 
 
 class TokenLosses:
@@ -33,12 +32,10 @@ class TokenLosses:
         self._takes_number = False  # whether the trainer's loss is divided by the number it is given, and not by one of its own
 
     @classmethod
-    def of(cls, trainer: Any, loader: DataLoader[Any], options: Mapping[str, Any], denominator: float | None) -> Self | None:
-        """Return None where labels are not one for each token, or the user says how the loss is reduced."""
+    def of(cls, trainer: Any, batch: Any, options: Mapping[str, Any], denominator: float | None) -> Self | None:
+        """Look at a ``batch``. Return None where labels are not one for each token, or the user says how the loss is reduced."""
         if options.get("loss_reduction") is not None:
             return None
-        with torch.random.fork_rng(devices=[]):  # collate functions may draw masks
-            batch = loader.collate_fn([loader.dataset[0]])
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
             if denominator is not None:
@@ -53,7 +50,7 @@ class TokenLosses:
         labels: Tensor = (
             part["shift_labels"] if "shift_labels" in part else part["labels"][..., 1:] if self._shifts() else part["labels"]
         )
-        counted = labels != _IGNORED
+        counted = labels != IGNORED
         return counted.flatten(1).sum(1).clamp(min=1)
 
     def weights(self, tokens: Tensor) -> Tensor:
@@ -83,7 +80,7 @@ class TokenLosses:
             return False
         inputs, found = trainer._prepare_inputs(batch), []
         for number in (1, 2):
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng():
                 outputs = trainer.model(**inputs, num_items_in_batch=number)
             found.append(outputs["loss"] if isinstance(outputs, Mapping) else outputs[0])
         return bool((found[0] - 2 * found[1]).abs() <= 1e-2 * found[0].abs())
@@ -99,7 +96,7 @@ class TokenLosses:
         logits = outputs["logits"]
         if self._shifts():
             logits, labels = logits[..., :-1, :], labels[..., 1:]
-        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _shifts(self) -> bool:
         """Whether labels are those of the next token, and the model shifts them itself."""

@@ -7,10 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
@@ -20,13 +18,13 @@ from ..errors import ScopeError, SelfCheckError
 from ..privacy.accounting.history import continues
 from ..training.optimizer import PrivateOptimizer
 from ..training.scope import PrivateTraining
-from ..training.step import dp_step
 from .attributes import put
 from .logical_batches import LogicalBatch, LogicalBatches
 from .spending import NAME, history_in, read, set_aside, write
 from .stepped_optimizer import SteppedOptimizer
 from .token_losses import TokenLosses
-from .trl_forward import PairedCollate, TRLForward, is_paired, makes_two_rows, unpaired
+from .trainer_scope import TrainerScope, batch_of_one, refuse
+from .trl_forward import PairedCollate, TRLForward, has_two_rows, is_paired, unpaired
 
 # What trainers of TRL count on themselves while the loss is computed, which the runs of a check would add to.
 _COUNTED = ("_metrics", "_total_train_tokens")
@@ -35,7 +33,7 @@ _KEPT = (
 ).split()
 
 
-class PrivateTransformersTrainer:
+class PrivateTransformersTrainer(TrainerScope):
     """A scope over a ``transformers.Trainer``: ``with ... as scope: trainer.train()`` is private training.
 
     - A logical batch is drawn by Poisson sampling, of ``per_device_train_batch_size * gradient_accumulation_steps`` examples
@@ -60,16 +58,11 @@ class PrivateTransformersTrainer:
             tokens_per_example: what an example's sum of token losses is divided by; None: the number of its tokens.
             options: those of :func:`dp_hooks.private_training`.
         """
-        self._trainer = trainer
+        super().__init__(trainer, options)
         self._tokens = None if tokens_per_example is None else positive("tokens_per_example", tokens_per_example)
-        self._options = options
-        self._stack = ExitStack()
         self._losses: list[Tensor] = []
         self._kept = False  # whether what is spent has been written to disk
-        self._step = dp_step(self._loss)
-        for name in ("model", "optimizer", "loader"):
-            if name in options:
-                raise bad(name, options[name], "it is the trainer's; leave it out.")
+        self._operations = 0.0  # floating point operations of the parts since the trainer asked
 
     # ---------------------------------------------------------------- lifetime
 
@@ -84,9 +77,10 @@ class PrivateTransformersTrainer:
             optimizer = trainer.create_optimizer()
             whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
             prepared = trainer.get_train_dataloader()
-            self._doubled = self._paired and makes_two_rows(prepared.collate_fn, prepared.dataset[0])
+            one = batch_of_one(prepared.collate_fn, prepared.dataset)
+            self._doubled = self._paired and has_two_rows(one)
             loader = _plain(prepared, whole, paired=self._doubled)
-            self._token_losses = TokenLosses.of(trainer, loader, self._options, self._tokens)
+            self._token_losses = TokenLosses.of(trainer, one, self._options, self._tokens)
             scope = PrivateTraining(trainer.model, optimizer, loader, **self._completed(loader))
             scope.averages = scope.averages or self._token_losses is not None
             private, batches = stack.enter_context(scope)
@@ -123,10 +117,6 @@ class PrivateTransformersTrainer:
             self._stack = stack.pop_all()
         return scope
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        """Take everything off the trainer and the model."""
-        self._stack.__exit__(kind, exc, trace)
-
     def _forget(self) -> None:
         """Take the private optimizer out of what accelerate keeps."""
         known = self._trainer.accelerator._optimizers
@@ -155,29 +145,17 @@ class PrivateTransformersTrainer:
     # ---------------------------------------------------------------- what the trainer calls
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Take one private step, on all parts of a logical batch; return the mean loss."""
-        if not isinstance(inputs, LogicalBatch):
-            raise ScopeError(
-                "training_step() in a private scope was given a batch that is not from the private loader. Let trainer.train() "
-                "fetch its batches by get_train_dataloader()."
-            )
-        total = torch.zeros((), device=self._trainer.args.device)
-        count = 0.0
-        for part, size in inputs.parts():
-            if size:
-                self._count_operations(inputs, part)
-            parts = size
-            if size and self._token_losses is not None:
-                tokens = self._token_losses.count(part)
-                self._private.weigh_rows(self._token_losses.weights(tokens).to(self._private.params[0].device))
-                parts = int(tokens.sum())
-            with self._explained():
-                loss = self._step(model, part)
-            share = parts if self._token_losses is None else 1
-            if size:
-                total, count = total + loss.to(total) * share, count + parts
-        self._stepped.taken = True
-        return total / count if count else total
+        """Take one private step."""
+        with self._explained():
+            return self._step_on(model, inputs, "Let trainer.train() fetch its batches by get_train_dataloader().")
+
+    def _before(self, part: Any, size: int) -> tuple[int, int]:
+        self._count_operations(part)
+        if self._token_losses is None:
+            return super()._before(part, size)
+        tokens = self._token_losses.count(part)
+        self._private.weigh_rows(self._token_losses.weights(tokens).to(self._private.params[0].device))
+        return int(tokens.sum()), 1
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -216,14 +194,18 @@ class PrivateTransformersTrainer:
     def _caught(self, loss: Tensor, **kwargs: Any) -> None:
         self._losses.append(loss)
 
-    def _count_operations(self, batch: LogicalBatch, part: Any) -> None:
-        batch.operations += float(self._original["floating_point_ops"](part))
+    def _count_operations(self, part: Any) -> None:
+        self._operations += float(self._original["floating_point_ops"](part))
         track = getattr(type(self._trainer), "_track_num_input_tokens", None)
         if track is not None:
             track(self._trainer, part)
 
     def _floating_point_ops(self, inputs: Any) -> float:
-        return inputs.operations if isinstance(inputs, LogicalBatch) else float(self._original["floating_point_ops"](inputs))
+        """Those of the parts of a logical batch, which were counted as they came."""
+        if not isinstance(inputs, LogicalBatch):
+            return float(self._original["floating_point_ops"](inputs))
+        counted, self._operations = self._operations, 0.0
+        return counted
 
     # ---------------------------------------------------------------- what was spent, on disk
 
@@ -255,10 +237,10 @@ class PrivateTransformersTrainer:
                 )
             # What was spent after the checkpoint, by the run it is of, and by one that went on from it in this run's folder.
             own = Path(self._original["_get_output_dir"](None))
-            for later in (read(folder.parent), read(own)):
+            known = read(own)
+            for later in (read(folder.parent), known):
                 if later is not None and continues(history_in(state), history_in(later)):
                     state = later
-            known = read(own)
             if known is not None and not continues(history_in(known), history_in(state)):
                 set_aside(own)
             self._scope.resume(state)
@@ -273,8 +255,6 @@ class PrivateTransformersTrainer:
 
 def _check(trainer: Any) -> None:
     args = trainer.args
-    if isinstance(getattr(vars(trainer).get("training_step"), "__self__", None), PrivateTransformersTrainer):
-        raise ScopeError("this trainer is in an open private scope already: leave that one first.")
     by_length = getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", "") == "group_by_length"
     reasons = {
         "its model is made anew by model_init in every train(). Pass model=... instead": trainer.model_init is not None,
@@ -286,9 +266,7 @@ def _check(trainer: Any) -> None:
         'train_sampling_strategy="random" (group_by_length=False)': by_length,
         "it has no train_dataset": trainer.train_dataset is None,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise bad("trainer", type(trainer).__name__, f"{reason}.")
+    refuse(trainer, "trainer", reasons)
     if getattr(args, "packing", False):
         warnings.warn(
             "packing joins texts to rows before the scope sees them: what is protected is a row, and a text that is in two rows, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_IGNORED = -100
+from .token_losses import IGNORED
+
 # Trainers whose batches have two rows for each example: those that were chosen, then those that were rejected.
 _PAIRED = ("DPOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer")
 _ONE_EACH = ("ref_", "margin")  # what has one row for each example there, by the beginning of its name
@@ -22,10 +22,8 @@ def is_paired(trainer: Any) -> bool:
     return any(kind.__name__ in _PAIRED and kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
 
 
-def makes_two_rows(collate_fn: Callable[[list[Any]], Any], example: Any) -> bool:
-    """Whether a collate function makes two rows of an example; trainers of TRL before 1.0 do that where they call the model."""
-    with torch.random.fork_rng(devices=[]):
-        batch = collate_fn([copy.deepcopy(example)])
+def has_two_rows(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch of one example has two rows; trainers of TRL before 1.0 make them where they call the model."""
     found = [len(value) for name, value in batch.items() if _is_doubled(name, value)]
     return bool(found) and all(rows == 2 for rows in found)
 
@@ -92,8 +90,8 @@ class TRLForward:
 def _per_token(outputs: Any, labels: Tensor, items: Any, *, shifts: bool) -> SimpleNamespace:
     """What TRL's ``FusedCausalLMOutput`` has, of ordinary logits."""
     logits = (outputs.logits[:, :-1] if shifts else outputs.logits).float()
-    labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=_IGNORED)  # virtual tokens of a prompt come first
-    mask = labels != _IGNORED
+    labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)  # virtual tokens of a prompt come first
+    mask = labels != IGNORED
     logs = logits.log_softmax(-1)
     log_probs = logs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).masked_fill(~mask, 0)
     with torch.no_grad():
