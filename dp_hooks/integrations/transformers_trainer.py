@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from .._rerun import checking
 from .._validate import bad, positive
@@ -265,6 +265,9 @@ def _check(trainer: Any) -> None:
         "batches of examples that are alike in length tell their lengths, and Poisson sampling draws others. Set "
         'train_sampling_strategy="random" (group_by_length=False)': by_length,
         "it has no train_dataset": trainer.train_dataset is None,
+        "its train_dataset is an IterableDataset, from which no example can be drawn independently. Use one with __getitem__, or "
+        "store the stream in one first": isinstance(trainer.train_dataset, IterableDataset),
+        "its train_dataset is empty": isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset),
     }
     refuse(trainer, "trainer", reasons)
     if getattr(args, "packing", False):

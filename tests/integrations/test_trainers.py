@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import ChainDataset, default_collate
 from transformers import TrainerCallback
 
 from dp_hooks.errors import InvalidArgumentError, ScopeError, SelfCheckError
@@ -135,7 +135,9 @@ def test_evaluation_and_generation_in_the_scope_are_ordinary(tmp_path):
     [
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"model_init": True}, "model_init"),
-        ({"train_dataset": None}, "train_dataset"),
+        ({"train_dataset": None}, "no train_dataset"),
+        ({"train_dataset": []}, "train_dataset is empty"),
+        ({"train_dataset": ChainDataset([])}, "is an IterableDataset"),
         ({"group_by_length": True}, "train_sampling_strategy"),
     ],
 )
