@@ -4,7 +4,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,14 +56,26 @@ def _seed_others(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed)
 
 
+_alone = threading.RLock()
+
+
 @contextmanager
-def other_generators_kept() -> Iterator[None]:
-    """Put the generators of Python and NumPy back afterwards."""
-    state = _other_generators()
-    try:
-        yield
-    finally:
-        _set_other_generators(state)
+def generators_kept(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Put the generators of PyTorch (on CPU and these CUDA devices), Python and NumPy back afterwards.
+
+    All threads share them: one at a time is in such a block. (Not in a backward pass, for which its thread may wait in one.)
+    """
+    with undisturbed_generators(), torch.random.fork_rng(devices=devices):
+        state = _other_generators()
+        try:
+            yield
+        finally:
+            _set_other_generators(state)
+
+
+def undisturbed_generators() -> AbstractContextManager[Any]:
+    """Return a context in which no check of another thread seeds the shared generators, and puts them back."""
+    return _alone if torch._C._current_graph_task_id() == -1 else nullcontext()
 
 
 @dataclass(eq=False)

@@ -5,10 +5,11 @@ processors that can (``torch.set_float32_matmul_precision``, ``torch.backends.*.
 process: other threads compute more exactly for as long as a block lasts, never less.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,9 +35,18 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return found
 
 
+class _Blocks:
+    """Blocks of :func:`full_precision` that are running, in whatever thread: the settings are those of the process."""
+
+    lock = threading.RLock()
+    count = 0
+    put_back: ClassVar[list[Callable[[], None]]] = []
+
+
 def rounds() -> bool:
-    """Whether factors of some products in float32 are rounded."""
-    return any(_value(read) not in (*full, None) for read, _, full, _ in _SETTINGS)
+    """Whether factors of some products in float32 are rounded, or would be if no such block were running."""
+    with _Blocks.lock:
+        return _Blocks.count > 0 or any(_value(read) not in (*full, None) for read, _, full, _ in _SETTINGS)
 
 
 @contextmanager
@@ -46,24 +56,34 @@ def full_precision() -> Iterator[None]:
     Rounded by TF32, products of tokens that cancel are off by more than what is left of them: a norm would tell nothing of the sum
     that is released. And kernels that round differ by 1e-3 of a gradient from one another, which nothing that is compared should.
     """
-    if not rounds():
-        yield
-        return
-    changed = []
-    # What is as a more general setting says has to follow that one afterwards, too.
-    follows = [write for read, write, _, general in _SETTINGS if general is not None and "none" != general() == read()]
+    with _Blocks.lock:
+        rounding = rounds()
+        if rounding:
+            _Blocks.put_back = [*_set_full(), *_Blocks.put_back]
+            _Blocks.count += 1
     try:
-        for read, write, full, _ in _SETTINGS:
-            before = _value(read)
-            if before not in (*full, None):
-                changed.append((write, before))
-                write(full[0])
         yield
     finally:
-        for write, before in reversed(changed):
-            write(before)
-        for write in follows:
-            write("none")
+        with _Blocks.lock:
+            _Blocks.count -= rounding
+            if rounding and _Blocks.count == 0:
+                changed, _Blocks.put_back = _Blocks.put_back, []
+                for put_back in changed:
+                    put_back()
+
+
+def _set_full() -> list[Callable[[], None]]:
+    """Let nothing be rounded; return what puts the settings back."""
+    # What is as a more general setting says has to follow that one afterwards, too.
+    general = [(read, write, above) for read, write, _, above in _SETTINGS if above is not None]
+    follows = [partial(write, "none") for read, write, above in general if "none" != above() == read()]
+    changed: list[Callable[[], None]] = []
+    for read, write, full, _ in _SETTINGS:
+        before = _value(read)
+        if before not in (*full, None):
+            changed.insert(0, partial(write, before))
+            write(full[0])
+    return [*changed, *follows]
 
 
 def _value(read: Callable[[], Any]) -> Any:

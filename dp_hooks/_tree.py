@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 Leaf = Callable[..., Any]
@@ -27,24 +27,25 @@ def _is_node(value: object) -> bool:
     return isinstance(value, (tuple, list, Mapping)) or (dataclasses.is_dataclass(value) and not isinstance(value, (type, _Slot)))
 
 
-def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
+def tree_map(fn: Leaf, tree: Any, *others: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Return ``tree`` with every leaf ``x`` replaced by ``fn(x, *matching leaves of others)``.
 
     A ``PackedSequence`` is a leaf. Containers keep their type: tuples, named tuples, lists, mappings of any class
     (``dict``, ``UserDict``, ``BatchEncoding``, ``ModelOutput``) and dataclasses. ``others`` must have the structure of
-    ``tree``. Lists whose lengths differ between the trees are handed to ``fn`` whole, as leaves.
+    ``tree``. Lists whose lengths differ between the trees are handed to ``fn`` whole, as leaves; so is, of ``tree``, whatever
+    ``is_leaf`` says.
     """
-    if not _is_node(tree):
+    if not _is_node(tree) or (is_leaf is not None and is_leaf(tree)):
         return fn(tree, *others)
     if isinstance(tree, (tuple, list)):
         if any(len(other) != len(tree) for other in others):
             return fn(tree, *others)
-        items = [tree_map(fn, item, *(other[i] for other in others)) for i, item in enumerate(tree)]
+        items = [tree_map(fn, item, *(other[i] for other in others), is_leaf=is_leaf) for i, item in enumerate(tree)]
         if type(tree) is list:
             return items
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, Mapping):
-        changed = {key: tree_map(fn, value, *(other[key] for other in others)) for key, value in tree.items()}
+        changed = {key: tree_map(fn, value, *(other[key] for other in others), is_leaf=is_leaf) for key, value in tree.items()}
         if type(tree) is dict:
             return changed
         if hasattr(tree, "__setitem__"):
@@ -55,9 +56,29 @@ def tree_map(fn: Leaf, tree: Any, *others: Any) -> Any:
         return type(tree)(changed)  # type: ignore[call-arg]
     clone = copy.copy(tree)
     for field in dataclasses.fields(tree):
-        value = tree_map(fn, getattr(tree, field.name), *(getattr(other, field.name) for other in others))
+        value = tree_map(fn, getattr(tree, field.name), *(getattr(other, field.name) for other in others), is_leaf=is_leaf)
         object.__setattr__(clone, field.name, value)
     return clone
+
+
+def attributes_of(leaf: Any) -> dict[str, Any]:
+    """The attributes of an object with tensors or arrays among them, as classes for batches have; of anything else none."""
+    if isinstance(leaf, (*_LEAVES, Module, type)) or callable(leaf) or _is_node(leaf):
+        return {}
+    attributes = dict(getattr(leaf, "__dict__", {}))
+    return attributes if tensors_of(attributes) or any(map(is_array, attributes.values())) else {}
+
+
+def with_attributes(leaf: Any, attributes: dict[str, Any]) -> Any:
+    """Return a copy of an object with other attributes."""
+    clone = copy.copy(leaf)
+    vars(clone).update(attributes)
+    return clone
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a NumPy array with axes."""
+    return type(value).__module__ == "numpy" and getattr(value, "shape", ()) != ()
 
 
 def modules_of(model: Module) -> list[Module]:
@@ -68,7 +89,8 @@ def modules_of(model: Module) -> list[Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            waiting += [child for child in module._modules.values() if child is not None]
+            if children := module._modules:
+                waiting += [child for child in children.values() if child is not None]
     return list(found.values())
 
 
@@ -106,15 +128,18 @@ def outputs_of(tree: Any) -> list[Tensor]:
 def _collect(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
         found.append(tree)
-    elif _is_node(tree):
-        if isinstance(tree, (tuple, list)):
-            parts: Iterable[Any] = tree
-        elif isinstance(tree, Mapping):
-            parts = tree.values()
-        else:
-            parts = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-        for part in parts:
+    else:
+        for part in parts_of(tree):
             _collect(part, found)
+
+
+def parts_of(tree: Any) -> Iterable[Any]:
+    """Return what is directly in a container; nothing of a leaf."""
+    if not _is_node(tree):
+        return ()
+    if isinstance(tree, (tuple, list)):
+        return tree
+    return tree.values() if isinstance(tree, Mapping) else [getattr(tree, field.name) for field in dataclasses.fields(tree)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +196,10 @@ class PaddedField:
 
 
 def field_at(batch: Any, path: Iterable[Any]) -> Any:
-    """Return what is in ``batch`` under these keys and positions, one after the other; None if there is nothing."""
+    """Return what is in ``batch`` under these keys, attributes and positions, one after the other; None if there is nothing."""
     for key in path:
         try:
-            batch = batch[key]
+            batch = (attributes_of(batch) or batch)[key]
         except (KeyError, IndexError, TypeError):
             return None
     return batch
@@ -216,3 +241,11 @@ def _cut(batch: Any, sizes: Collection[int], axis: int, take: Callable[[Tensor],
         return take(leaf) if counts else leaf
 
     return tree_map(cut, batch)
+
+
+def names_of_parameters(model: Module) -> dict[Parameter, list[str]]:
+    """Return the qualified names of every parameter, several if it is shared."""
+    names: dict[Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return names

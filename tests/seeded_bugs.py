@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOISE, CLIPPING = "tests/privacy/noise tests/training", "tests/privacy/clipping tests/training"
 RULES, SAMPLING = "tests/rules tests/gradients tests/whole/test_laws.py", "tests/privacy/sampling"
 TRAINERS = "tests/integrations"
+SECURE = "tests/privacy/noise tests/privacy/sampling/test_poisson.py"
 ACCOUNTS, CHECKS = "tests/privacy/accounting tests/training", "tests/checks tests/whole/test_faults.py"
 
 # What it is, the file in the package, what stands there, what is put in its place, and the tests that should notice.
+LEDGER = "tests/privacy/accounting/test_ledger.py"
 BUGS = [
     (
         "noise times 0.95",
@@ -35,13 +37,7 @@ BUGS = [
         "return noise_multiplier",
         NOISE,
     ),
-    (
-        "noise divided twice",
-        "training/optimizer.py",
-        "for p in params], std, scale)",
-        "for p in params], std * scale, scale)",
-        NOISE,
-    ),
+    ("noise divided twice", "training/optimizer.py", "add_(totals, std, scale, ", "add_(totals, std * scale, scale, ", NOISE),
     (
         "the same noise for every tensor",
         "privacy/noise/gaussian.py",
@@ -115,8 +111,8 @@ BUGS = [
     (
         "release of what is not finite",
         "training/optimizer.py",
-        "if not self._noise.add_([sums[p] for p in params], std, scale):",
-        "if not self._noise.add_([sums[p] for p in params], std, scale) and False:",
+        "if not self._noise.add_(totals, std, scale, sensitivity=clipping.sensitivity):",
+        "if not self._noise.add_(totals, std, scale, sensitivity=clipping.sensitivity) and False:",
         "tests/training tests/whole/test_traps.py",
     ),
     (
@@ -129,8 +125,8 @@ BUGS = [
     (
         "drawn at 1.1 times the rate",
         "privacy/sampling/poisson.py",
-        "(uniform < self.sample_rate)",
-        "(uniform < 1.1 * self.sample_rate)",
+        "return uniform < self.sample_rate",
+        "return uniform < 1.1 * self.sample_rate",
         SAMPLING,
     ),
     (
@@ -143,8 +139,8 @@ BUGS = [
     (
         "rate from whole batches",
         "privacy/sampling/scheme.py",
-        "loader.batch_size / examples, float(loader.batch_size)",
-        "1 / len(loader), float(loader.batch_size)",
+        "batch_size / examples, float(batch_size)",
+        "1 / len(loader), float(batch_size)",
         SAMPLING,
     ),
     (
@@ -172,14 +168,14 @@ BUGS = [
     (
         "foreign steps charged at the loader's rate",
         "privacy/accounting/meter.py",
-        "charge(self.accountant, self.noise_multiplier, 1.0)",
-        "charge(self.accountant, self.noise_multiplier, self.charged_rate)",
+        "self._charge(1.0)",
+        "self._charge(self.charged_rate)",
         ACCOUNTS,
     ),
     (
         "a pass in order is not charged",
         "privacy/accounting/meter.py",
-        "        charge(self.accountant, self.noise_multiplier, self.charged_rate)\n        self._pass_sigma",
+        "        self._charge(self.charged_rate)\n        self._pass_sigma",
         "        self._pass_sigma",
         ACCOUNTS,
     ),
@@ -221,8 +217,8 @@ BUGS = [
     (
         "no noise for parameters without gradient",
         "training/optimizer.py",
-        "self._noise.add_([sums[p] for p in params], std, scale)",
-        "self._noise.add_([sums[p] for p in params if bool(sums[p].any())], std, scale)",
+        "self._noise.add_(totals, std, scale, ",
+        "self._noise.add_([total for total in totals if bool(total.any())], std, scale, ",
         NOISE,
     ),
     (
@@ -256,7 +252,7 @@ BUGS = [
     ),
     ("cross terms halved", "rules/ghost_norms.py", "(a, b, 2 * a.scale * b.scale)", "(a, b, a.scale * b.scale)", RULES),
     ("blocks of long sequences without cross terms", "rules/outer.py", "(one, two, 2 * weight)]", "(one, two, 0 * weight)]", RULES),
-    ("rounding of Gram norms not added", "rules/ghost_norms.py", "    total = total + slack\n", "", RULES),
+    ("rounding of Gram norms not added", "rules/ghost_norms.py", "norms = total + slack\n", "norms = total.clone()\n", RULES),
     (
         "padding rows counted",
         "rules/embedding.py",
@@ -510,8 +506,8 @@ BUGS = [
     (
         "operations with other switches are the same",
         "capture/calls/trace.py",
-        "number = self._numbered((function.name, where, tuple(kinds), named))",
-        "number = self._numbered((function.name, where, len(kinds), named))",
+        "operation = (function.name, where, named, *_kinds(args, sized))",
+        "operation = (function.name, where, named, len(args))",
         CHECKS,
     ),
     (
@@ -639,10 +635,68 @@ BUGS = [
     ),
     (
         "a trainer goes on with what the checkpoint knows only",
-        "integrations/transformers_trainer.py",
-        "for later in (read(folder.parent), known):",
-        "for later in (None, None):",
+        "integrations/spending.py",
+        "        for later in known:",
+        "        for later in ():",
         TRAINERS,
+    ),
+    (
+        "noise on the grid for the sensitivity before rounding",
+        "privacy/noise/grid.py",
+        "std / sensitivity * (sensitivity / spacing + root)",
+        "std / spacing",
+        SECURE,
+    ),
+    (
+        "sums are cut off to the grid, not rounded",
+        "privacy/noise/grid.py",
+        "(numbers / self.spacing).round_()",
+        "(numbers / self.spacing)",
+        SECURE,
+    ),
+    (
+        "sums keep what lies between the points of the grid",
+        "privacy/noise/secure.py",
+        ".add_(numbers.mul_(0))",
+        ".add_(numbers.remainder_(grid.spacing), alpha=scale)",
+        SECURE,
+    ),
+    (
+        "one key for all calls",
+        "privacy/noise/secret_bytes.py",
+        "    def read(count: int) -> bytearray:\n        cipher: Any = Cipher"
+        "(algorithms.ChaCha20(os.urandom(32), bytes(4) + os.urandom(12))",
+        "    key = os.urandom(32), bytes(4) + os.urandom(12)\n\n"
+        "    def read(count: int) -> bytearray:\n        cipher: Any = Cipher(algorithms.ChaCha20(*key)",
+        SECURE,
+    ),
+    (
+        "cells next to the right ones",
+        "privacy/noise/rounded_gaussian.py",
+        "torch.where(share < begins, first, alias)",
+        "torch.where(share < begins, first, alias + 1)",
+        SECURE,
+    ),
+    (
+        "numbers whose digits do not decide are taken as they are",
+        "privacy/noise/rounded_gaussian.py",
+        "    if left.numel():",
+        "    if left.numel() < 0:",
+        SECURE,
+    ),
+    (
+        "the table's first weights are off by one part in 100,000",
+        "privacy/noise/normal_table.py",
+        "weights[0] += (1 << BITS) - sum(weights)",
+        "weights[1] -= weights[1] // 100_000\n    weights[0] += (1 << BITS) - sum(weights)",
+        SECURE,
+    ),
+    (
+        "secure batches from PyTorch's generator",
+        "privacy/sampling/loader.py",
+        "SecurePoissonSampler(*drawn) if plan.secure else",
+        "SecurePoissonSampler(*drawn) if False else",
+        SECURE,
     ),
     (
         "a state forgets what was charged",
@@ -653,10 +707,45 @@ BUGS = [
     ),
     (
         "a lightning checkpoint without what was spent is taken",
-        "integrations/lightning_trainer.py",
-        "        if _KEY not in checkpoint:",
+        "integrations/lightning_checkpoints.py",
+        "        if KEY not in checkpoint:",
         "        if False:",
         TRAINERS,
+    ),
+    (
+        "the scale of a GradScaler is left on the gradients",
+        "training/loss_scale.py",
+        "torch.full((samples,), 1 / self.factor, device=device)",
+        "torch.full((samples,), 1.0, device=device)",
+        "tests/training/test_loss_scale.py",
+    ),
+    (
+        "a charge is not on the disk before its release",
+        "privacy/accounting/ledger_file.py",
+        "            os.fsync(self._descriptor)\n",
+        "",
+        LEDGER,
+    ),
+    (
+        "a ledger forgets what was lost with a process",
+        "privacy/accounting/open_ledger.py",
+        "        return whole\n",
+        "        return history\n",
+        LEDGER,
+    ),
+    (
+        "a total over runs knows of this run alone",
+        "privacy/accounting/open_ledger.py",
+        "history = [*self.spent.history, *self._brought, (sigma, rate, steps)]",
+        "history = [*self._brought, (sigma, rate, steps)]",
+        LEDGER,
+    ),
+    (
+        "accumulated batches are charged at the rate of one",
+        "training/prepared.py",
+        "loader.batch_sampler.batch_size * accumulated",
+        "loader.batch_sampler.batch_size",
+        "tests/integrations/test_accelerate.py",
     ),
 ]
 

@@ -51,17 +51,21 @@ class ModelCalls:
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called; the first input of the outermost one tells the number of samples."""
         session = self.session
+        session.threads.check()
         if session.rerunning:
             return
         if self.tracker.probe is not None:
             self.tracker.probe.enter(name, module, (args, kwargs))
         elif not session.in_backward():
+            if not session.depth:
+                session.threads.begin_call()
             session.depth += 1
             if session.depth == 1:
                 try:
                     self._begin(name, module, args, kwargs)
                 except BaseException:
                     session.depth = 0  # the hook after the call will not run
+                    session.threads.end()
                     raise
             elif session.trace is not None:
                 session.trace.enter(name)
@@ -113,7 +117,7 @@ class ModelCalls:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call of a module is over; return other outputs in the place of its own, or None."""
         session = self.session
-        if session.rerunning:
+        if session.rerunning or session.threads.is_other():
             return None
         hooked = self.hooked_modules.repeated(module)
         replaced = None
@@ -143,6 +147,7 @@ class ModelCalls:
         session.retracked_task = None
         session.restore_parameters()
         call.end()
+        session.threads.end()
         self._check_written()
         ordinary = self.tracker.untrack(output)
         result = replaced if ordinary is output else ordinary

@@ -23,6 +23,9 @@ from .samples.tracked import TrackedTensor, in_transform
 from .samples.tracker import Tracker
 from .samples.uses import UseLayout
 
+_HALF = frozenset((torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor,))
+
 
 class ModuleCalls:
     """The hooks before and after every call of a hooked module."""
@@ -44,11 +47,12 @@ class ModuleCalls:
         if session.rerunning or session.repeating:
             return
         if probe is None and not session.in_backward():
-            session.sink.used(list(hooked.swap.params.values()))
-        for swapped in (hooked, *hooked.inner):  # in use outside, or an interrupted forward could not put them back
-            if swapped.swap.swapped:
-                swapped.swap.restore()
-        if not self.capturing() or not hooked.swap.trainable():
+            session.sink.used(hooked.swap.params.values())
+        if session.swapped:
+            for swapped in (hooked, *hooked.inner):  # in use outside, or an interrupted forward could not put them back
+                if swapped.swap.swapped:
+                    swapped.swap.restore()
+        if not self.capturing() or not hooked.swap.is_trainable:
             return
         hooked.check_own()
         inputs = tensors_of((args, kwargs))
@@ -61,7 +65,7 @@ class ModuleCalls:
                 )
             probe.note(("call", hooked.name), probe.bypassed(list(hooked.swap.params.values())))
             return
-        hooked.captures, hooked.use = not hooked.tracks and not any(isinstance(t, TrackedTensor) for t in inputs), None
+        hooked.captures, hooked.use = not hooked.tracks and TrackedTensor not in map(type, inputs), None
         if hooked.captures:
             hooked.use = self._tracker.call_of(hooked.name, inputs)
             if hooked.use is not None and hooked.use.shared:
@@ -77,23 +81,26 @@ class ModuleCalls:
     def after(self, hooked: HookedModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put the parameters back, and return the outputs, watched; None: as they are."""
         session, probe = self._session, self._tracker.probe
-        if session.rerunning or session.repeating:
+        if session.rerunning or session.repeating or session.threads.is_other():
             return None
         ran_swapped = hooked.swap.swapped
         if ran_swapped:
             hooked.swap.restore()
-        if self._tracks_outside():  # also after a call without gradients, which emptied them
+        if (hooked.outside or hooked.inner) and self._tracks_outside():  # also after a call without gradients, which emptied them
             for emptied in (hooked, *hooked.inner):
                 emptied.track_outside(self._tracker)
         if not ran_swapped or not self.capturing() or not hooked.captures:
             return None
-        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+        if (kwargs or len(args) != 1 or not isinstance(args[0], Tensor)) and any(
+            isinstance(value, PackedSequence) for value in (*args, *kwargs.values())
+        ):
             raise UnsupportedModelError(
                 f"{hooked.name or 'the model'} ({type(module).__name__}): got a PackedSequence, in which the rows of the "
                 "samples are interleaved. Remedy: pass the padded tensor, and pick the last valid output by length."
             )
         with torch._C.DisableTorchFunction():
             outputs = differentiable(output)
+            rounds = not _HALF.isdisjoint([t.dtype for t in outputs])
         if probe is not None:
             repeated = self._hooked_modules.repeated(hooked.module) is not None
             if repeated:  # on each sample alone, it gives back what belongs to that sample
@@ -102,18 +109,18 @@ class ModuleCalls:
             return None
         if not outputs:
             return None
-        if session.call.record is not None and any(t.dtype in (torch.bfloat16, torch.float16) for t in outputs):
+        if rounds and session.call.record is not None:
             session.call.record.rounds = True
         skeleton, inputs = split((args, kwargs))
-        plain = all(type(t) is Tensor for t in (*inputs, *outputs))  # others may have something to say
+        plain = _PLAIN.issuperset(map(type, inputs)) and _PLAIN.issuperset(map(type, outputs))  # others may have something to say
         with torch._C.DisableTorchFunction() if plain else nullcontext():
             names, autocast = hooked.swap.trainable(), autocast_dtype(outputs[0].device.type)
             make = functools.partial(self._terms, hooked, hooked.use, session.rows(), skeleton, names, autocast)
             around = functools.partial(self._hooked_modules.own_parameters, hooked)
-            tapped = iter(tap(session, outputs, [t.detach() for t in inputs], hooked.name, make, around))
+            watched = tap(session, outputs, [t.detach() for t in inputs], hooked.name, make, around)
         if isinstance(output, Tensor):
-            return next(tapped)
-        whole, tensors = split(output)
+            return watched[0]
+        tapped, (whole, tensors) = iter(watched), split(output)
         return join(whole, [next(tapped) if any(t is o for o in outputs) else t for t in tensors])
 
     def _tracks_outside(self) -> bool:
@@ -149,4 +156,4 @@ class ModuleCalls:
         if use is not None:
             rule, call = split_call(rule, call, use)
         check_samples(call)
-        return [Deferred(call, rule, session.scale(rows))]
+        return [Deferred(call, rule, session.scale(rows), hooked.swap.names_of(names))]

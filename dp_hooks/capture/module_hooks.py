@@ -103,6 +103,8 @@ class ModuleHooks:
         """Whether hooks that are neither ours nor PyTorch's get inputs or outputs of ``module``."""
         ours = self._ids.get(id(module), set())
         hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if ours.issuperset(hooks[0]) and ours.issuperset(hooks[1]):
+            return False
         return any(key not in ours and _is_of_others(hook) for some in hooks for key, hook in some.items())
 
     def forget(self) -> None:

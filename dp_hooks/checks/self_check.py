@@ -82,6 +82,7 @@ class SelfCheck:
         self._controller.session.recorder = self._controller.session.trace = None
         self._trace.close()
         self.new_step()
+        self._recorder.close()
 
     def _before_write(self, gradients: SampleGradients) -> None:
         """Check before ``p.grad_sample`` is written: who reads it need not take a step."""

@@ -58,10 +58,11 @@ class SampleGradients:
     def sq_norms(self, wanted: Sequence[nn.Parameter]) -> Sums:
         """Return ``[samples]`` squared norms, or upper bounds of them, for the parameters in ``wanted``."""
         out: Sums = {}
-        for group in self._groups(wanted):
-            first, *more = self._terms[group[0]]
-            found = {} if more else first.sq_norms(group) or {}
-            out |= {p: found[p] if p in found else self._shared_norms(p) for p in group}
+        with ghost_norms.looked_at_together():
+            for group in self._groups(wanted):
+                first, *more = self._terms[group[0]]
+                found = {} if more else first.sq_norms(group) or {}
+                out |= {p: found[p] if p in found else self._shared_norms(p) for p in group}
         return out
 
     @torch.no_grad()
@@ -72,28 +73,36 @@ class SampleGradients:
         What is small is written out side by side for it, and kept so for :meth:`weighted_sums`.
         """
         self._joined, out = [], []
-        for group in groups:
-            joined = self._join(group)
-            done = {p for some in joined for p in some.params}
-            parts = [some.sq_norms() for some in joined]
-            parts += self.sq_norms([p for p in group if p not in done]).values()
-            out.append(parts[0] if len(parts) == 1 else added(parts))
-            self._joined += joined
-        return out
+        with ghost_norms.looked_at_together():
+            for group in groups:
+                joined = self._join(group)
+                done = {id(p) for some in joined for p in some.params}
+                parts = [some.sq_norms() for some in joined]
+                out.append([*parts, *self.sq_norms([p for p in group if id(p) not in done]).values()])
+                self._joined += joined
+        return [parts[0] if len(parts) == 1 else added(parts) for parts in out]
 
     def _join(self, group: Sequence[nn.Parameter]) -> list[Joined]:
-        small = [p for p in group if is_small(p, self._count) and not any(term.has_formulas for term in self._terms[p])]
-        alone = {p for p in small if len(self._terms[p]) == 1}
-        pieces: dict[int, Piece] = {}
-        for p in small:
-            first, *more = self._terms[p]
-            piece = first.piece if isinstance(first, Instantiated) else None
-            if piece is not None and alone.issuperset(piece.params):
-                pieces[id(piece)] = piece
+        found: dict[int, tuple[Piece | None, list[nn.Parameter]]] = {}
+        for p in group:
+            terms = self._terms[p]
+            first = terms[0]
+            if len(terms) == 1 and isinstance(first, Instantiated) and first.piece is not None:  # which are of small ones
+                found.setdefault(id(first.piece), (first.piece, []))[1].append(p)
+            elif is_small(p, self._count) and not any(term.has_formulas for term in terms):
+                found[id(p)] = (None, [p])
+        pieces: list[Piece] = []
+        for piece, params in found.values():
+            if piece is not None and len(params) == len(piece.params):
+                pieces.append(piece)
             else:
-                grads, scale = (self.grads(p), 1.0) if more else first.unscaled(p)
-                pieces[id(p)] = Piece([p], grads.reshape(self.samples, p.numel()), scale)
-        return Joined.make(pieces.values())
+                pieces += [self._piece(p) for p in params]
+        return Joined.make(pieces)
+
+    def _piece(self, p: nn.Parameter) -> Piece:
+        first, *more = self._terms[p]
+        grads, scale = (self.grads(p), 1.0) if more else first.unscaled(p)
+        return Piece([p], grads.reshape(self.samples, p.numel()), scale)
 
     def _shared_norms(self, param: nn.Parameter) -> Tensor:
         """Squared norms of a parameter with several uses: from their factors if all have some, else written out."""
@@ -127,10 +136,14 @@ class SampleGradients:
         for some in joined:
             with torch.no_grad(), full_precision():
                 sums = list(some.weighted_sums(factors, chosen))
-            for param in some.params if consume else ():
+            if consume and len(some.params) == len(self._terms):
+                self._terms.clear()
+            for param in some.params if consume and self._terms else ():
                 del self._terms[param]
             done.update(some.params)
             yield from sums
+        if len(done) == len(factors):
+            return
         for param, factor in factors.items():
             if param in done:
                 continue

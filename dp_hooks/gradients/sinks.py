@@ -1,6 +1,6 @@
 """Sinks: what becomes of the terms that backward passes bring, one sink per mode."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,8 +24,12 @@ class Sink:
 
     count_as: int = 0
 
-    def used(self, params: Sequence[nn.Parameter]) -> None:
+    def used(self, params: Collection[nn.Parameter]) -> None:
         """A module with these parameters is called in a forward pass, or they are used outside their module in one."""
+
+    def defers(self, term: Term) -> bool:
+        """Whether nothing is worked out of ``term`` before the end of the backward pass: it is kept as it is."""
+        return False
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Work out at once what is wanted at once; return what has to be kept until the end of the backward pass."""
@@ -59,6 +63,10 @@ class DeferredSink(Sink):
 
     pending: list[Term] = field(default_factory=list, init=False)
     _versions: list[tuple[str, Tensor, int]] = field(default_factory=list, init=False)  # of what was captured
+
+    def defers(self, term: Term) -> bool:
+        """What is small waits for others like it."""
+        return isinstance(term, Deferred) and term.waits(self.count_as)
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Write out what takes no more memory afterwards, and let go of what it came from."""

@@ -24,7 +24,7 @@ def stacked(waiting: Sequence[Deferred]) -> Iterator[Instantiated]:
         found = first.run(_as_one(alike, names))
         for at, name in enumerate(names):
             params = [term.params[at] for term in alike]
-            if len(set(params)) < len(params):  # a layer that was called several times
+            if len({*map(id, params)}) < len(params):  # a layer that was called several times
                 yield from (_written(Piece([p], rows, first.scale), first) for p, rows in _rows(params, found[name], first.samples))
             else:
                 yield _written(Piece(params, found[name].reshape(first.samples, -1), first.scale), first)

@@ -70,14 +70,17 @@ class Deferred(Term):
     call: Call
     rule: Rule
     scale: float
-    names: dict[nn.Parameter, str] = field(init=False)
+    names: Mapping[nn.Parameter, str] = field(
+        default_factory=dict
+    )  # of its parameters; found in the module where they are not given
     # What has to be the same in calls that are computed as one; None: it is not one of those that wait for others.
     kind: Hashable = field(default=None, init=False)
     _kept: dict[str, Tensor] | None = None
     _products: dict[nn.Parameter, OuterProducts | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.names = {self.call.parameter(name): name for name in self.call.names}
+        if not self.names:
+            self.names = {self.call.parameter(name): name for name in self.call.names}
         self.samples, self.name, self.params = self.call.samples, self.call.name, list(self.names)
         rule = self.rule
         self.has_formulas = rule.outer_products is None and (rule.sq_norms is not None or rule.weighted_sums is not None)
@@ -131,6 +134,8 @@ class Deferred(Term):
         captured = {t.untyped_storage().data_ptr() for t in self.captured}
         if found is None or found.storages <= captured:
             self._products[param] = found
+            if found is not None:
+                found.is_kept = True
         return found
 
     def sq_norms(self, params: Sequence[nn.Parameter]) -> Sums | None:
@@ -165,15 +170,12 @@ class Deferred(Term):
         beyond those of an ordinary backward pass. For a linear layer with ``t`` tokens ``held`` is ``t (o + i)``; ``o i <= t (o +
         i)`` is also where Gram matrices would cost more than the gradients (see :func:`dp_hooks.rules.ghost_norms.sq_norms`). Up
         to ``_GENEROSITY`` times as much is allowed: by then the backward pass has let other activations go. So is what is small
-        anyway (:func:`.is_small`). Calls of which all is small wait for others like them, see :mod:`.stacked`.
+        anyway (:func:`.is_small`). Calls of which all is small wait for others like them, see :meth:`waits`.
         """
         call, rule = self.call, self.rule
-        if call.samples == 0 or self.has_formulas:
+        if call.samples == 0 or self.has_formulas or self.waits(count_as):
             return [self]
         count = max(call.samples, count_as)
-        self.kind = self._kind(count)
-        if self.kind is not None:
-            return [self]
         held = sum(t.numel() for t in self.captured) // call.samples
         small = {p: name for p, name in self.names.items() if p.numel() <= _GENEROSITY * held or is_small(p, count)}
         if not small or (rule.whole_subtree and len(small) < len(call.names)):  # the latter would be run twice
@@ -182,6 +184,12 @@ class Deferred(Term):
         tensors = self.run(dataclasses.replace(call, names=tuple(small.values())) if rest else call)
         stored = Instantiated({p: tensors[name] for p, name in small.items()}, call.samples, call.name, self.scale)
         return [stored, Deferred(dataclasses.replace(call, names=rest), rule, self.scale)] if rest else [stored]
+
+    def waits(self, count_as: int = 0) -> bool:
+        """Whether the call is to be computed together with others like it, see :mod:`.stacked`: all of it is small."""
+        if self.kind is None and self.samples > 0 and not self.has_formulas:
+            self.kind = self._kind(max(self.samples, count_as))
+        return self.kind is not None
 
     def _kind(self, count: int) -> Hashable:
         call, alike = self.call, self.rule.alike

@@ -1,7 +1,7 @@
 """Clipping with a second backward pass instead of captured tensors: memory for the price of time."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,9 +37,13 @@ class TwoPass(DeferredSink):
     _seen: dict[str, list[Tensor]] = field(default_factory=dict)
     _again: "Counter[str]" = field(default_factory=Counter)
 
-    def used(self, params: Sequence[nn.Parameter]) -> None:
+    def used(self, params: Collection[nn.Parameter]) -> None:
         """A use of these parameters is to be expected in the backward pass."""
         self.uses.update(params)
+
+    def defers(self, term: Term) -> bool:
+        """What comes is needed at once, to be compared with what comes again."""
+        return False
 
     def receive(self, term: Term) -> Sequence[Term]:
         """Take what is needed of ``term`` and return what has to be kept."""

@@ -1,6 +1,6 @@
 """A private loader as a trainer sees it: one item is one logical batch, whatever parts it comes in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import ScopeError
@@ -51,8 +51,15 @@ class LogicalBatches:
 
     batch_size = None
 
-    def __init__(self, loader: PrivateDataLoader, optimizer: PrivateOptimizer, batches_per_pass: int) -> None:
-        """Go through ``loader``."""
+    def __init__(
+        self,
+        loader: PrivateDataLoader,
+        optimizer: PrivateOptimizer,
+        batches_per_pass: int,
+        at_the_end: Callable[[], None] | None = None,
+    ) -> None:
+        """Go through ``loader``; ``at_the_end`` is called when a pass has no batch, since the budget is used up."""
+        self._at_the_end = at_the_end
         self._loader = loader
         self._optimizer = optimizer
         self._length = batches_per_pass
@@ -64,6 +71,9 @@ class LogicalBatches:
 
     def __iter__(self) -> Iterator[LogicalBatch]:
         """Begin a pass."""
-        parts = iter(self._loader)
+        parts, began = iter(self._loader), False
         for first in parts:
+            began = True
             yield LogicalBatch(first, parts, self._optimizer)
+        if not began and self._at_the_end is not None:
+            self._at_the_end()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from opacus import PrivacyEngine
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import Self
@@ -47,8 +48,8 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         """Create an engine with its own accountant.
 
         Args:
-            accountant: "prv", "rdp" or "gdp".
-            secure_mode: not available yet; True raises ``InvalidArgumentError`` in :meth:`make_private`.
+            accountant: "prv", "pld", "rdp" or "gdp".
+            secure_mode: noise and sampling that nobody can draw again; see :func:`~dp_hooks.private_training`.
         """
         self.accountant = make_accountant(accountant)
         self.secure_mode = secure_mode
@@ -98,10 +99,11 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         Arguments mean what they mean in :func:`~dp_hooks.private_training` (``module`` is its ``model``, ``data_loader`` its
         ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``
         and ``self_check``. The options of adaptive clipping may also be given one by one, as Opacus has them
-        (``target_unclipped_quantile=0.5, ...``). ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned
-        unchanged there, since ordinary losses work; if it is a module and the loop calls it, the self-check covers it in every
-        mode. ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused if True: this engine never wraps, and
-        its empty batches have no row.
+        (``target_unclipped_quantile=0.5, ...``), and alone, as its ``PrivacyEngineAdaptiveClipping`` has them; they mean
+        ``clipping="adaptive"`` then. ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned unchanged there,
+        since ordinary losses work; if it is a module and the loop calls it, the self-check covers it in every mode.
+        ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused if True: this engine never wraps, and its
+        empty batches have no row. The optimizer and the loader work in Opacus's ``BatchMemoryManager``, without loader workers.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -167,6 +169,12 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
                 remedy = f"{', '.join(options)} given outside of it as well; put all options into clipping_options."
                 raise bad("clipping_options", kwargs["clipping_options"], remedy)
             kwargs["clipping_options"] = options
+            if kwargs["clipping"] == "flat":  # Opacus's PrivacyEngineAdaptiveClipping takes the options alone
+                warnings.warn(f"{', '.join(options)}: options of adaptive clipping, so clipping='adaptive' is used", stacklevel=3)
+                kwargs["clipping"] = "adaptive"
+        if isinstance(criterion, DPLossFastGradientClipping):
+            remedy = "it works with Opacus's own modules alone. Pass the loss that it was made of: ghost mode takes any."
+            raise bad("criterion", type(criterion).__name__, remedy)
         own = {"accountant": self.accountant, "secure_mode": self.secure_mode, "grad_sample_mode": grad_sample_mode}
         loss = nn.CrossEntropyLoss() if criterion is None and grad_sample_mode == "ghost" else criterion
         scope = private_training(

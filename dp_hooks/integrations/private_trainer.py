@@ -35,7 +35,8 @@ def private_trainer(
             :class:`~dp_hooks.integrations.lightning_trainer.PrivateLightningTrainer`.
         module: with Lightning, the module that ``trainer.fit(module)`` will be called with.
         max_grad_norm: the clipping bound C.
-        options: all other arguments of :func:`dp_hooks.private_training` but model, optimizer and loader.
+        options: all other arguments of :func:`dp_hooks.private_training` but model, optimizer and loader; and those of the
+            class named above (``tokens_per_example``; ``train_dataloaders``, ``part``).
 
     Returns:
         A context manager; its value is the :class:`~dp_hooks.training.scope.PrivateTraining` scope, which can be asked for

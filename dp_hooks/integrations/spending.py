@@ -3,13 +3,83 @@
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .._validate import bad
-from ..privacy.accounting.history import History
+from ..privacy.accounting.history import History, continues
 
 NAME = "privacy.json"
+
+
+class Spending:
+    """The files of one run: what it has spent is in them before any parameter moves, so that a kill forgets nothing.
+
+    A run that goes on from a checkpoint takes the later of what the checkpoint and the files say, where one continues the other.
+    """
+
+    def __init__(self, argument: str) -> None:
+        """Nothing is written. ``argument`` is how the trainer is told to go on, for messages."""
+        self._argument = argument
+        self._own: set[Path] = set()  # folders whose file is of this run
+        self._goes_on = False
+
+    def keep(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write what is spent now; the file of another run is set aside first."""
+        if folder not in self._own:
+            known = self.read(folder) if self._goes_on else None
+            if known is None or not continues(_history_in(known), _history_in(state)):
+                self._set_aside(folder)
+            self._own.add(folder)
+        write(folder, state)
+
+    def latest(self, state: dict[str, Any], beside: Path, folders: Iterable[Path]) -> dict[str, Any]:
+        """Return what was spent by the run that a checkpoint is of, which goes on here.
+
+        Args:
+            state: what the checkpoint says.
+            beside: the folder of that run's checkpoints, where its file is as of its last step.
+            folders: those of this run, in which it may have gone on from there before.
+        """
+        known = [self.read(folder) for folder in (beside, *folders)]
+        for later in known:
+            if later is not None and continues(_history_in(state), _history_in(later)):
+                state = later
+        self._goes_on = True
+        return state
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """Return what was written there, if anything was.
+
+        Raises:
+            InvalidArgumentError: the file is damaged.
+        """
+        path = folder / NAME
+        if not path.exists():
+            return None
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise bad(self._argument, str(path), f"the file is damaged ({error}).") from error
+        if not isinstance(state, dict):
+            raise bad(self._argument, str(path), "the file is damaged.")
+        return state
+
+    def _set_aside(self, folder: Path) -> None:
+        """Keep what an earlier run has spent under another name, and say that this run does not know of it."""
+        path = folder / NAME
+        if not path.exists():
+            return
+        number = 1
+        while (kept := path.with_suffix(f".{number}.json")).exists():
+            number += 1
+        os.replace(path, kept)
+        warnings.warn(
+            f"{folder} holds what an earlier run has spent (now {kept.name}); this run begins anew and does not count it. On the "
+            f"same data both add up. To go on with that run, pass one of its checkpoints ({self._argument}=...).",
+            stacklevel=3,
+        )
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -23,41 +93,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
     os.replace(beside, folder / NAME)
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """Return what was written there, if anything was.
-
-    Raises:
-        InvalidArgumentError: the file is damaged.
-    """
-    path = folder / NAME
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise bad("resume_from_checkpoint", str(path), f"the file is damaged ({error}).") from error
-    if not isinstance(state, dict):
-        raise bad("resume_from_checkpoint", str(path), "the file is damaged.")
-    return state
-
-
-def history_in(state: dict[str, Any]) -> History:
+def _history_in(state: dict[str, Any]) -> History:
     """What was charged, as far as it can be read: whether the state is whole is checked where it is loaded."""
     history = state.get("history", [])
     return [tuple(entry) for entry in history] if isinstance(history, list) else []
-
-
-def set_aside(folder: Path) -> None:
-    """Keep what an earlier run has spent under another name, and say that a new run does not know of it."""
-    path = folder / NAME
-    if not path.exists():
-        return
-    number = 1
-    while (kept := path.with_suffix(f".{number}.json")).exists():
-        number += 1
-    os.replace(path, kept)
-    warnings.warn(
-        f"{folder} holds what an earlier run has spent (now {kept.name}); this run begins anew and does not count it. On the same "
-        "data both add up. To go on with that run: trainer.train(resume_from_checkpoint=True).",
-        stacklevel=3,
-    )

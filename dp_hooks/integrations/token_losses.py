@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .._validate import bad
-from .attributes import put
+from ..training.attributes import put
 
 IGNORED = -100  # the label of a token that there is no loss on
 
@@ -47,9 +47,9 @@ class TokenLosses:
 
     def count(self, part: Any) -> Tensor:
         """``[n]``: on how many tokens of each example there is a loss; 1 or more."""
-        labels: Tensor = (
-            part["shift_labels"] if "shift_labels" in part else part["labels"][..., 1:] if self._shifts() else part["labels"]
-        )
+        labels: Tensor = part.get("shift_labels", part["labels"])
+        if "shift_labels" not in part and self._shifts() and not self._has_virtual_tokens():
+            labels = labels[..., 1:]  # nothing comes before the first token that it could be foretold by
         counted = labels != IGNORED
         return counted.flatten(1).sum(1).clamp(min=1)
 
@@ -97,6 +97,11 @@ class TokenLosses:
         if self._shifts():
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _has_virtual_tokens(self) -> bool:
+        """Whether PEFT puts a trained prompt before the first token."""
+        config = getattr(self._trainer.model, "active_peft_config", None)
+        return config is not None and config.is_prompt_learning and config.peft_type != "PREFIX_TUNING"
 
     def _shifts(self) -> bool:
         """Whether labels are those of the next token, and the model shifts them itself."""

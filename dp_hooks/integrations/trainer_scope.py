@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -52,12 +52,16 @@ class TrainerScope(ABC):
         """A part of ``size`` examples, not 0, comes: how many its loss is over, and what makes a sum over them of the loss."""
         return size, size if self._scope.loss_reduction == "mean" else 1
 
-    def _step_on(self, model: nn.Module, batch: Any, instead: str) -> Tensor:
-        """Take one private step, on all parts of a logical batch; return the mean loss."""
+    def _parts(self, batch: Any, instead: str) -> Iterator[tuple[Any, int]]:
+        """Each part of a logical batch, and the number of examples in it."""
         if not isinstance(batch, LogicalBatch):
             raise ScopeError(f"training_step() in a private scope was given a batch that is not from the private loader. {instead}")
+        return batch.parts()
+
+    def _step_on(self, model: nn.Module, batch: Any, instead: str) -> Tensor:
+        """Take one private step, on all parts of a logical batch; return the mean loss."""
         total, count = torch.zeros((), device=next(model.parameters()).device), 0
-        for part, size in batch.parts():
+        for part, size in self._parts(batch, instead):
             counted, times = self._before(part, size) if size else (0, 0)
             loss = self._step(model, part)
             if size:

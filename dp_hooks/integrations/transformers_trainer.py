@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from .._rerun import checking
 from .._validate import bad, positive
 from ..errors import ScopeError, SelfCheckError
-from ..privacy.accounting.history import continues
+from ..training.attributes import copied, put
 from ..training.optimizer import PrivateOptimizer
+from ..training.prepared import Prepared, plain_loader
 from ..training.scope import PrivateTraining
-from .attributes import put
 from .logical_batches import LogicalBatch, LogicalBatches
-from .spending import NAME, history_in, read, set_aside, write
+from .spending import NAME, Spending, write
 from .stepped_optimizer import SteppedOptimizer
 from .token_losses import TokenLosses
 from .trainer_scope import TrainerScope, batch_of_one, refuse
@@ -28,9 +28,6 @@ from .trl_forward import PairedCollate, TRLForward, has_two_rows, is_paired, unp
 
 # What trainers of TRL count on themselves while the loss is computed, which the runs of a check would add to.
 _COUNTED = ("_metrics", "_total_train_tokens")
-_KEPT = (
-    "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor persistent_workers"
-).split()
 
 
 class PrivateTransformersTrainer(TrainerScope):
@@ -61,7 +58,7 @@ class PrivateTransformersTrainer(TrainerScope):
         super().__init__(trainer, options)
         self._tokens = None if tokens_per_example is None else positive("tokens_per_example", tokens_per_example)
         self._losses: list[Tensor] = []
-        self._kept = False  # whether what is spent has been written to disk
+        self._spending = Spending("resume_from_checkpoint")
         self._operations = 0.0  # floating point operations of the parts since the trainer asked
 
     # ---------------------------------------------------------------- lifetime
@@ -73,13 +70,14 @@ class PrivateTransformersTrainer(TrainerScope):
         self._paired = is_paired(trainer)
         self._is_trl = any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__)
         with ExitStack() as stack:
-            put(stack, trainer, optimizer=_unwrapped(trainer.optimizer))
+            prepared = trainer.get_train_dataloader()
+            put(stack, trainer, optimizer=Prepared(trainer.optimizer, prepared).optimizer)
             optimizer = trainer.create_optimizer()
             whole = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-            prepared = trainer.get_train_dataloader()
             one = batch_of_one(prepared.collate_fn, prepared.dataset)
             self._doubled = self._paired and has_two_rows(one)
-            loader = _plain(prepared, whole, paired=self._doubled)
+            paired = PairedCollate(prepared.collate_fn) if self._doubled else None
+            loader = plain_loader(prepared, whole, collate_fn=paired)
             self._token_losses = TokenLosses.of(trainer, one, self._options, self._tokens)
             scope = PrivateTraining(trainer.model, optimizer, loader, **self._completed(loader))
             scope.averages = scope.averages or self._token_losses is not None
@@ -126,6 +124,7 @@ class PrivateTransformersTrainer(TrainerScope):
         """The options of the scope, with what follows from the trainer's arguments."""
         args, options = self._trainer.args, dict(self._options)
         options.setdefault("max_physical_batch_size", args.per_device_train_batch_size)
+        options.setdefault("grad_scaler", self._trainer.accelerator.scaler)
         if self._token_losses is not None:
             options["loss_reduction"] = "sum"
         if options.get("target_epsilon") is not None and options.get("epochs") is None:
@@ -177,7 +176,7 @@ class PrivateTransformersTrainer(TrainerScope):
         self._losses.clear()
         with ExitStack() as stack:
             if checking():
-                put(stack, trainer, **{name: _copied(vars(trainer)[name]) for name in _COUNTED if name in vars(trainer)})
+                put(stack, trainer, **{name: copied(vars(trainer)[name]) for name in _COUNTED if name in vars(trainer)})
             items = None
             if self._token_losses is not None:
                 part, items = self._token_losses.prepare(stack, part)
@@ -211,12 +210,11 @@ class PrivateTransformersTrainer(TrainerScope):
 
     def _keep(self, optimizer: PrivateOptimizer) -> None:
         """Before the parameters move: what has been spent now."""
-        folder = Path(self._original["_get_output_dir"](None))
-        if not self._kept:
-            if self._scope.steps == 1:
-                set_aside(folder)
-            self._kept = True
-        write(folder, self._scope.state_dict())
+        self._spending.keep(self._folder, self._scope.state_dict())
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._original["_get_output_dir"](None))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(self._original["_get_output_dir"](trial)) / f"checkpoint-{self._trainer.state.global_step}"
@@ -227,7 +225,7 @@ class PrivateTransformersTrainer(TrainerScope):
         """The trainer goes on from a checkpoint: so does the scope, with all that was spent up to the last step of that run."""
         if checkpoint is not None:
             folder = Path(checkpoint)
-            state = read(folder)
+            state = self._spending.read(folder)
             if state is None:
                 raise bad(
                     "resume_from_checkpoint",
@@ -235,16 +233,7 @@ class PrivateTransformersTrainer(TrainerScope):
                     f"it has no {NAME}, so what its run has spent is not known. Go on from a checkpoint that was saved in a "
                     "private scope; to begin with these weights, load them into the model, and start a new run.",
                 )
-            # What was spent after the checkpoint, by the run it is of, and by one that went on from it in this run's folder.
-            own = Path(self._original["_get_output_dir"](None))
-            known = read(own)
-            for later in (read(folder.parent), known):
-                if later is not None and continues(history_in(state), history_in(later)):
-                    state = later
-            if known is not None and not continues(history_in(known), history_in(state)):
-                set_aside(own)
-            self._scope.resume(state)
-            self._kept = True
+            self._scope.resume(self._spending.latest(state, folder.parent, [self._folder]))
         self._original["_load_optimizer_and_scheduler"](checkpoint)
 
     def _log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -258,7 +247,6 @@ def _check(trainer: Any) -> None:
     by_length = getattr(args, "group_by_length", False) or getattr(args, "train_sampling_strategy", "") == "group_by_length"
     reasons = {
         "its model is made anew by model_init in every train(). Pass model=... instead": trainer.model_init is not None,
-        "fp16=True scales losses by a GradScaler. Use bf16=True": args.fp16,
         "several GPUs would run it in DataParallel. Let it see one (CUDA_VISIBLE_DEVICES=0)": args.n_gpu > 1,
         "auto_find_batch_size=True changes the batch size, which the accounting is for": args.auto_find_batch_size,
         "DeepSpeed and FSDP are not supported in this version": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
@@ -284,36 +272,3 @@ def _check(trainer: Any) -> None:
             "evaluation data are public",
             stacklevel=3,
         )
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside what an earlier ``train()`` has made of it."""
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _plain(prepared: Any, batch_size: int, *, paired: bool) -> DataLoader[Any]:
-    """A loader as the trainer's own, before accelerate has prepared it, with batches of another size."""
-    batches = prepared.batch_sampler
-    sampler = getattr(batches, "sampler", None)
-    options: dict[str, Any] = {name: getattr(prepared, name) for name in _KEPT}
-    if type(prepared) is DataLoader:  # not accelerate's, whose generator everybody knows
-        options["generator"] = prepared.generator
-    if paired:
-        options["collate_fn"] = PairedCollate(prepared.collate_fn)
-    if isinstance(sampler, RandomSampler) and not sampler.replacement:
-        options["shuffle"] = True
-    elif not isinstance(sampler, SequentialSampler):
-        options["sampler"] = sampler
-    return DataLoader(prepared.dataset, batch_size=batch_size, drop_last=getattr(batches, "drop_last", False), **options)
-
-
-def _copied(value: Any) -> Any:
-    """A copy that can be added to."""
-    if isinstance(value, dict):
-        held = value.copy()  # of a class of its own, it may be
-        for key, item in value.items():
-            held[key] = _copied(item)
-        return held
-    return list(value) if isinstance(value, list) else value

@@ -84,13 +84,15 @@ class TRLForward:
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         items = kwargs.pop("num_items_in_batch", None)
         outputs = self._model(*args, **kwargs)
-        return _per_token(outputs, labels[:, 1:] if shifted is None else shifted, items, shifts=shifted is None)
+        return _per_token(outputs, labels if shifted is None else shifted, items, shifts=shifted is None)
 
 
 def _per_token(outputs: Any, labels: Tensor, items: Any, *, shifts: bool) -> SimpleNamespace:
     """What TRL's ``FusedCausalLMOutput`` has, of ordinary logits."""
-    logits = (outputs.logits[:, :-1] if shifts else outputs.logits).float()
+    logits = outputs.logits.float()
     labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)  # virtual tokens of a prompt come first
+    if shifts:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     mask = labels != IGNORED
     logs = logits.log_softmax(-1)
     log_probs = logs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1).masked_fill(~mask, 0)

@@ -7,7 +7,6 @@ gradients, by PyTorch's own kernels.
 """
 
 from collections.abc import Hashable
-from itertools import product
 from typing import cast
 
 import torch
@@ -77,7 +76,7 @@ class Patches(OuterProducts):
         self._seen, self._seeing, self._layer = seen, seeing, layer
         self.left = seeing.flatten(2).mT
         self.shape, self.scale = shape, scale
-        self._norms = None
+        self.is_kept, self._norms = False, None
 
     @property
     def right(self) -> Tensor:  # type: ignore[override]
@@ -93,6 +92,11 @@ class Patches(OuterProducts):
     def storages(self) -> set[int]:
         """Where the memory of the input and the output gradients is; patches are made when they are needed."""
         return {self._seen.untyped_storage().data_ptr(), self._seeing.untyped_storage().data_ptr()}
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the input and the output gradients hold."""
+        return self._seen.numel() + self._seeing.numel()
 
     def right_products(self, other: OuterProducts) -> Tensor:
         """Of patches with themselves from pixels where that is cheaper, else of the patches written out."""
@@ -133,15 +137,27 @@ class Patches(OuterProducts):
         n, c, *size = self._seen.shape
         pixels = self._seen.reshape(n, c, -1)
         grams = torch.bmm(pixels.mT, pixels)
-        across = list(torch.empty(size, device="meta").stride())
-        rows, columns = [grams.shape[2] * a for a in across], across
-        stride, dilation, out = self._layer.stride, self._layer.dilation, self._seeing.shape[2:]
-        total = torch.zeros((n, *out, *out), dtype=grams.dtype, device=grams.device)
-        steps = [s * a for part in (rows, columns) for s, a in zip(stride, part, strict=True)]
-        for k in product(*(range(size) for size in self._layer.kernel_size)):
-            at = sum(i * d * (r + a) for i, d, r, a in zip(k, dilation, rows, columns, strict=True))
-            total += grams.as_strided(total.shape, (grams.stride(0), *steps), at)
-        return total.view(n, self.tokens, self.tokens)
+        total, layer = grams.view(n, *size, *size), self._layer
+        of_axes = zip(layer.kernel_size, layer.stride, layer.dilation, self._seeing.shape[2:], strict=True)
+        # Sums over a kernel are sums over one axis after the other.
+        for axis, (kernel, stride, dilation, out) in enumerate(of_axes, 1):
+            total = _along_diagonal(total, axis, axis + len(size), kernel, stride, dilation, out)
+        return total.reshape(n, self.tokens, self.tokens)
+
+
+def _along_diagonal(pairs: Tensor, one: int, other: int, kernel: int, stride: int, dilation: int, out: int) -> Tensor:
+    """Sum over ``k`` of what is at ``(p stride + k dilation, q stride + k dilation)`` on two axes, for ``out`` each of p and q."""
+    shape, strides, at = list(pairs.shape), list(pairs.stride()), pairs.storage_offset()
+    step = dilation * (strides[one] + strides[other])
+    for axis in (one, other):
+        shape[axis], strides[axis] = out, strides[axis] * stride
+    first, *more = [pairs.as_strided(shape, strides, at + k * step) for k in range(kernel)]
+    if not more:
+        return first
+    total = first + more[0]
+    for part in more[1:]:
+        total += part
+    return total
 
 
 def _cut(seen: Tensor, layer: _ConvNd, out: torch.Size) -> Tensor:

@@ -5,12 +5,14 @@ sample at a time through ordinary autograd, which is exact. A module that draws 
 not see the numbers that the forward pass drew.
 """
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._tree import as_real, differentiable, join, split
 from ..errors import UnsupportedModelError
@@ -95,11 +97,34 @@ def _random_state() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
+class _Draws(TorchDispatchMode):
+    """Tells whether operations of this thread draw random numbers: the generators are those of all threads."""
+
+    drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.drew = self.drew or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    before = _random_state()
+    found = _looped(call, params)
+    if all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
+        return found
+    if threading.active_count() == 1:
+        raise _refusal(call, _RANDOM)
+    with _Draws() as draws:  # type: ignore[no-untyped-call]  # another thread may have drawn, or seeded
+        found = _looped(call, params)
+    if draws.drew:
+        raise _refusal(call, _RANDOM)
+    return found
+
+
+def _looped(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
     skeleton, inputs = split((call.args, call.kwargs))
     axes = _batch_axes(call, inputs)
     rows: dict[str, list[Tensor]] = {name: [] for name in params}
-    before = _random_state()
     for i in range(call.samples):
         alone = [t if a is None else _row(call, t, i) for t, a in zip(inputs, axes, strict=True)]
         args, kwargs = join(skeleton, alone)
@@ -109,8 +134,6 @@ def _by_loop(call: Call, params: dict[str, Tensor]) -> dict[str, Tensor]:
             found = gradients_of(contraction(call.run(leaves, args, kwargs), placed), leaves)
         for name, grad in found.items():
             rows[name].append(grad)
-    if not all(torch.equal(a, b) for a, b in zip(before, _random_state(), strict=True)):
-        raise _refusal(call, _RANDOM)
     return {name: torch.stack(grads) if grads else params[name].new_zeros((0, *params[name].shape)) for name, grads in rows.items()}
 
 

@@ -5,9 +5,12 @@ Norms are upper bounds: where tokens cancel, a Gram sum loses digits, and a norm
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +58,12 @@ def sq_norms(uses: Sequence[OuterProducts]) -> Tensor:
         return instantiated_norms(uses)
     tokens = sum(use.tokens for use in uses)
     step = max(1, CHUNK // (3 * tokens * tokens + 1))
-    parts = [_gram_norms([use.pick(slice(i, i + step)) for use in uses]) for i in range(0, first.samples, step)]
+    if 0 < first.samples <= step:
+        return _gram_norms(uses)
+    parts = []
+    with looked_at_together(few=True):
+        for i in range(0, first.samples, step):
+            parts.append(_gram_norms([use.pick(slice(i, i + step)) for use in uses]))
     return torch.cat(parts) if parts else first.left.new_zeros(0, dtype=first.dtype)
 
 
@@ -87,24 +95,99 @@ def _gram_norms(uses: Sequence[OuterProducts]) -> Tensor:
     Mary, SIAM J. Sci. Comput. 41, 2019; two units are allowed for each), so each pair of tokens is off by at most ``eps
     (sqrt(o) |left_t| |left_s| |right_t . right_s| + sqrt(i) |right_t| |right_s| |left_t . left_s|)``. The sum of these is
     added. A sample for which it exceeds one part in a thousand, or whose sum is negative or not finite, is
-    computed by instantiation, unless a tighter bound that costs less clears it, see :func:`_size_of_terms`.
+    computed by instantiation, unless a tighter bound that costs less clears it, see :func:`_size_of_terms`. That is asked at
+    once, or at the end of a block :func:`looked_at_together`.
     """
     first = uses[0]
-    blocks = _blocks(uses)
     eps = torch.finfo(first.dtype).eps
     rounding = eps * math.sqrt(first.rows), eps * math.sqrt(first.columns)
-    sums = [_block_sum(*block, rounding) for block in blocks]
-    total, slack = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    unsure = _unsure(total, slack)
+    sums = [_block_sum(*block, rounding) for block in _blocks(uses)]
+    total, slack = sums[0] if len(sums) == 1 else (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    norms = total + slack
+    estimate = _Estimate(uses, total, slack, norms, sum(rounding))
+    if _open.waiting is None:
+        _settle([estimate])
+    else:
+        _open.waiting.append(estimate)
+        _open.held += 0 if first.is_kept else sum(use.numbers for use in uses)
+        if _open.held > CHUNK:  # it may be copies that are kept alive
+            _settle_waiting()
+    return norms
+
+
+class _Estimate(NamedTuple):
+    """Norms by Gram matrices that have to be corrected for samples for which rounding matters."""
+
+    uses: Sequence[OuterProducts]
+    total: Tensor  # ``[n]``: sums over pairs of tokens
+    slack: Tensor  # ``[n]``: how far off they may be
+    norms: Tensor  # ``[n]``: both together; corrected in place
+    rounding: float
+
+
+class _Open(threading.local):
+    waiting: list[_Estimate] | None = None  # None: no block is open
+    held = 0  # how many numbers are kept alive by what waits
+
+
+_open = _Open()
+
+
+@contextmanager
+def looked_at_together(*, few: bool = False) -> Iterator[None]:
+    """Find out at the end of the block for which samples rounding matters, of all norms taken in it: one wait for a device.
+
+    Norms that :func:`sq_norms` returns inside are corrected in place then, and final afterwards. A block within another one is
+    part of it, unless there are ``few`` norms in it.
+    """
+    if _open.waiting is not None and not few:
+        yield
+        return
+    kept = _open.waiting, _open.held
+    _open.waiting, _open.held = None if few else [], 0
+    try:
+        yield
+        if not few:
+            _settle_waiting()
+    finally:
+        _open.waiting, _open.held = kept
+
+
+def _settle_waiting() -> None:
+    assert _open.waiting is not None
+    waiting, _open.waiting, _open.held = _open.waiting, [], 0
+    alike: dict[object, list[_Estimate]] = {}
+    for estimate in waiting:
+        alike.setdefault((estimate.total.shape, estimate.total.dtype, estimate.total.device), []).append(estimate)
+    for some in alike.values():
+        _settle(some)
+
+
+def _settle(estimates: Sequence[_Estimate]) -> None:
+    """Correct norms alike in shape, dtype and device, where rounding may matter."""
+    if len(estimates) == 1:
+        unsure = _unsure(estimates[0].total, estimates[0].slack)
+        if unsure.numel():
+            _correct(estimates[0], unsure)
+        return
+    both = [torch.stack(parts) for parts in ([e.total for e in estimates], [e.slack for e in estimates])]
+    found = _unsure(*(part.flatten() for part in both))
+    if found.numel():
+        samples = estimates[0].total.shape[0]
+        numbers = found // samples
+        for number in numbers.unique().tolist():
+            _correct(estimates[number], found[numbers == number] % samples)
+
+
+def _correct(estimate: _Estimate, unsure: Tensor) -> None:
+    uses, total, slack, norms, rounding = estimate
+    instantiation = sum(use.instantiation_cost() for use in uses)
+    if 2 * choose_way(uses).multiplications < instantiation:  # Gram matrices of factors without signs
+        slack[unsure] = _in_parts(_size_of_terms, uses, unsure) * rounding
+        norms[unsure] = (total + slack)[unsure]
+        unsure = _unsure(total, slack)
     if unsure.numel():
-        instantiation = sum(use.instantiation_cost() for use in uses)
-        if 2 * choose_way(uses).multiplications < instantiation:  # Gram matrices of factors without signs
-            slack[unsure] = _in_parts(_size_of_terms, uses, unsure) * sum(rounding)
-            unsure = _unsure(total, slack)
-    total = total + slack
-    if unsure.numel():
-        total[unsure] = _in_parts(instantiated_norms, uses, unsure)
-    return total
+        norms[unsure] = _in_parts(instantiated_norms, uses, unsure)
 
 
 def _unsure(total: Tensor, slack: Tensor) -> Tensor:
@@ -143,8 +226,8 @@ def _block_sum(a: OuterProducts, b: OuterProducts, weight: float, rounding: tupl
         a.keep_norms(left, right)
     value = (left * right).sum((1, 2)) * weight
     (left_a, right_a), (left_b, right_b) = a.norms(), b.norms()
-    off = _pairs(left_a, right.abs_(), left_b) * rounding[0] + _pairs(right_a, left.abs_(), right_b) * rounding[1]
-    return value, off * abs(weight)
+    of_left, of_right = rounding[0] * abs(weight), rounding[1] * abs(weight)
+    return value, _pairs(left_a, right.abs_(), left_b) * of_left + _pairs(right_a, left.abs_(), right_b) * of_right
 
 
 def _pairs(a: Tensor, products: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class OuterProducts:
     right: Tensor  # ``[n, t, i]``
     shape: torch.Size  # the shape of the parameter, ``o * i`` numbers in this order
     scale: float = 1.0  # a number that multiplies the gradient
+    is_kept: bool = field(default=False, init=False)  # whether the factors are in memory anyway until the sums are taken
     _norms: "tuple[Tensor, Tensor] | None" = field(default=None, init=False, repr=False)
 
     @property
@@ -62,6 +63,11 @@ class OuterProducts:
     def storages(self) -> set[int]:
         """Where the memory of the factors is."""
         return {self.left.untyped_storage().data_ptr(), self.right.untyped_storage().data_ptr()}
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the factors hold."""
+        return self.left.numel() + self.right.numel()
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """``|left_t|`` and ``|right_t|``, both ``[n, t]``: known from the products of the tokens with themselves."""

@@ -4,7 +4,6 @@ import gc
 import threading
 import weakref
 from contextlib import ExitStack
-from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -21,9 +20,7 @@ class Claims(Generic[Scope]):
         """No scope is open."""
         self._lock = threading.RLock()  # a scope may be collected, and let go, in the middle of a claim
         self._claimed: dict[int, weakref.ref[Scope]] = {}
-        self._open: ContextVar[tuple[tuple[weakref.ref[nn.Module], weakref.ref[Scope]], ...]] = ContextVar(
-            "dp_hooks_scopes", default=()
-        )
+        self._open: dict[weakref.ref[Scope], weakref.ref[nn.Module]] = {}
 
     def claim(self, model: nn.Module, scope: Scope, stack: ExitStack) -> None:
         """Claim ``model`` for ``scope`` until ``stack`` unwinds.
@@ -43,19 +40,22 @@ class Claims(Generic[Scope]):
                 )
             mine = weakref.ref(scope)
             self._claimed.update(dict.fromkeys(keys, mine))
+            self._open[mine] = weakref.ref(model)
         stack.callback(self._let_go, mine, keys)
-        self._open.set((*self._open.get(), (weakref.ref(model), mine)))
 
     def _let_go(self, mine: "weakref.ref[Scope]", keys: set[int]) -> None:
-        self._open.set(tuple(pair for pair in self._open.get() if pair[1] is not mine))
         with self._lock:
+            self._open.pop(mine, None)
             for key in keys:
                 if self._claimed.get(key) is mine:
                     del self._claimed[key]
 
-    def innermost(self, model: object) -> Scope | None:
-        """Return the open scope over ``model`` that was opened last in the present context, or None."""
-        return next((scope() for claimed, scope in reversed(self._open.get()) if claimed() is model), None)
+    def of(self, model: object) -> Scope | None:
+        """Return the open scope over ``model`` itself, not a part of it, in whatever thread or task it was opened; else None."""
+        with self._lock:
+            mine = self._claimed.get(id(model))
+            found = None if mine is None or self._open[mine]() is not model else mine
+        return None if found is None else found()
 
     def over(self, model: nn.Module) -> list[Scope]:
         """Return the open scopes over ``model`` or a part of it, in whatever context they were opened."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._rerun import without_autocast
@@ -18,12 +19,16 @@ class ClippedSum:
     without noise, and nobody but the optimizer that adds it may see them.
     """
 
-    def __init__(self, make_clipping: Callable[[Any], ClippingFunction], max_grad_norm: Any) -> None:
-        """Begin with no batch; gradients are clipped by ``make_clipping(max_grad_norm)``."""
+    def __init__(self, make_clipping: Callable[[Any], ClippingFunction], max_grad_norm: Any, *, watched: bool = False) -> None:
+        """Begin with no batch; gradients are clipped by ``make_clipping(max_grad_norm)``.
+
+        If it is to be ``watched``, the norms of the samples, and which of them were made shorter, are kept with the sums.
+        """
         self._make_clipping = make_clipping
         self.clipping = make_clipping(max_grad_norm)
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._statistic: Tensor | None = None
+        self.watched: list[tuple[Tensor, Tensor]] | None = [] if watched else None
 
     def change_bound(self, max_grad_norm: Any) -> None:
         """Clip to another bound from the next logical batch on."""
@@ -51,12 +56,19 @@ class ClippedSum:
             raw = SampleNorms(gradients.group_sq_norms(groups))
             norms = raw if weights is None else raw.weighted(weights)
             clipped = self.clipping.factors(norms, groups)
+            if self.watched is not None:
+                shorter = torch.stack([factor.to(raw.joint.device) < 1 for factor in clipped]).any(0)
+                self.watched.append((norms.joint, shorter))
             if weights is not None:
                 clipped = [factor * weights.to(factor) for factor in clipped]
-            of_groups = zip(groups, clipped, strict=True)
-            factors = {p: factor.to(p.device) for group, factor in of_groups for p in group}
-            for p, total in gradients.weighted_sums(factors, norms.finite, consume=True).items():
-                self._totals[p] = self._totals[p].add_(total) if p in self._totals else total
+            factors: dict[nn.Parameter, Tensor] = {}
+            for group, factor in zip(groups, clipped, strict=True):
+                on = {device: factor.to(device) for device in {p.device for p in group}}
+                factors |= {p: on[p.device] for p in group}
+            sums = gradients.weighted_sums(factors, norms.finite, consume=True)
+            for p, total in sums.items() if self._totals else ():
+                sums[p] = self._totals[p].add_(total) if p in self._totals else total
+            self._totals |= sums
         statistic = self.clipping.statistic(norms)
         if statistic is not None:
             self._statistic = statistic if self._statistic is None else self._statistic + statistic
@@ -71,3 +83,4 @@ class ClippedSum:
     def clear(self) -> None:
         """Forget the logical batch."""
         self._totals, self._statistic = {}, None
+        self.watched = None if self.watched is None else []

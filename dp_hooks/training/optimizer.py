@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._precision import wide_dtype
 from .._tree import modules_of
@@ -15,14 +15,19 @@ from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
 from ..errors import ScopeError, UnsupportedModelError, some_of
 from ..privacy.accounting.meter import PrivacyMeter
-from ..privacy.noise.gaussian import GaussianNoise
+from ..privacy.noise.noise import Noise
 from ..privacy.noise.standard_deviation import standard_deviation
 from ..privacy.sampling.physical import PhysicalBatch
+from ..privacy.sampling.split import Split
 from .clipped_sum import ClippedSum
 from .lifetime import Lifetime
+from .loss_scale import LossScale
+from .nonprivate_statistics import NonprivateStatistics
 from .other_optimizers import OtherOptimizers
 from .outside import OutsideGradients
+from .prepared import refuse_skipped_steps
 from .rows_are_examples import AHEAD, Rows
+from .unused_parameters import UnusedParameters
 from .wrapped_optimizer import WrappedOptimizer
 from .writes import Writes
 
@@ -45,6 +50,9 @@ class PrivateOptimizer(WrappedOptimizer):
         averages: whether it is: with ``loss_reduction="mean"``.
         writes: whether parameters were written to between steps.
         outside: gradients of private samples that a :func:`dp_step` function left outside the model.
+        loss_scale: what losses are multiplied with, which is undone before clipping.
+        nonprivate_statistics: of the scope's steps, with ``nonprivate_statistics=True``; else None.
+        split: which part of a batch comes, where another loader than the private one cuts it.
     """
 
     def __init__(
@@ -53,12 +61,14 @@ class PrivateOptimizer(WrappedOptimizer):
         *,
         controller: HookController,
         clipped_sum: ClippedSum,
-        noise: GaussianNoise,
+        noise: Noise,
         meter: PrivacyMeter,
         expected_batch_size: float,
         averages: bool,
+        loss_scale: LossScale,
         self_check: SelfCheck | None = None,
         lifetime: Lifetime | None = None,
+        statistics: NonprivateStatistics | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
         super().__init__(optimizer)
@@ -70,8 +80,12 @@ class PrivateOptimizer(WrappedOptimizer):
         self._noise = noise
         self._meter = meter
         self._self_check = self_check
+        self.loss_scale = loss_scale
+        self.nonprivate_statistics = statistics
+        self._drawn = 0  # examples of the logical batch in the parts that were handed out
         self.outside = OutsideGradients(controller)
         self._rows = Rows(controller.axis)
+        self.split = Split()
         self._lifetime = lifetime  # who can step can still use the scope
         self._others = OtherOptimizers(optimizer, self.params, controller.model, self.outside)
         self.writes = Writes(self.params)
@@ -79,7 +93,8 @@ class PrivateOptimizer(WrappedOptimizer):
         self._step_hooks: list[StepHook] = []
         self._closed = False
         self._batch_done = False
-        self._mentioned: set[nn.Parameter] = set()
+        self._unused = UnusedParameters(controller.name_of)
+        self._managed = {id(p) for p in self.params}
 
     # ---------------------------------------------------------------- privacy parameters
 
@@ -172,17 +187,20 @@ class PrivateOptimizer(WrappedOptimizer):
         self._step_hooks.append(fn)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Refused: physical batches belong to the scope, which knows them (Opacus's ``BatchMemoryManager`` calls this)."""
-        raise ScopeError("BatchMemoryManager is not needed here: pass max_physical_batch_size to private_training or make_private.")
+        """Called by Opacus's ``BatchMemoryManager``, as it cuts a batch of the private loader; by hand it is a ``ScopeError``."""
+        self.split.announce(do_skip)
 
     # ---------------------------------------------------------------- torch.optim.Optimizer
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by ``torch.amp.GradScaler.step``, which would have to unscale gradients that are clipped already."""
+        if self.loss_scale.is_held:
+            return False
         raise ScopeError(
             "GradScaler multiplies the loss by a scale that per-sample clipping would not know of: the clipping bound would be "
-            "divided by it. Call loss.backward() and opt.step() without the scaler; autocast alone is fine."
+            "divided by it. Pass it to the scope (grad_scaler=scaler), or call loss.backward() and opt.step() without it: "
+            "bfloat16 needs none."
         )
 
     def __repr__(self) -> str:
@@ -198,6 +216,7 @@ class PrivateOptimizer(WrappedOptimizer):
         Finished physical parts of the present logical batch are kept. ``set_to_none=False`` is taken as True.
         """
         if not self._closed:
+            self._controller.session.threads.check()
             self._controller.discard()
         self.original_optimizer.zero_grad(set_to_none=True)
 
@@ -216,7 +235,8 @@ class PrivateOptimizer(WrappedOptimizer):
             UnsupportedModelError: a trainable parameter was added or unfrozen inside the scope.
             In each case before anything was released or charged.
         """
-        return self._step(closure, empty=False)
+        with self._controller.session.threads.step():
+            return self._step(closure, empty=False)
 
     def step_empty(self) -> None:
         """Take the step of a batch without examples: nothing was back-propagated, and noise alone is released and charged.
@@ -224,7 +244,8 @@ class PrivateOptimizer(WrappedOptimizer):
         Raises:
             ScopeError, BudgetExhaustedError, UnsupportedModelError: as :meth:`step`.
         """
-        self._step(None, empty=True)
+        with self._controller.session.threads.step():
+            self._step(None, empty=True)
 
     # ---------------------------------------------------------------- inside
 
@@ -236,6 +257,7 @@ class PrivateOptimizer(WrappedOptimizer):
             )
         if self._others.are_allowed:
             raise ScopeError("opt.step() while the scope is paused: step the public optimizer there, and this one after the block.")
+        self.split.check_made()
         batch = self.physical_batch
         empty = empty or self._rows.expected == 0
         finishes = batch is None or batch.last
@@ -253,10 +275,10 @@ class PrivateOptimizer(WrappedOptimizer):
         return loss
 
     def _check_params(self) -> None:
-        managed = {id(p) for p in self.params}
+        managed = self._managed
         params = [p for group in self.param_groups for p in group["params"]]
         params += [p for module in modules_of(self._controller.model) for p in module._parameters.values() if p is not None]
-        unmanaged = list({id(p): p for p in params if p.requires_grad and id(p) not in managed}.values())
+        unmanaged = list({id(p): p for p in params if id(p) not in managed and p.requires_grad}.values())
         for p in unmanaged:
             p.grad = None  # it is of private samples, and without noise
         if unmanaged:
@@ -294,9 +316,10 @@ class PrivateOptimizer(WrappedOptimizer):
                 "two passes over the private loader are interleaved: physical parts of different logical batches would "
                 "be added up. Finish or leave one pass before beginning the next."
             )
-        elif not self._batch_done and self._controller.has_gradients:
+        elif not self._batch_done and self._controller.has_gradients and not self._controller.is_stale:
             self._add_batch()
         if self._rows.was_run and not self._batch_done:
+            refuse_skipped_steps()
             warnings.warn(
                 "the batch before this one went through the model with gradients, but no step was taken for it. Whether a batch is "
                 "left out must not depend on what is in it (a loss that is large or not finite): that would tell something of its "
@@ -304,6 +327,7 @@ class PrivateOptimizer(WrappedOptimizer):
                 "in it, call opt.skip_batch().",
                 stacklevel=3,
             )
+        self._drawn = part.size + (self._drawn if part.index else 0)
         self._rows.hand_out(part, batch)
         self._batch_done = False
         self._controller.next_batch()
@@ -315,10 +339,11 @@ class PrivateOptimizer(WrappedOptimizer):
         """Add what was captured of the present physical batch to the sum of its logical batch."""
         gradients = self._controller.take()
         if gradients is not None:
-            self._rows.check_count(gradients.samples)
+            self._rows.check_pass(gradients.samples)
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
-            norms = self._sum.add(gradients, params, self._rows.weights) if gradients.samples > 0 and params else None
+            weights = self.loss_scale.undone(self._rows.weights, gradients.samples, self.params[0].device)
+            norms = self._sum.add(gradients, params, weights) if gradients.samples > 0 and params else None
             if self._self_check is not None:  # once there is room for it, since what was captured is gone
                 try:
                     self._check(self._self_check, gradients.samples, norms)
@@ -328,6 +353,7 @@ class PrivateOptimizer(WrappedOptimizer):
                 self._self_check.new_step()
         self._batch_done = True
         self._rows.stepped()
+        self.loss_scale.new_step()
 
     def _check(self, check: SelfCheck, samples: int, norms: Tensor | None) -> None:
         if self._check_function is not None:
@@ -345,45 +371,40 @@ class PrivateOptimizer(WrappedOptimizer):
             self._check_function = None
 
     def _release(self, *, foreign: bool, empty: bool) -> None:
+        watched = self._sum.watched
         sums, statistic = self._sum.take()
         clipping, sigma = self._sum.clipping, self.noise_multiplier  # a step hook may set others for the next step
         params = [p for p in self.params if p.requires_grad]
+        unused = [p for p in params if p not in sums]
         if not empty:
-            self._mention_unused([p for p in params if p not in sums])
-        for p in params:
-            if p not in sums:
-                sums[p] = torch.zeros_like(p, dtype=wide_dtype(p.dtype))
+            self._unused.mention(unused)
+        sums |= {p: torch.zeros_like(p, dtype=wide_dtype(p.dtype)) for p in unused}
+        totals = [sums[p] for p in params]
+        sums.clear()
         std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
         scale = 1 / self.expected_batch_size if self.averages else 1.0
-        if not self._noise.add_([sums[p] for p in params], std, scale):
-            names = some_of([self._controller.name_of(p) for p in params if not bool(torch.isfinite(sums[p].sum()))])
+        if not self._noise.add_(totals, std, scale, sensitivity=clipping.sensitivity):
+            each = zip(params, totals, strict=True)
+            names = some_of([self._controller.name_of(p) for p, total in each if not bool(torch.isfinite(total.sum()))])
             raise ScopeError(
                 f"the clipped sum of {names} is not finite, although samples with NaN or infinite gradients are left out: "
                 "nothing was released. Look for NaN or infinite values in the weights."
             )
-        noised = {p: sums.pop(p).to(p.dtype) for p in params}  # after the noise, rounding is post-processing
+        totals.reverse()
+        noised = {id(p): totals.pop().to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(foreign=foreign)
         self.writes.before_step()
         for hook in self._step_hooks:
             hook(self)
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
             for p in group["params"]:
-                p.grad = noised.get(p)
+                p.grad = noised.get(id(p))
         with self._others.allowed():
             self.original_optimizer.step()
         self.writes.after_step()
         clipping.update(statistic, self._noise, sigma)
-
-    def _mention_unused(self, unused: list[nn.Parameter]) -> None:
-        new = [p for p in unused if p not in self._mentioned]
-        if new:
-            self._mentioned.update(new)
-            names = some_of([self._controller.name_of(p) for p in new])
-            warnings.warn(
-                f"the loss did not reach {names}: such parameters get noise but no signal. "
-                "Freeze them with requires_grad_(False) before entering the scope.",
-                stacklevel=5,
-            )
+        if self.nonprivate_statistics is not None and watched is not None:
+            self.nonprivate_statistics.add(watched, None if foreign else self._drawn)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -407,6 +428,8 @@ class PrivateOptimizer(WrappedOptimizer):
         """Guard the original optimizer and the rows of calls until ``stack`` unwinds, and close this one then."""
         session = self._controller.session
         session.before_call, session.check_rows = self._rows.before_call, self._rows.check_pass
+        session.check_loss = self.loss_scale.check_pass
+        self.loss_scale.open(stack, self)
         session.find_counting = self._rows.find_counting
         self._others.watch(stack)
         stack.callback(self._close)

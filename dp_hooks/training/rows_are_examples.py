@@ -14,7 +14,6 @@ from .._validate import bad
 from ..capture.calls.backward_passes import BackwardPasses
 from ..errors import ScopeError
 from ..privacy.sampling.physical import PhysicalBatch
-from .loss_scale import refuse_scaled_loss
 from .row_order import RowOrder, check_kept
 
 AHEAD = (
@@ -53,7 +52,6 @@ class Rows:
         self._earlier: deque[list[weakref.ref[Tensor]]] = deque(maxlen=_REMEMBERED)  # tensors of the parts before
         self._present: list[weakref.ref[Tensor]] = []  # those of `part`
         self._order = RowOrder()  # of the calls on `part`
-        self._seen = False  # whether a backward pass came
         self.was_run = False
         # Without the private loader: inputs of the first call of a step, and the backward passes that belong to it.
         self._first: tuple[BackwardPasses, list[weakref.ref[Tensor]]] | None = None
@@ -215,18 +213,11 @@ class Rows:
             )
 
     def check_pass(self, samples: int) -> None:
-        """A backward pass over ``samples`` rows comes to its end.
+        """A pass over ``samples`` rows comes to its end: refuse another number of rows than there are examples, or weights.
 
         Raises:
-            ScopeError: there are not as many rows as examples, or (looked for once) the loss was scaled.
+            ScopeError: it is another one.
         """
-        self.check_count(samples)
-        if not self._seen:
-            refuse_scaled_loss()
-            self._seen = True
-
-    def check_count(self, samples: int) -> None:
-        """Refuse another number of rows than there are examples, or weights."""
         if self.weights is not None and len(self.weights) != samples:
             raise ScopeError(f"the model was called on {samples} rows, but weights were given for {len(self.weights)}.")
         expected = self.expected

@@ -47,6 +47,7 @@ class SavedState:
             "foreign_steps": meter.foreign_steps,
             "sample_rate": meter.charged_rate,
             "budget": None if meter.budget is None else [meter.budget.epsilon, meter.budget.delta, meter.releases],
+            "ledger_run": meter.run if meter.ledger is None else meter.ledger.run,
             "clipping_bound": self._sum.clipping.max_grad_norm if self._mine["clipping"] == "adaptive" else None,
         }
 
@@ -68,6 +69,8 @@ class SavedState:
             self._sum.change_bound(known["clipping_bound"])
         meter.accountant.history = history
         meter.steps, meter.foreign_steps = max(meter.steps, known["steps"]), max(meter.foreign_steps, known["foreign_steps"])
+        meter.run = known.get("ledger_run")
+        meter.adopt()
         self._loaded = meter.steps
 
 

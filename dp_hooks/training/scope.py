@@ -1,5 +1,6 @@
 """private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from opacus.accountants import IAccountant
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .._tree import names_of_parameters
 from .._validate import bad, boolean, fraction, one_of, positive_int, probability
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
@@ -21,11 +23,12 @@ from ..checks.spot_check import SpotCheck
 from ..distributed.world import processes
 from ..errors import ScopeError
 from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
+from ..privacy.accounting.ledger import Ledger, as_ledger
 from ..privacy.accounting.meter import PrivacyMeter
 from ..privacy.accounting.opacus import epsilon_of, make_accountant, spent_by
 from ..privacy.clipping import make_clipping
-from ..privacy.noise.gaussian import GaussianNoise
-from ..privacy.report import BY_ORDER, PrivacyReport
+from ..privacy.noise.make import make_noise
+from ..privacy.report import BY_ORDER, PrivacyReport, not_covered
 from ..privacy.sampling.collate_probe import CollateFacts, probe_collate
 from ..privacy.sampling.loader import PrivateDataLoader
 from ..privacy.sampling.scheme import plan_sampling
@@ -33,7 +36,10 @@ from .claims import Claims
 from .clipped_sum import ClippedSum
 from .freed_memory import keep_freed_memory
 from .lifetime import Lifetime
+from .loss_scale import LossScale
+from .nonprivate_statistics import NonprivateStatistics
 from .optimizer import PrivateOptimizer
+from .prepared import Prepared
 from .saved_state import SavedState
 from .wrapped_optimizer import check_optimizer
 
@@ -93,11 +99,15 @@ class PrivateTraining:
             ``max_clipbound`` (1e6).
         grad_sample_mode: "ghost" (no per-sample gradient is kept where norms can be had without), "hooks" or "functorch"
             (``p.grad_sample`` is ``[n, *p.shape]`` after backward).
-        accountant: "prv", "rdp", "gdp", or an Opacus accountant to go on with.
+        accountant: "prv", "pld" (tight, and never below the truth), "rdp", "gdp", or an Opacus accountant to go on with.
         max_physical_batch_size: split logical batches into parts of at most this many examples. ``opt.step()``
             then does nothing until the logical batch is complete.
         sample_rate: Poisson rate q, if it is not ``batch_size / len(dataset)``.
-        secure_mode: not available yet; True raises.
+        secure_mode: noise and Poisson sampling from ChaCha20 with keys of the operating system (``pip install dp_hooks[secure]``;
+            from ``os.urandom`` without), never the same twice. Sums are rounded to a fine grid, and rounded normal noise is added
+            there, so that their digits tell nothing; for what rounding adds to the sensitivity the noise is up to 0.03 % larger
+            (:class:`~dp_hooks.privacy.noise.secure.SecureNoise` says what is proved). No ``noise_generator``, then, and with
+            Poisson sampling no ``generator`` of the loader.
         noise_generator: a generator for the noise, for repeatable experiments. Whoever knows its seed can remove the
             noise; the default draws from fresh entropy.
         self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
@@ -107,9 +117,16 @@ class PrivateTraining:
             may make samples mix at any time. Drawn from fresh entropy; an error says which steps were not looked at. 0: never.
         criterion: the loss module of a bare loop. The self-check then covers it, too: its gradient on the batch must be
             that of single samples, reduced as declared.
+        grad_scaler: the ``torch.amp.GradScaler`` of a loop under float16: ``scaler.scale(loss).backward()``, ``scaler.step(opt)``,
+            ``scaler.update()`` (under ``@dp_step`` none of these). Its scale is undone for each example before clipping, so that C
+            means what it says, and stays as it is at the beginning: following overflows would tell of single examples.
         check_collate: on entering, collate a few examples of the dataset in several ways: each row of a batch has to be made of one
             example. False takes the collate function as it is.
-        ledger: reserved for a record of charges on disk; not available yet.
+        nonprivate_statistics: keep, of every step, norms of gradients before clipping, the fraction that was clipped, and how many
+            examples were drawn: exact numbers, NOT private; see
+            :class:`~dp_hooks.training.nonprivate_statistics.NonprivateStatistics`.
+        ledger: a file, or a :class:`~dp_hooks.Ledger`, in which every charge of every run on this dataset is on the disk before its
+            result is released; see there.
 
     Attributes:
         model: the user's model, never wrapped.
@@ -119,6 +136,7 @@ class PrivateTraining:
         accountant: the Opacus accountant that is charged.
         noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
         averages: whether the noised sum is divided by the expected batch size, as with ``loss_reduction="mean"``.
+        nonprivate_statistics: what is kept with ``nonprivate_statistics=True``; else None. Not in ``state_dict()``.
         criterion_is_optional: whether ``criterion`` may stay unused; the loss counts as not checked then.
 
     Raises:
@@ -152,11 +170,15 @@ class PrivateTraining:
         self_check: bool = True,
         spot_check_rate: float = 0.005,
         criterion: nn.Module | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         check_collate: bool = True,
-        ledger: None = None,
+        nonprivate_statistics: bool = False,
+        ledger: str | os.PathLike[str] | Ledger | None = None,
     ) -> None:
         """Check every argument, and work out sigma; nothing is attached or spent yet."""
         self.model = check_is_module(model)
+        self._prepared = prepared = Prepared(optimizer, loader)
+        optimizer, loader = prepared.optimizer, prepared.loader
         self._params = check_optimizer(optimizer, model)
         self._original_optimizer = optimizer
         self._original_loader = loader
@@ -166,19 +188,11 @@ class PrivateTraining:
         self.averages = loss_reduction == "mean"
         self.batch_first = boolean("batch_first", batch_first)
         self.grad_sample_mode = one_of("grad_sample_mode", grad_sample_mode, MODES)
-        if boolean("secure_mode", secure_mode):
-            raise bad(
-                "secure_mode",
-                True,
-                "cryptographically secure noise is not available in this version. Pass secure_mode=False: noise then "
-                "comes from PyTorch's generators, seeded from the operating system's entropy.",
-            )
+        secure = boolean("secure_mode", secure_mode)
         if max_physical_batch_size is not None:
             positive_int("max_physical_batch_size", max_physical_batch_size)
-        self._max_physical_batch_size = max_physical_batch_size
-        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise bad("noise_generator", noise_generator, "pass a torch.Generator on the parameters' device, or None.")
-        self._noise = GaussianNoise(noise_generator)
+        self._max_physical_batch_size = max_physical_batch_size or prepared.max_physical_batch_size
+        self._noise = make_noise(noise_generator, secure=secure)
         self._wants_check = boolean("self_check", self_check)
         self._spot_check_rate = probability("spot_check_rate", spot_check_rate)
         self._wants_collate_check = boolean("check_collate", check_collate)
@@ -189,25 +203,30 @@ class PrivateTraining:
         if criterion is not None:
             check_criterion(criterion, model)
         self._criterion = criterion
+        self._loss_scale = LossScale(prepared.scaler if grad_scaler is None else grad_scaler)
         self.criterion_is_optional = False
-        if ledger is not None:
-            raise bad("ledger", ledger, "ledgers are not available in this version; leave it out.")
+        self._ledger = as_ledger(ledger)
         self._noise.check_devices({p.device for p in self._params})
         if processes() > 1:
             raise ScopeError(
                 "torch.distributed runs with several processes, which this version does not support: noise and "
                 "sampling would have to be coordinated. Train in one process."
             )
-        self.plan = plan_sampling(loader, poisson=boolean("poisson_sampling", poisson_sampling), sample_rate=sample_rate)
+        poisson = boolean("poisson_sampling", poisson_sampling)
+        self.plan = plan_sampling(loader, poisson=poisson, sample_rate=sample_rate, secure=secure)
         make = partial(
             make_clipping,
             clipping,
             params=self._params,
-            names=_names(model),
+            names=names_of_parameters(model),
             expected_batch_size=self.plan.expected_batch_size,
             options=clipping_options,
         )
-        self._sum = ClippedSum(make, max_grad_norm)
+        if self._ledger is not None:
+            self._ledger.spent(self.plan.examples)  # refused now, if it is of something else
+        watched = boolean("nonprivate_statistics", nonprivate_statistics)
+        self._sum = ClippedSum(make, max_grad_norm, watched=watched)
+        self.nonprivate_statistics = NonprivateStatistics(self._params[0].device) if watched else None
         self._clipping_name = clipping
         check_model(model)
         self.accountant = make_accountant(accountant)
@@ -257,6 +276,8 @@ class PrivateTraining:
             self._collate = probe_collate(self._original_loader)
         with ExitStack() as stack:
             open_scopes.claim(self.model, self, stack)
+            if self._ledger is not None:
+                self._meter.write_to(self._ledger.open(stack, self.accountant, self.plan.examples))
             controller = HookController(
                 self.model, batch_first=self.batch_first, loss_reduction=self.loss_reduction, grad_sample_mode=self.grad_sample_mode
             )
@@ -279,12 +300,21 @@ class PrivateTraining:
                 meter=self._meter,
                 expected_batch_size=self.plan.expected_batch_size,
                 averages=self.averages,
+                loss_scale=self._loss_scale,
                 self_check=self.self_check,
                 lifetime=self._lifetime,
+                statistics=self.nonprivate_statistics,
             )
             optimizer.open(stack)
+            self._prepared.open(stack)
             loader = PrivateDataLoader(
-                self._original_loader, self.plan, self._meter, optimizer.start_batch, self._max_physical_batch_size
+                self._original_loader,
+                self.plan,
+                self._meter,
+                self._prepared.told(optimizer.start_batch),
+                self._max_physical_batch_size,
+                optimizer.split,
+                self._prepared.place,
             )
             stack.callback(loader.close)
             self.controller, self.optimizer, self.loader = controller, optimizer, loader
@@ -404,27 +434,13 @@ class PrivateTraining:
             model_verified=self.self_check is not None and self.self_check.model_verified,
             loss_verified=self.self_check is not None and self.self_check.loss_verified,
             grad_sample_mode=self.grad_sample_mode,
+            history=tuple(self.accountant.history),
+            target_epsilon=None if self._meter.budget is None else self._meter.budget.epsilon,
+            target_delta=self.target_delta,
+            nonprivate_statistics=None if self.nonprivate_statistics is None else self.nonprivate_statistics.as_dict(),
+            random_numbers=self._noise.random_numbers,
+            not_covered=not_covered(secure=self._noise.is_secure),
         )
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return the qualified names of every parameter, several if it is shared."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(param, []).append(name)
-    return names
-
-
 private_training = PrivateTraining
-
-
-def release(model: nn.Module) -> bool:
-    """End every open private scope over ``model`` or a part of it, whoever holds it; return whether there was one.
-
-    For scopes that were lost: of an engine that nobody refers to any more, after an interrupted notebook cell. The model is
-    as it was before, trained; the optimizer and the loader of such a scope refuse to work from then on.
-    """
-    scopes = open_scopes.over(check_is_module(model))
-    for scope in scopes:
-        scope.__exit__(None, None, None)
-    return bool(scopes)

@@ -10,6 +10,9 @@ from .language import DELTA, EXAMPLES, C, language_model, preference_trainer, qu
 
 def clipped_mean(trainer, model, expected):
     """Return the sum of the clipped gradients of each example alone, by the trainer's own ``compute_loss``, divided."""
+    if getattr(model, "is_gradient_checkpointing", False):
+        # As train() will do: trainers of TRL 0.24 begin with reentrant ones, whatever they are told.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
     loader = trainer.get_train_dataloader()
@@ -62,6 +65,8 @@ def of_tokens(kind):
                 "decoder_start_token_id": 0,
                 "dropout_rate": 0.0,
             }
+        elif kind.startswith("Bert"):  # a number in the attention of some versions, and no module that could be switched off
+            sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = getattr(transformers, f"{kind[:2] if kind[:2] == 'T5' else kind.partition('For')[0]}Config")
         model = getattr(transformers, kind)(config(vocab_size=20, **({} if "Token" not in kind else {"num_labels": 20}), **sizes))
         return transformers_trainer(model, folder, **more), model

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp_hooks.errors import InvalidArgumentError, ScopeError
+from dp_hooks.errors import BudgetExhaustedError, InvalidArgumentError, ScopeError
 from dp_hooks.integrations import private_trainer
 
 from ..models import drawn
@@ -112,10 +112,9 @@ class OwnBackward(Module):
         (100 * loss).backward()
 
 
-class Manual(Module):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
+class ReadsAhead(Module):
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
 
 
 class TwoOptimizers(Module):
@@ -124,7 +123,7 @@ class TwoOptimizers(Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(OwnBackward, r"backward\(\) of its own"), (Manual, "manual optimization"), (TwoOptimizers, "one optimizer")]
+    ("kind", "said"), [(OwnBackward, r"backward\(\) of its own"), (ReadsAhead, "dataloader_iter"), (TwoOptimizers, "pass part=")]
 )
 def test_what_a_private_step_would_go_past_is_refused(kind, said):
     """The error names it, before anything is changed."""
@@ -146,3 +145,37 @@ def test_scopes_over_one_module_are_not_nested():
     module, trainer = Module(), L.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     with quietly(), scope_of(trainer, module), pytest.raises(ScopeError, match="open private scope"), scope_of(trainer, module):
         pass
+
+
+class Looks(L.Callback):
+    """Sees the gradient before each step."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms.append(float(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm()))
+
+
+def test_a_callback_sees_the_noised_gradient_once_for_each_step():
+    """With automatic optimization, too, in which one batch comes in several parts."""
+    looks, module = Looks(), Module()
+    trainer = L.Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[looks], **QUIET)
+    with quietly(), scope_of(trainer, module, noise_multiplier=1000.0, max_physical_batch_size=2) as scope:
+        trainer.fit(module)
+    assert len(looks.norms) == scope.steps == 6
+    assert all(norm > 100 for norm in looks.norms)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"), ({"min_steps": 20, "max_epochs": -1, "max_steps": 30}, "min_steps=20")],
+)
+def test_trainers_that_clip_noise_or_never_end_are_refused(wrong, said):
+    """Lightning's clipping is not that of a private step; without batches no number of steps is ever reached."""
+    module, trainer = Module(), L.Trainer(**{"max_epochs": 1, "enable_checkpointing": False, **wrong}, **QUIET)
+    budget = {"noise_multiplier": None, "target_epsilon": 5.0, "target_delta": 1e-5, "epochs": 1}
+    refused = pytest.raises((InvalidArgumentError, BudgetExhaustedError), match=said)
+    with quietly(), refused, scope_of(trainer, module, **budget):
+        trainer.fit(module)
+    assert "training_step" not in vars(module)

@@ -1,20 +1,26 @@
 """Runs of a trainer that were killed: what they have spent is never forgotten, and they train on."""
 
 import json
+import logging
 import os
 import random
 from itertools import count
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from dp_hooks.errors import InvalidArgumentError, ScopeError
+from dp_hooks.integrations import private_trainer
 from dp_hooks.privacy.accounting.calibrate import calibrate
 from dp_hooks.privacy.accounting.meter import PrivacyMeter
 
 from .language import DELTA, language_model, quietly, trained_by, transformers_trainer
+from .test_lightning import QUIET, Module, loader
+from .test_lightning_manual import Manual
 
 STEPS = 8
 KILLS = int(os.environ.get("DP_HOOKS_KILLS", "12"))
@@ -61,7 +67,7 @@ class Kill(TrainerCallback):
 
 
 def run_of(folder, *, kill=None, resume=None, **options):
-    """Train, or go on; return the scope and the trainer."""
+    """Train a transformers trainer, or go on; return the scope and the trainer."""
     trainer = transformers_trainer(
         language_model(lora=False), folder, max_steps=STEPS, save_strategy="steps", save_steps=2, logging_steps=100
     )
@@ -89,11 +95,68 @@ def dying(trainer, step):
     return lambda rows: die() if trainer.state.global_step == step and trainer.is_in_train else collate(rows)
 
 
+class KillLightning(L.Callback):
+    """The same for Lightning."""
+
+    def __init__(self, kill):
+        self.kill = kill
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.kill.where == "before a step" and trainer.global_step == self.kill.step:
+            raise Killed
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.kill.where == "in a step" and trainer.global_step == self.kill.step:
+            raise Killed
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.kill.where == "after a step" and trainer.global_step == self.kill.step + 1:
+            raise Killed
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self.kill.where == "while saving" and trainer.global_step == self.kill.step + 1:
+            raise Killed
+
+
+def lightning_run_of(folder, *, module=None, kill=None, resume=None, **options):
+    """The same for Lightning, with checkpoints after every second step."""
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    used = [saves] if kill is None else [saves, KillLightning(kill)]
+    trainer = L.Trainer(max_steps=STEPS, max_epochs=-1, callbacks=used, **QUIET)
+    if kill is not None and kill.where == "after saving":
+        save = trainer.save_checkpoint
+
+        def save_and_die(*args, **kwargs):
+            save(*args, **kwargs)
+            if trainer.global_step == kill.step + 1:
+                raise Killed
+
+        trainer.save_checkpoint = save_and_die
+    given = {"max_grad_norm": 1.0, "accountant": "rdp", **BUDGET, **options}
+    module = module or Module()
+    with private_trainer(trainer, module, train_dataloaders=loader(), **given) as scope:
+        trainer.fit(module, ckpt_path=resume)
+    return scope, trainer
+
+
+def number_of(path):
+    """The step that a checkpoint is of."""
+    return int(path.stem.partition("step=")[2] or path.stem.partition("-")[2])
+
+
+RUNS = {
+    # what trains, where its checkpoints are, and what a whole one has
+    "Trainer": (run_of, "checkpoint-*", "trainer_state.json"),
+    "Lightning": (lightning_run_of, "*.ckpt", ""),
+    "Lightning, manual": (lambda *a, **k: lightning_run_of(*a, module=Manual(), **k), "*.ckpt", ""),
+}
 WHERE = ["before a step", "after a step", "while saving", "after saving", "in a step"]
 
 
-def test_runs_that_are_killed_never_forget_what_was_spent(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trainer", RUNS)
+def test_runs_that_are_killed_never_forget_what_was_spent(trainer, tmp_path, monkeypatch):
     """Every charge that was ever made is in the epsilon of the run that goes on, a budget is kept, and it trains on to its end."""
+    run, pattern, whole = RUNS[trainer]
     choose, kills, made = random.Random(0), 0, []
     charge = PrivacyMeter.charge_step
     monkeypatch.setattr(PrivacyMeter, "charge_step", lambda self, *, foreign: (made.append(1), charge(self, foreign=foreign)))
@@ -103,13 +166,13 @@ def test_runs_that_are_killed_never_forget_what_was_spent(tmp_path, monkeypatch)
         folder = tmp_path / str(number)
         while True:
             # One that was being saved is torn, and nothing to go on from.
-            whole = sorted(path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
-            if not whole:
+            found = sorted((path for path in folder.glob(pattern) if (path / whole).exists()), key=number_of)
+            if not found:
                 made.clear()
             kill = Kill(choose.choice(WHERE), choose.randrange(STEPS)) if choose.random() < 0.9 else None
             try:
                 with quietly():
-                    scope, trainer = run_of(folder, kill=kill, resume=str(whole[-1]) if whole else None)
+                    scope, trainer = run(folder, kill=kill, resume=str(found[-1]) if found else None)
             except Killed:
                 kills += 1
                 assert spent_in(folder) == len(made)
@@ -117,14 +180,18 @@ def test_runs_that_are_killed_never_forget_what_was_spent(tmp_path, monkeypatch)
             break
         assert scope.steps == sum(steps for *_, steps in scope.accountant.history) == len(made) <= STEPS
         assert scope.get_epsilon(DELTA) <= 6.0
-        assert trainer.state.global_step <= STEPS
-        assert len(made) == STEPS or trainer.state.global_step == STEPS
+        reached = trainer.global_step if isinstance(trainer, L.Trainer) else trainer.state.global_step
+        assert reached <= STEPS
+        assert len(made) == STEPS or reached == STEPS
 
 
 def spent_in(folder):
     """How many charges are on disk."""
     path = folder / "privacy.json"
     return sum(steps for *_, steps in json.loads(path.read_text())["history"]) if path.exists() else 0
+
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture
@@ -221,3 +288,70 @@ def test_a_run_that_goes_on_in_another_folder_counts_what_it_spent_there(stopped
         scope, trainer = run_of(other, resume=from_there)
     assert scope.steps == STEPS
     assert trainer.state.global_step == STEPS - 2
+
+
+@pytest.fixture
+def stopped_lightning(tmp_path):
+    """The same of a Lightning trainer."""
+    with quietly(), pytest.raises(Killed):
+        lightning_run_of(tmp_path, kill=Kill("after a step", 4))
+    return tmp_path
+
+
+def test_steps_after_the_last_checkpoint_of_lightning_stay_spent(stopped_lightning, tmp_path_factory):
+    """What is beside a checkpoint is later than what is in it, and counts; a checkpoint that was moved goes on by itself."""
+    assert spent_in(stopped_lightning) == 5
+    checkpoint = stopped_lightning / "step=4.ckpt"
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "moved.ckpt"
+    elsewhere.write_bytes(checkpoint.read_bytes())
+    with quietly():
+        scope, trainer = lightning_run_of(stopped_lightning, resume=checkpoint)
+        assert (scope.steps, trainer.global_step) == (STEPS, STEPS - 1)
+        assert 5.9 < scope.get_epsilon(DELTA) <= 6.0
+        scope, trainer = lightning_run_of(elsewhere.parent, resume=elsewhere)
+        assert scope.steps == STEPS == trainer.global_step
+
+
+def test_a_lightning_run_that_goes_on_in_another_folder_counts_what_it_spent_there(stopped_lightning, tmp_path_factory):
+    """Killed before it saved a checkpoint of its own, and begun once more from the same one: its steps are not forgotten."""
+    other, checkpoint = tmp_path_factory.mktemp("other"), stopped_lightning / "step=4.ckpt"
+    with quietly():
+        with pytest.raises(Killed):
+            lightning_run_of(other, kill=Kill("after a step", 4), resume=checkpoint)
+        assert spent_in(other) == 6
+        scope, trainer = lightning_run_of(other, resume=checkpoint)
+    assert (scope.steps, trainer.global_step) == (STEPS, STEPS - 2)
+
+
+def test_a_new_lightning_run_in_the_same_folder_says_that_it_counts_anew(stopped_lightning):
+    """What an earlier run has spent is kept under another name; a damaged file is refused by name."""
+    with pytest.warns(UserWarning, match="earlier run has spent"):
+        lightning_run_of(stopped_lightning)
+    assert spent_in(stopped_lightning) == STEPS
+    assert (stopped_lightning / "privacy.1.json").exists()
+    (stopped_lightning / "privacy.json").write_text("{")
+    with quietly(), pytest.raises(InvalidArgumentError, match=r"ckpt_path.*damaged"):
+        lightning_run_of(stopped_lightning, resume=stopped_lightning / "step=4.ckpt")
+
+
+def test_what_is_saved_by_hand_has_its_cost_beside_it(tmp_path):
+    """``trainer.save_checkpoint`` to any folder, without callbacks that save: steps after it are known there."""
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 1:
+                trainer.save_checkpoint(tmp_path / "by_hand" / "one.ckpt")
+            if trainer.global_step == 4:
+                raise Killed
+
+    def fit(callbacks, resume=None):
+        trainer, module = L.Trainer(max_epochs=2, enable_checkpointing=False, callbacks=callbacks, **QUIET), Module()
+        options = {"max_grad_norm": 1.0, "accountant": "rdp", "noise_multiplier": 1.0}
+        with quietly(), private_trainer(trainer, module, train_dataloaders=loader(), **options) as scope:
+            trainer.fit(module, ckpt_path=resume)
+        return scope
+
+    with pytest.raises(Killed):
+        fit([Saves()])
+    assert spent_in(tmp_path / "by_hand") == 4
+    assert fit([], tmp_path / "by_hand" / "one.ckpt").steps == 4 + 5

@@ -49,6 +49,27 @@ def test_every_trainer_takes_the_steps_of_a_bare_loop(trainer, lora, bf16, tmp_p
     assert report.loss_verified or trainer in ("Accelerate", "bare loop")
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_trainer_with_a_grad_scaler_takes_the_same_steps(lora, tmp_path):
+    """Under float16 losses are scaled, and C means what it says; accelerate has this on GPUs only, so it is put there by hand."""
+    model = language_model(lora=lora)
+    trained_ones = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained_ones]
+    with quietly():
+        trainer = transformers_trainer(model, tmp_path)
+        trainer.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"
+        scope = trained_by(trainer)
+    wanted, other = reference(lora=lora, bf16=False)
+    moves = [b - p.detach() for p, b in zip(trained_ones, before, strict=True)]
+    off = torch.cat([(a - b).flatten() for a, b in zip(moves, wanted, strict=True)]).norm()
+    assert 1e-6 < float(off / torch.cat([b.flatten() for b in wanted]).norm()) < 1e-2
+    assert scope.accountant.history == other.accountant.history
+    assert scope.report(DELTA).loss_verified
+    assert scaler.get_scale() == 2.0**12
+    assert "scale" not in vars(scaler)
+
+
 def state_of(thing):
     """What is on an object itself."""
     return dict(vars(thing))

@@ -167,7 +167,6 @@ PLAIN: list[Row] = [
     *each("sample_rate", (0.5,), "poisson_sampling=False", poisson_sampling=False),
     *each("batch_first", (1, 0, "no", None), "True or False"),
     *each("poisson_sampling", (1, 0, "no", None), "True or False"),
-    *each("ledger", ("spent.jsonl",), "not available"),
     *each("self_check", (1,), "True or False"),
     *each("spot_check_rate", (-0.1, 1.5, True, "often", float("nan")), "0 to 1"),
     *each("noise_generator", (7,), "torch.Generator"),
@@ -201,9 +200,14 @@ PLAIN: list[Row] = [
 ]
 SCOPE_ONLY: list[Row] = [
     ("criterion function", {"criterion": torch.nn.functional.mse_loss}, ["criterion=", "dp_step"]),
-    *each("accountant", ("PRV", "moments", None, 3), "'gdp', 'prv', 'rdp'"),
-    *each("secure_mode", (True,), "secure_mode=False"),
+    *each("accountant", ("PRV", "moments", None, 3), "'gdp', 'pld', 'prv', 'rdp'"),
     *each("secure_mode", (1, "yes", None), "True or False"),
+    ("repeatable noise", {"secure_mode": True, "noise_generator": torch.Generator()}, ["noise_generator=", "leave out one"]),
+    (
+        "repeatable batches",
+        {"secure_mode": True, "loader": lambda m: _loader(generator=torch.Generator())},
+        ["loader=", "without generator="],
+    ),
 ]
 
 
@@ -280,7 +284,7 @@ def test_engine_refuses(bad: dict[str, Any], parts: list[str]) -> None:
 @pytest.mark.parametrize("accountant", ["PRV", "", None, 3])
 def test_engine_refuses_an_unknown_accountant(accountant: Any) -> None:
     """An engine with an accountant that does not exist is not built."""
-    with pytest.raises(InvalidArgumentError, match=rf"accountant={accountant!r}.*'gdp', 'prv', 'rdp'"):
+    with pytest.raises(InvalidArgumentError, match=rf"accountant={accountant!r}.*'gdp', 'pld', 'prv', 'rdp'"):
         PrivacyEngineHookBased(accountant=accountant)
 
 
@@ -288,12 +292,17 @@ def test_engine_refuses_an_unknown_accountant(accountant: Any) -> None:
     ("engine", "more", "error", "match"),
     [
         *[({}, {"wrap_model": v}, InvalidArgumentError, rf"wrap_model={v!r}.*leave the argument out") for v in (True, None, 1)],
-        ({"secure_mode": True}, {}, InvalidArgumentError, r"secure_mode=True.*secure_mode=False"),
+        (
+            {"secure_mode": True},
+            {"noise_generator": torch.Generator()},
+            InvalidArgumentError,
+            r"noise_generator=.*secure_mode=True",
+        ),
         ({}, {"max_gradient_norm": 1.0}, TypeError, "max_gradient_norm"),
     ],
 )
 def test_engine_refuses_what_it_cannot_do(engine: Any, more: Any, error: type[Exception], match: str) -> None:
-    """Wrapping, secure noise and misspelt arguments are refused rather than swallowed, and nothing changes."""
+    """Wrapping, secure noise from a generator and misspelt arguments are refused rather than swallowed, and nothing changes."""
     case = _Case()
     with pytest.raises(error, match=match):
         case.engine(PrivacyEngineHookBased(**engine), **more)

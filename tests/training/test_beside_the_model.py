@@ -210,21 +210,13 @@ def test_checkpointing_around_the_model_is_right(name: str) -> None:
     Run(name).trained(by=act).assert_moved()
 
 
-def test_arguments_beside_the_batch_and_methods_are_named() -> None:
-    """What belongs to the examples has to be in the batch; a method is no function of a model."""
-
-    class Trainer:
-        @dp_step
-        def method(self, model: nn.Module, batch: Any) -> Tensor:
-            return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
+def test_arguments_beside_the_batch_are_named() -> None:
+    """What belongs to the examples has to be in the batch."""
     whole = dp_step(lambda model, x, y: F.cross_entropy(model(x), y, reduction="none"))
     with Run() as (model, _, loader):
         x, y = next(iter(loader))
         with pytest.raises(SelfCheckError, match=r"came to .* in an argument after the batch"):
             whole(model, x, y)
-        with pytest.raises(ScopeError, match="It was a Trainer"):
-            Trainer().method(model, (x, y))
 
 
 # ---------------------------------------------------------------- trainable tensors outside the model

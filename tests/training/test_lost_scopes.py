@@ -325,11 +325,13 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process")
-def test_a_forked_process_draws_other_noise_and_other_batches() -> None:
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_forked_process_draws_other_noise_and_other_batches(secure: bool) -> None:
     """Inside a scope that was forked, neither noise nor batches of the two processes are the same."""
     model, torch_state = build("mlp"), torch.get_rng_state()
     loader = DataLoader(range(400), batch_size=200)  # type: ignore[arg-type]
-    scope = scope_over(model, loader=loader, poisson_sampling=True, noise_multiplier=1.0, accountant="rdp")
+    options: dict[str, Any] = {"poisson_sampling": True, "noise_multiplier": 1.0, "accountant": "rdp", "secure_mode": secure}
+    scope = scope_over(model, loader=loader, **options)
     with scope as (opt, private):
         next(iter(private))
         opt.step_empty()

@@ -263,6 +263,21 @@ def test_a_batch_can_be_left_out(by: str, mode: str) -> None:
     run.assert_moved(run.rows(x[3:], y[3:]), divided_by=3)
 
 
+def test_a_part_that_got_no_step_is_in_no_later_batch() -> None:
+    """After a pass was broken off amid a batch, and with the next part left out, nothing of the old part is added up."""
+    run = Run(max_physical_batch_size=2, self_check=False)
+    with run as (model, opt, loader):
+        x, y = next(iter(loader))
+        backward(model, x, y)
+        parts = iter(loader)
+        with pytest.warns(UserWarning, match="no step was taken"):
+            next(parts)
+        for x, y in parts:
+            step(model, opt, x, y)
+    assert run.scope.steps == 1
+    run.assert_moved(run.rows()[2:])
+
+
 def test_a_batch_left_out_needs_a_word_where_tensors_do_not_tell() -> None:
     """After ``continue`` a call on changed tensors cannot be told from reading ahead; the error names ``skip_batch``."""
     with Run(loader=in_order(6, 3)) as (model, _, loader):

@@ -357,7 +357,9 @@ def test_an_unknown_reduction_is_refused_on_decoration(reduction: Any) -> None:
 BAD_LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Any], str]] = {
     "none": ("auto", lambda out, y: None, "returned NoneType"),
     "float": ("auto", lambda out, y: 1.0, "returned float"),
-    "tuple": ("auto", lambda out, y: (out.sum(1), y), "returned tuple"),
+    "three things": ("auto", lambda out, y: (out.sum(1), y, y), "returned tuple"),
+    "aux first": ("auto", lambda out, y: ({}, out.sum(1)), r"returned \(dict, aux\)"),
+    "matrix and aux": ("auto", lambda out, y: (out, y), r"shape \(6, 3\)"),
     "integers": ("auto", lambda out, y: out.argmax(1), "returned Tensor"),
     "matrix": ("auto", lambda out, y: out, r"shape \(6, 3\)"),
     "vector for mean": ("mean", lambda out, y: F.cross_entropy(out, y, reduction="none"), r"shape \(6,\)"),

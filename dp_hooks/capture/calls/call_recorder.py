@@ -45,6 +45,8 @@ class CallRecorder:
         # While a whole function is to be checked, attributes of the model at its start; calls need none then.
         self.state: ModuleState | None = None
         self.carried: CarriedState | None = None
+        self._begin: ModuleState | None = None  # what the model was when the first call of the step began
+        self._last: ModuleState | None = None  # the same of the step before, if the model held the same at its end
         self.new_step()
 
     def new_step(self) -> None:
@@ -58,11 +60,18 @@ class CallRecorder:
         self.calls: list[RecordedCall] = []  # those of the present step that a check may have to look at
         self._views = []
         self.came_back_to: list[RecordedCall] = []  # all that gradients came back from in this step, known ones too
-        self._begin: ModuleState | None = None  # what the model was when the first call of the step began
+        if self._begin is not None:  # else it would keep alive what the model has let go of
+            self._last = None if self._begin.differs or self._begin.holds_graphs else self._begin
+        self._begin = None
         self._frame: FrameType | None = None  # of a forward method that was called past the hooks
         self.overflowed = False  # whether there were more than LIMIT
         self._left_by_training.open.clear()
         self.trace.unverified = set()
+
+    def close(self) -> None:
+        """Nothing is recorded any more."""
+        self.new_step()
+        self._last = None
 
     def forget(self, situation: str | None = None) -> None:
         """What was checked so far (in a situation) says nothing any more, such as where samples turn out to be elsewhere."""
@@ -114,7 +123,8 @@ class CallRecorder:
             args, kwargs = private_copy((args, kwargs))
         call = RecordedCall(module, name, args, kwargs, AmbientContext.current(self._device), key, kind, copied, **how)
         if self.state is None:
-            call.state = ModuleState(self._model)
+            last, self._last = self._last, None
+            call.state = ModuleState(self._model, renewable=True) if last is None else last.renewed()
             call.carried = CarriedState(self._model, call.state) if copied else None
             if call.with_gradients:
                 self._recorded.add(call)
@@ -160,7 +170,7 @@ class CallRecorder:
             self.quiet.append(call)  # looked at as such, unless gradients come back from it
         if call.copied or call.transitions or changed or self.quiet:
             self._keep(call)
-        return call.left
+        return call.left if call.state is None or call.state.differs else []
 
     @property
     def changed(self) -> bool:
@@ -212,7 +222,9 @@ class CallRecorder:
         for call, index, alias, version in views:
             if alias._version != version:  # which it shares with the output, changed in place
                 self.reached(call, index)
-        return [call for call in self.calls if call.reached or call.around] if self.came_back_to else self.calls
+        # Nothing was captured of a call while all was frozen: a generator trained through a model that is not.
+        calls = [call for call in self.calls if any(call.key[-1])]
+        return [call for call in calls if call.reached or call.around] if self.came_back_to else calls
 
     def began(self, call: RecordedCall | None) -> tuple[ModuleState | None, CarriedState | None]:
         """What the model was when ``call``, or the function around it, began."""

@@ -48,6 +48,9 @@ class TappedCall:
             try:
                 for term in self.make(saved(), [None if g is None else g.detach() for g in grads]):
                     opened.sizes.add((term.name, term.samples))
+                    if session.sink.defers(term):
+                        opened.found.append(term)
+                        continue
                     with opened.full_precision(term.params[0].device.type):
                         opened.found.extend(session.sink.receive(term))
             except UnsupportedModelError as error:

@@ -6,9 +6,9 @@ import operator
 import sys
 import sysconfig
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ _MOST, _EACH = 8192, 8
 _LARGEST = 65_536  # bytes of an array that is compared by its values
 _MISSING = object()
 _WRITTEN = "written to"  # at the end of a place: the tensor there is the same, and what is in it may not be
+_ADDRESSED = frozenset((Tensor, nn.Parameter))
 
 
 class _Held(NamedTuple):
@@ -83,10 +84,16 @@ class ModuleState:
         arrays: those of NumPy that can be written to, likewise.
         tensors: all that are no trained parameters, with their places.
         found_at: where modules are that are not registered, by id.
+        differs: whether :meth:`changed` found that something is another object, or gone, when it was asked last.
     """
 
-    def __init__(self, module: nn.Module, *, whole: bool = False) -> None:
-        """Look through ``module``; the ``whole`` of it, which takes time, also where there is much."""
+    def __init__(self, module: nn.Module, *, whole: bool = False, renewable: bool = False) -> None:
+        """Look through ``module``; the ``whole`` of it, which takes time, also where there is much.
+
+        With ``renewable`` what :meth:`renewed` needs is kept as well.
+        """
+        self.differs = True
+        self._as_one: tuple[list[nn.Module], _Contents, _Contents] | None = None
         self._longest: float = math.inf if whole else _LONGEST
         self._largest: float = math.inf if whole else _LARGEST
         self.modules: list[tuple[nn.Module, _Held]] = []
@@ -98,6 +105,9 @@ class ModuleState:
         registered = modules_of(module)
         self._seen = {id(m) for m in registered}
         self._waiting = registered
+        self._visited: list[tuple[Any, type]] = []  # what is no tensor, with its class
+        self._objects: list[tuple[Any, dict[str, Any]]] = []  # each with its attributes
+        self._passed_over: list[Any] = []  # containers too long to be looked into, and arrays that are not kept
         trained: list[tuple[Place, Tensor]] = []
         for m in self._waiting:  # which grows
             here, held = id(m), _Held.by(m)
@@ -110,9 +120,63 @@ class ModuleState:
                 if param is not None:
                     (trained if param.requires_grad else self.tensors).append(((here, key), param))
         every = (*self.tensors, *trained)
-        self._versions = [(place, t, t._version, _address(t)) for place, t in every if not t.is_inference()]
+        self._counted = [(place, t) for place, t in every if not t.is_inference()]
         # Those made in inference mode do not count how often they were written to.
         self._by_value = [(place, t, t.clone()) for place, t in every if t.is_inference() and t.nbytes <= _LARGEST]
+        self._written = _writes(self._counted)
+        self._inside: list[dict[str, Any]] = []
+        if renewable:
+            self._trainable = [t.requires_grad for _, t in self._counted]
+            # Registered things, as far as the dictionaries that hold them are what they were: attributes tell.
+            for m, _ in self.modules:
+                self._inside += (m._parameters, m._modules, m._forward_hooks, m._forward_pre_hooks)  # type: ignore[arg-type]
+            self._of_inside = _Contents(self._inside)
+
+    def renewed(self) -> "ModuleState":
+        """What would be found if the whole were looked through now: quicker where nothing is another object than then."""
+        if not self._is_as_then():
+            return ModuleState(self.modules[0][0], whole=self._longest == math.inf, renewable=True)
+        new = copy.copy(self)
+        new.differs = True
+        new.arrays = [(place, array, array.copy()) for place, array, _ in self.arrays]
+        new._by_value = [(place, t, t.clone()) for place, t, _ in self._by_value]
+        new._written = _writes(self._counted)
+        return new
+
+    def _is_as_then(self) -> bool:
+        """Whether one looking through everything would come to the same objects, and look into the same of them."""
+        return (
+            self._same_attributes()
+            and self._of_inside.are_in(self._inside)
+            and all(_is_same(container, before) for _, container, before in self.containers)
+            and all({*map(id, now)} == {*map(id, then)} for _, now, then in self.containers if isinstance(now, set))
+            and all(type(value) is kind for value, kind in self._visited)
+            and all(object.__getattribute__(value, "__dict__") is contents for value, contents in self._objects)
+            and not any(map(self._looks_into, self._passed_over))
+            and all(self._looks_into(array) and array.nbytes == before.nbytes for _, array, before in self.arrays)
+            and [t.requires_grad for _, t in self._counted] == self._trainable
+        )
+
+    def _same_attributes(self) -> bool:
+        """Whether the attributes and buffers of modules are the very objects that they were."""
+        modules, attributes, buffers = self._attributes
+        return attributes.are_in([*map(vars, modules)]) and buffers.are_in([m._buffers for m in modules])
+
+    @property
+    def _attributes(self) -> "tuple[list[nn.Module], _Contents, _Contents]":
+        """The modules, and their attributes and buffers then; put together when they are first asked for."""
+        if self._as_one is None:
+            held = [held for _, held in self.modules]
+            of_buffers = _Contents([h.buffers for h in held])
+            self._as_one = [m for m, _ in self.modules], _Contents([h.attributes for h in held]), of_buffers
+        return self._as_one
+
+    def _looks_into(self, value: Any) -> bool:
+        """Whether a container is short enough, or an array of those that are kept."""
+        if isinstance(value, _CONTAINERS):
+            return len(value) <= self._longest
+        kept = value.nbytes <= self._largest and value.flags.writeable
+        return kept and value.dtype.kind in "biufcmMSUV" and not value.dtype.hasobject
 
     def _visit(self, place: Place, value: Any, within: int = 0) -> None:
         """Add ``value``; ``within`` so many objects."""
@@ -124,6 +188,7 @@ class ModuleState:
             return
         if id(value) in self._seen or self._left <= 0 or len(place) > _DEEPEST:
             return
+        self._visited.append((value, kind))
         if issubclass(kind, nn.Module):
             hidden = [m for m in modules_of(value) if id(m) not in self._seen]
             self._seen.update(map(id, hidden))
@@ -134,6 +199,7 @@ class ModuleState:
             contents = value
         elif within < _OBJECTS and _is_object(kind):
             within, contents = within + 1, object.__getattribute__(value, "__dict__")
+            self._objects.append((value, contents))
         else:
             if kind.__module__ == "numpy" and kind.__name__ == "ndarray":
                 self._add_array(place, value)
@@ -146,17 +212,16 @@ class ModuleState:
             for key, item in _items(contents):
                 if type(item) not in SIMPLE:
                     self._visit((*place, key), item, within)
+        else:
+            self._passed_over.append(contents)
 
     def _add_array(self, place: Place, array: Any) -> None:
-        if (
-            array.nbytes <= self._largest
-            and array.flags.writeable
-            and array.dtype.kind in "biufcmMSUV"
-            and not array.dtype.hasobject
-        ):
-            self._left -= _EACH + array.nbytes // 64
-            if self._left > 0:
-                self.arrays.append((place, array, array.copy()))
+        if not self._looks_into(array):
+            self._passed_over.append(array)
+            return
+        self._left -= _EACH + array.nbytes // 64
+        if self._left > 0:
+            self.arrays.append((place, array, array.copy()))
 
     def put_back(self, only: Collection[Place] | None = None) -> None:
         """Make every one of them the very object again that it was, and what was in it; or ``only`` some attributes."""
@@ -189,7 +254,7 @@ class ModuleState:
     def now(self) -> "ModuleState":
         """The same, with what is there at present."""
         other = copy.copy(self)
-        other.modules = [(m, _Held.by(m)) for m, _ in self.modules]
+        other.modules, other._as_one = [(m, _Held.by(m)) for m, _ in self.modules], None
         other.containers = [(place, container, _copied(container)) for place, container, _ in self.containers]
         other.arrays = [(place, array, array.copy()) for place, array, _ in self.arrays]
         return other
@@ -199,12 +264,22 @@ class ModuleState:
 
         Trained parameters are among them, which a forward pass has nothing to write to.
         """
-        found = {place: holder for place, holder, _ in self._differences()}
+        same = self._same_attributes()
+        found = {place: holder for place, holder, _ in self._differences(same)}
+        self.differs = bool(found) or not same
         # Something else than another object in its place, and looked at by itself.
-        written = [place for place, t, version, at in self._versions if t._version != version or _address(t) != at]
+        now = _writes(self._counted)
+        written = []
+        if now != self._written:
+            written = [place for (place, _), one, other in zip(self._counted, now, self._written, strict=True) if one != other]
         written += [place for place, t, before in self._by_value if not same_values(t, before)]
         found |= {(*place, _WRITTEN): None for place in written}
         return found | {place: None for place, now, then in self.arrays if not same_array(now, then)}
+
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether a tensor with a history is in it."""
+        return any(t.grad_fn is not None for _, t in self.tensors)
 
     def made_since(self, *, hidden: bool = False) -> list[Tensor]:
         """Tensors with a history that are stored in attributes, or in what these hold, and were not then.
@@ -215,18 +290,23 @@ class ModuleState:
         found = copy.copy(self)
         found.tensors, found.containers, found.arrays, found.found_at = [], [], [], {}
         found._seen, found._left, found._waiting = set(), _MOST, []
-        for place, _, value in self._differences():
+        found._visited, found._objects, found._passed_over = [], [], []
+        for place, _, value in self._differences(self._same_attributes()):
             if (hidden or len(place) > 2 or place[1][0] != "_" or not isinstance(value, Tensor)) and type(value) not in SIMPLE:
                 found._visit(place, value)
         old = {id(t) for _, t in self.tensors}
         made = {id(t): t for _, t in found.tensors if t.grad_fn is not None and id(t) not in old}
         if hidden:
-            made |= {id(t): t for _, t, version, _ in self._versions if t._version != version and t.grad_fn is not None}
+            counts = zip(self._counted, self._written, strict=True)
+            made |= {id(t): t for (_, t), (version, _) in counts if t._version != version and t.grad_fn is not None}
         return list(made.values())
 
-    def _differences(self) -> Iterator[tuple[Place, Place | None, Any]]:
-        """Where another object is now than then; what it was added to, if nothing was there; and the object."""
-        for m, held in self.modules:
+    def _differences(self, same_attributes: bool = False) -> Iterator[tuple[Place, Place | None, Any]]:
+        """Where another object is now than then; what it was added to, if nothing was there; and the object.
+
+        With ``same_attributes`` modules are known to have the attributes and buffers that they had.
+        """
+        for m, held in self.modules if not same_attributes else ():
             here = id(m)
             for now, then in ((vars(m), held.attributes), (m._buffers, held.buffers)):
                 for key, value in now.items():
@@ -236,6 +316,23 @@ class ModuleState:
             if not _is_same(container, before):
                 for key, added, value in _unlike(container, before):
                     yield (*place, key), place if added else None, value
+
+
+class _Contents:
+    """What is in some dictionaries, by identity."""
+
+    def __init__(self, dictionaries: Sequence[dict[Any, Any]]) -> None:
+        self._sizes = [*map(len, dictionaries)]
+        self._keys = [*chain.from_iterable(dictionaries)]
+        self._values = [*chain.from_iterable(map(dict.values, dictionaries))]
+
+    def are_in(self, dictionaries: Sequence[dict[Any, Any]]) -> bool:
+        """Whether these hold the very same under the same keys, in the same order; without a step in Python for each."""
+        return (
+            [*map(len, dictionaries)] == self._sizes
+            and [*chain.from_iterable(dictionaries)] == self._keys
+            and all(map(operator.is_, chain.from_iterable(map(dict.values, dictionaries)), self._values))
+        )
 
 
 def same_array(one: Any, other: Any) -> bool:
@@ -264,9 +361,10 @@ def _is_library(package: str) -> bool:
     return package in ("torch", "numpy", "dp_hooks")
 
 
-def _address(tensor: Tensor) -> int:
-    """Where its values are: what is set as ``.data`` has the same version."""
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided else 0
+def _writes(tensors: Iterable[tuple[Place, Tensor]]) -> list[tuple[int, int]]:
+    """For each how often it was written to, and where its values are: what is set as ``.data`` has the same version."""
+    strided = torch.strided
+    return [(t._version, t.data_ptr() if type(t) in _ADDRESSED and t.layout is strided else 0) for _, t in tensors]
 
 
 def _items(container: Any) -> Iterable[tuple[Any, Any]]:

@@ -23,6 +23,9 @@ class ParameterSwap:
     active: "dict[int, ParameterSwap]" = field(default_factory=dict)
     params: dict[str, nn.Parameter] = field(init=False)
     places: list[tuple[nn.Module, str, str]] = field(init=False)
+    _names: dict[tuple[str, ...], dict[nn.Parameter, str]] = field(default_factory=dict, init=False)
+    # Recurrent layers notice in forward that their weights changed, and renew a second list of them.
+    _recurrent: list[nn.RNNBase] = field(init=False)
     _lists: list[tuple[nn.RNNBase, dict[str, Any]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -35,6 +38,8 @@ class ParameterSwap:
                 name = seen.setdefault(id(param), f"{prefix}.{key}" if prefix else key)
                 self.params.setdefault(name, param)
                 self.places.append((owner, key, name))
+        owners = {id(owner): owner for owner, _, _ in self.places}
+        self._recurrent = [owner for owner in owners.values() if isinstance(owner, nn.RNNBase)]
 
     @property
     def swapped(self) -> bool:
@@ -48,24 +53,44 @@ class ParameterSwap:
         self.active[id(self)] = self
         for owner, key, name in self.places:
             owner._parameters[key] = tensors[name]  # type: ignore[assignment]
-        for owner in {id(o): o for o, _, _ in self.places}.values():
-            # Recurrent layers notice in forward that their weights changed, and renew a second list of them.
-            if isinstance(owner, nn.RNNBase):
-                self._lists.append((owner, {key: vars(owner)[key] for key in _RNN_LISTS if key in vars(owner)}))
+        for owner in self._recurrent:
+            self._lists.append((owner, {key: vars(owner)[key] for key in _RNN_LISTS if key in vars(owner)}))
 
     def foreign(self) -> list[str]:
         """Names of the places that hold something else than the parameter found when the places were made."""
+        params = self.params
+        for owner, key, name in self.places:
+            if owner._parameters.get(key) is not params[name]:
+                break
+        else:
+            return []
         return [name for owner, key, name in self.places if owner._parameters.get(key) is not self.params[name]]
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters that require a gradient now."""
         with torch._C.DisableTorchFunction():  # quick, also while operations are followed
-            return tuple(name for name, p in self.params.items() if p.requires_grad)
+            return tuple([name for name, p in self.params.items() if p.requires_grad])
+
+    def names_of(self, names: tuple[str, ...]) -> Mapping[nn.Parameter, str]:
+        """The parameters with these ``names``, each with its name."""
+        found = self._names.get(names)
+        if found is None:
+            found = self._names[names] = {self.params[name]: name for name in names}
+        return found
 
     def detach(self) -> None:
         """Store the parameters' detached selves, so that autograd computes no gradient for them."""
         with torch._C.DisableTorchFunction():
             self.put({name: param.detach() for name, param in self.params.items()})
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether some of the parameters require a gradient now."""
+        with torch._C.DisableTorchFunction():
+            for param in self.params.values():
+                if param.requires_grad:
+                    return True
+        return False
 
     def restore(self) -> None:
         """Put the parameters back; harmless if they are in place."""

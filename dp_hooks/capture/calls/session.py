@@ -13,6 +13,7 @@ from ...errors import UnsupportedModelError
 from ...gradients.sinks import Sink
 from .backward_passes import BackwardPass, BackwardPasses, Refusals
 from .call_recorder import CallRecorder
+from .one_thread import OneThread
 from .parameter_swap import ParameterSwap
 from .recorded_call import RecordedCall
 from .trace import OpTrace
@@ -68,6 +69,7 @@ class Session:
         self.batch_number = 0  # counts the batches handed out
         self.call = ModelCall()  # the outermost call that is running, or was last, or that gradients come back to
         self.depth = 0  # how many calls of modules are open
+        self.threads = OneThread()  # who may call them
         self.rerunning = 0  # how many modules are being called with tensors of ours, for gradients
         self.repeating = 0  # how many modules that are repeated as a whole are running: what is inside is theirs
         self.outer_task = -1  # the backward pass that a check runs in; -1: none
@@ -90,6 +92,8 @@ class Session:
         self.on_arrival: Callable[[ModelCall, int, Tensor], None] | None = None
         # Told how many samples a backward pass on the present batch was over, and may refuse that.
         self.check_rows: Callable[[int], None] | None = None
+        # Looks at the loss of a backward pass that comes to its end, and may refuse it.
+        self.check_loss: Callable[[], None] | None = None
         # Finds the input, by number, that counts samples; what was found last, by the name of the module called.
         self.find_counting: Callable[[Sequence[Tensor]], int] | None = None
         self.counting: dict[str, int] = {}
@@ -112,6 +116,8 @@ class Session:
 
     def running_pass(self, batch_number: int | None = None) -> BackwardPass:
         """The backward pass that is running."""
+        if not self.passes.open:
+            self.threads.begin_backward()
         return self.passes.running(self.batch_number if batch_number is None else batch_number, self._finish_pass)
 
     def leaked(self, name: str, param: Tensor) -> None:
@@ -136,6 +142,8 @@ class Session:
             self.retracked_task = None
             self.restore_parameters()
         finished = self.passes.open.pop(task, None)
+        if not self.depth and not self.passes.open:
+            self.threads.end()
         if finished is None:
             return
         if self.check_rows is not None and finished.batch_number == self.batch_number:
@@ -144,6 +152,8 @@ class Session:
             for size in sizes:  # named before what may only follow from it
                 if size is not None:
                     self.check_rows(size)
+            if self.check_loss is not None:
+                self.check_loss()
         leaked = self.passes.take_leaks()
         if leaked is not None:
             self.refuse(*leaked, finished)
@@ -173,6 +183,7 @@ class Session:
         self.restore_parameters()  # an interrupted forward could not
         self.passes = BackwardPasses()
         self.depth = 0
+        self.threads.end()
 
     def discard(self) -> None:
         """Drop what was captured since the last boundary, ``grad_sample`` included."""
@@ -182,11 +193,12 @@ class Session:
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Capture something else in between: what was captured before is back, unchanged, afterwards."""
-        with self.sink.aside() as other:
+        with self.threads.step(), self.sink.aside() as other:
             kept = dict(vars(self))
             self.reset()
             self.sink, self.call, self.outer_task = other, ModelCall(), torch._C._current_graph_task_id()
-            self.before_call = self.check_rows = self.find_counting = self.on_output = self.on_arrival = None
+            self.before_call = self.check_rows = self.check_loss = self.find_counting = None
+            self.on_output = self.on_arrival = None
             try:
                 yield
             finally:

@@ -71,9 +71,26 @@ def _kind(value: Any, sized: bool) -> Any:
     if isinstance(value, Tensor):
         return kind
     if isinstance(value, (tuple, list)) and len(value) <= 8:
-        return tuple([_kind(item, sized) for item in value])
+        return tuple(_kinds(value, sized))
     numpy = sys.modules.get("numpy")
     return _kind(value.item(), sized) if numpy is not None and isinstance(value, numpy.generic) else type(value)
+
+
+def _kinds(values: Sequence[Any], sized: bool) -> list[Any]:
+    """:func:`_kind` of each, without a call of it for what there is most of."""
+    few = _ENDS if sized else _FEW
+    return [
+        kind
+        if (kind := type(a)) is Tensor or kind is Parameter
+        else a
+        if kind in _PLAIN
+        else _kind(a, sized)
+        if kind is not int
+        else a
+        if a in few
+        else int
+        for a in values
+    ]
 
 
 _MEANS_OF_TARGETS = ("cross_entropy", "nll_loss")  # and what has these names inside its own
@@ -114,8 +131,14 @@ class _Function:
     mean: bool  # of targets
 
 
-@functools.lru_cache(maxsize=4096)
+_functions: dict[Any, _Function] = {}  # what was asked for, by the function
+_MOST = 4096  # of these, and of shapes
+_ORDINARY = frozenset((Tensor, Parameter))
+
+
 def _function(func: Any) -> _Function:
+    if len(_functions) >= _MOST:
+        _functions.clear()
     name = getattr(func, "__name__", "")
     if name == "__get__":
         name = getattr(func.__self__, "__name__", "")
@@ -123,7 +146,10 @@ def _function(func: Any) -> _Function:
     else:
         followed = name not in METADATA or name in CHANGES_GRADIENT
     made_new = name.startswith("new_") or name.endswith("_like")
-    return _Function(name, followed, name in TAKES_SIZES, name in DRAWS, made_new, any(mean in name for mean in _MEANS_OF_TARGETS))
+    found = _functions[func] = _Function(
+        name, followed, name in TAKES_SIZES, name in DRAWS, made_new, any(mean in name for mean in _MEANS_OF_TARGETS)
+    )
+    return found
 
 
 class _Follow(TorchFunctionMode):
@@ -132,7 +158,7 @@ class _Follow(TorchFunctionMode):
         self._trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        function = _function(func)
+        function = _functions.get(func) or _function(func)
         if not function.followed or _paused.depth:
             return func(*args, **kwargs) if kwargs else func(*args)
         trace = self._trace
@@ -168,6 +194,7 @@ class OpTrace:
     # Tensors that depend on neither inputs nor parameters, by identity; held, so that identities stay theirs.
     _constants: dict[int, Tensor] = field(default_factory=dict)
     _from_constants: set[Transition] = field(default_factory=set)
+    _places: dict[torch.Size, tuple[int, int | None]] = field(default_factory=dict)  # for the present number of rows, by shape
     _numbers: dict[Any, int] = field(default_factory=dict)  # of operations: quicker to compare
     _below: list[TorchFunctionMode] | None = None  # modes that were there when ours was put on top; None while it is not
     _mode: _Follow = field(init=False)
@@ -179,7 +206,8 @@ class OpTrace:
     @contextmanager
     def function(self) -> Iterator[None]:
         """Follow a whole function, the calls of modules in it included."""
-        self.rows, self.unverified, self.draws = None, set(), Draws()
+        self._count(None)
+        self.unverified, self.draws = set(), Draws()
         self._open(None)
         self._whole = True
         try:
@@ -190,12 +218,17 @@ class OpTrace:
 
     def start(self, name: str, rows: int | None) -> None:
         """Follow an outermost call of a module from now on."""
-        self.rows, self.drawn_inside = rows, Draws()
+        self._count(rows)
+        self.drawn_inside = Draws()
         if self._whole:
             self.enter(name)
             return
         self.unverified, self.draws = set(), self.drawn_inside
         self._open(name)
+
+    def _count(self, rows: int | None) -> None:
+        if rows != self.rows:
+            self.rows, self._places = rows, {}
 
     def stop(self) -> None:
         """The outermost call is over, or was interrupted."""
@@ -250,25 +283,36 @@ class OpTrace:
 
     def note(self, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
         """Keep in mind that ``function`` was called, unless all tensors among its arguments are constant; whether they are."""
+        if function.made_new:
+            return True
         known = self._constants
-        if function.made_new or self._all_constant(args if not kwargs else (*args, *kwargs.values())):
+        first: Any = args[0] if args else None
+        is_tensor = isinstance(first, Tensor)
+        if not (is_tensor and id(first) not in known) and self._all_constant(args if not kwargs else (*args, *kwargs.values())):
             return True
         if not self._frames:
             return False
-        first = args[0] if args else None
         where: Any = None
-        if isinstance(first, Tensor) and not first.is_nested:
-            shape, rows = first.shape, self.rows
-            where = (len(shape), shape.index(rows) if rows in shape else self._multiple(shape))
+        if is_tensor and not first.is_nested:
+            shape = first.shape
+            where = self._places.get(shape) if type(first) in _ORDINARY else None
+            if where is None:
+                where = self._place(shape)
         sized = function.sized
-        kinds = [t if (t := type(a)) is Tensor or t is Parameter else a if t in _PLAIN else _kind(a, sized) for a in args]
         named: Any = None if not kwargs else tuple([(key, _kind(value, sized)) for key, value in kwargs.items()])
         if function.mean:
             named = (named, _uneven(args, kwargs or {}, self.rows))
-        number = self._numbered((function.name, where, tuple(kinds), named))
-        self._pass_by(number)
-        self._frames[-1][1] = number
-        known.pop(id(first), None)  # it may have been written to
+        operation = (function.name, where, named, *_kinds(args, sized))
+        number = self._numbers.get(operation)
+        if number is None:
+            number = self._numbered(operation)
+        frame = self._frames[-1]
+        transition = (frame[0], frame[1], number)
+        if transition not in self._known:
+            self.unverified.add(transition)
+        frame[1] = number
+        if known:
+            known.pop(id(first), None)  # it may have been written to
         if kwargs and "out" in kwargs:
             known.pop(id(kwargs["out"]), None)
         return False
@@ -297,8 +341,18 @@ class OpTrace:
         self._constants.update((id(t), t) for t in made)
         if any(self.rows in t.shape for t in (*made, *(arg for arg in args if isinstance(arg, Tensor)))):
             # Not what the next operation follows: a cache is there the second time.
-            operation = (function.name, *(_kind(arg, function.sized) for arg in args))
+            operation = (_CALL, function.name, *(_kind(arg, function.sized) for arg in args))
             self._from_constants.add(self._pass_by(self._numbered(operation)))
+
+    def _place(self, shape: torch.Size) -> tuple[int, int | None]:
+        """The number of axes, and the first of them that may count samples."""
+        rows = self.rows
+        if len(self._places) >= _MOST:
+            self._places.clear()
+        found = len(shape), shape.index(rows) if rows in shape else self._multiple(shape)
+        if all(type(size) is int for size in shape):
+            self._places[shape] = found
+        return found
 
     def _multiple(self, shape: torch.Size) -> int | None:
         """The first axis that may hold several rows per sample."""
@@ -350,4 +404,5 @@ class OpTrace:
         finally:
             self.close()
             self._known = self._verified["many"]
-            self.rows, self.unverified, self.draws, self._whole = kept
+            rows, self.unverified, self.draws, self._whole = kept
+            self._count(rows)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..._no_randomness import other_generators_kept
+from ..._no_randomness import generators_kept
 from ..._rerun import as_check, copy_of, write_back
 from .module_state import ModuleState
 
@@ -39,7 +39,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for p in params:
             p.grad = None  # else gradients would be added to it in place
-        with as_check(), torch.random.fork_rng(devices=devices), other_generators_kept(), torch.enable_grad():
+        with as_check(), generators_kept(devices), torch.enable_grad():
             yield
     finally:
         before.put_back()

@@ -44,14 +44,7 @@ def check_budget(noise_multiplier: object, target_epsilon: object, target_delta:
         if epochs is not None:
             raise bad("epochs", epochs, "it only has a meaning with target_epsilon; leave it out with noise_multiplier.")
         return sigma
-    epsilon = positive("target_epsilon", target_epsilon, "pass the epsilon to reach, greater than 0.")
-    if epsilon > _LARGEST_EPSILON:
-        raise bad(
-            "target_epsilon",
-            target_epsilon,
-            f"a budget above {_LARGEST_EPSILON:g} protects nobody, and accountants break down there. Pass a smaller one, or "
-            "noise_multiplier.",
-        )
+    epsilon = check_epsilon("target_epsilon", target_epsilon)
     if delta is None:
         raise bad("target_delta", None, f"target_epsilon needs a target_delta: {DELTA}")
     if epochs is None:
@@ -59,10 +52,23 @@ def check_budget(noise_multiplier: object, target_epsilon: object, target_delta:
     return Budget(epsilon, delta, positive("epochs", epochs, "pass a number of epochs greater than 0."))
 
 
+def check_epsilon(name: str, value: object) -> float:
+    """Return ``value`` as an epsilon that a budget can have: above 0, and not absurdly large."""
+    epsilon = positive(name, value, "pass the epsilon to reach, greater than 0.")
+    if epsilon > _LARGEST_EPSILON:
+        raise bad(
+            name,
+            value,
+            f"a budget above {_LARGEST_EPSILON:g} protects nobody, and accountants break down there. Pass a smaller one, or "
+            "noise_multiplier.",
+        )
+    return epsilon
+
+
 def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, releases: int) -> float:
     """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within the budget.
 
-    The result is the larger end of a bisection, so epsilon is never above the target, and at least 99.9 % of it is used
+    The result is the larger end of a bracket, so epsilon is never above the target, and at least 99.9 % of it is used
     (less only where the accountant's own resolution is coarser). Opacus's ``get_noise_multiplier`` is not used: it
     starts from 0, where accountants take very long or run out of memory, and need not end for small targets.
 
@@ -87,7 +93,7 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
             "accountant",
             "gdp",
             "its central limit is not an upper bound with Poisson sampling: the noise calculated for target_epsilon would be too "
-            'little. Use accountant="prv" or "rdp".',
+            'little. Use accountant="pld", "prv" or "rdp".',
         )
 
     @functools.cache  # "prv" takes half a second and more for each
@@ -111,6 +117,14 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
     while spent(low) <= epsilon:
         low, high = low / 2, low
     while epsilon - spent(high) > 1e-3 * epsilon and (high - low) > 1e-4 * high:
-        middle = (low + high) / 2
+        middle = _between(low, high, spent(low), spent(high), epsilon * (1 - 5e-4))
         low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
     return high
+
+
+def _between(low: float, high: float, at_low: float, at_high: float, wanted: float) -> float:
+    """Return where a power law through both ends has the value ``wanted``, well inside of them; else the middle."""
+    if not 0 < at_high < wanted < at_low < math.inf:
+        return (low + high) / 2
+    share = math.log(at_low / wanted) / math.log(at_low / at_high)
+    return float(low * (high / low) ** min(max(share, 0.1), 0.9))

@@ -14,6 +14,16 @@ def continues(earlier: History, later: History) -> bool:
     return later[:at] == head and len(later) > at and later[at][:2] == (sigma, rate) and later[at][2] >= steps
 
 
+def beyond(earlier: History, later: History) -> History:
+    """What ``later``, which continues ``earlier``, has more than that."""
+    if not earlier:
+        return later
+    at = len(earlier) - 1
+    sigma, rate, steps = later[at]
+    more = steps - earlier[at][2]
+    return [*([(sigma, rate, more)] if more else []), *later[at + 1 :]]
+
+
 def joined(spent: History, loaded: History) -> tuple[History, bool]:
     """Return the history to go on with, the longer of two of which one continues the other; and whether that is ``spent``.
 

@@ -7,6 +7,7 @@ from opacus.accountants import IAccountant
 from ...errors import BudgetExhaustedError, ScopeError
 from .calibrate import Budget
 from .opacus import charge, epsilon_for
+from .open_ledger import OpenLedger
 from .upper_bound import Charge
 
 
@@ -41,9 +42,30 @@ class PrivacyMeter:
         self.releases = releases
         self.steps = 0
         self.foreign_steps = 0
+        self.ledger: OpenLedger | None = None
+        self.run: str | None = None  # the name, in a ledger, of the run that this one goes on with
+        self._planned = False  # whether the budget as a whole was seen to fit into what all runs may spend
         self._pass_sigma: float | None = None
         self._others: list[Charge] = []  # charges of another kind, and how many releases fit into the budget beside them
         self._allowed = releases
+
+    def write_to(self, ledger: OpenLedger) -> None:
+        """Write every charge to ``ledger`` as well, from now on; see :meth:`adopt`."""
+        self.ledger = ledger
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take over from the ledger what it knows of this run: steps that were lost with an earlier process, too.
+
+        Raises:
+            ScopeError: it knows something else.
+        """
+        if self.ledger is not None:
+            before = sum(steps for _, _, steps in self.accountant.history)
+            history = self.ledger.adopt(self.accountant.history, self.run)
+            if history != self.accountant.history:
+                self.accountant.history = history
+                self.steps += sum(steps for _, _, steps in history) - before
 
     @property
     def remaining(self) -> int | None:
@@ -87,11 +109,14 @@ class PrivacyMeter:
             return
         if self.remaining == 0:
             raise self._exhausted()
-        charge(self.accountant, self.noise_multiplier, self.charged_rate)
+        self._check_total(self.charged_rate)
+        self._charge(self.charged_rate)
         self._pass_sigma = self.noise_multiplier
 
     def check_step(self, *, foreign: bool) -> None:
         """Raise if one more step may not be taken; changes nothing."""
+        if foreign or self.poisson:
+            self._check_total(1.0 if foreign else self.charged_rate)
         if foreign:
             if not self._allows_one_more(1.0):
                 raise self._exhausted(
@@ -115,11 +140,26 @@ class PrivacyMeter:
                     "it was sampled, so the step is charged without amplification (as if it held the whole dataset)",
                     stacklevel=2,
                 )
-            charge(self.accountant, self.noise_multiplier, 1.0)
+            self._charge(1.0)
             self.foreign_steps += 1
         elif self.poisson:
-            charge(self.accountant, self.noise_multiplier, self.charged_rate)
+            self._charge(self.charged_rate)
         self.steps += 1
+
+    def _charge(self, rate: float) -> None:
+        charge(self.accountant, self.noise_multiplier, rate)
+        if self.ledger is not None:
+            self.ledger.charge(self.noise_multiplier, rate)
+
+    def _check_total(self, rate: float) -> None:
+        """Refuse what would bring all runs in the ledger above what they may spend together: this step, or, once, the budget."""
+        if self.ledger is None:
+            return
+        if not self._planned and self.budget is not None:
+            planned = [(self.noise_multiplier, self.charged_rate, self.remaining or 0)]
+            self.ledger.check_plan([entry for entry in planned if entry[2]])
+        self._planned = True
+        self.ledger.check_one_more(self.noise_multiplier, rate)
 
     def _allows_one_more(self, rate: float) -> bool:
         budget = self.budget

@@ -1,4 +1,4 @@
-"""Opacus's accountants: made by name, charged, and asked for epsilon."""
+"""Accountants of Opacus and "pld": made by name, charged, and asked for epsilon."""
 
 import math
 import warnings
@@ -9,13 +9,14 @@ from opacus.accountants import IAccountant, create_accountant
 
 from ..._validate import fraction, one_of
 from ...errors import AccountingError, ScopeError
+from . import pld  # registers its accountant with Opacus
 from .upper_bound import Charge, epsilon_bound, gathered
 
-ACCOUNTANTS = ("prv", "rdp", "gdp")
+ACCOUNTANTS = ("pld", "prv", "rdp", "gdp")
 DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
 _NO_BOUND = (
     "the central limit that the 'gdp' accountant takes is not a bound with Poisson sampling: the true epsilon may be larger. Use "
-    "accountant='prv' or 'rdp'"
+    "accountant='pld', 'prv' or 'rdp'"
 )
 # Numbers that "prv" may work on, different charges that "rdp" may, and noise below which their series do not converge.
 _GRID_NUMBERS, _RENYI_CHARGES, _LEAST_SIGMA = 4e6, 64, 0.2
@@ -30,7 +31,7 @@ class Spent:
 
 
 def make_accountant(accountant: str | IAccountant) -> IAccountant:
-    """Return the Opacus accountant of that name ("prv", "rdp", "gdp"), or the given object itself."""
+    """Return the accountant of that name ("pld", "prv", "rdp", "gdp"), or the given object itself."""
     if isinstance(accountant, IAccountant):
         return accountant
     return create_accountant(mechanism=one_of("accountant", accountant, ACCOUNTANTS))
@@ -49,7 +50,7 @@ def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: float)
         accountant.history[max(0, before - 1) :] = last  # the GDP accountant forgets what was spent when it refuses more
         raise ScopeError(
             f"the {accountant.mechanism()!r} accountant cannot add a step with noise multiplier {noise_multiplier} at rate "
-            f'{sample_rate} to its history ({error}). Nothing was released. Use accountant="prv" or "rdp".'
+            f'{sample_rate} to its history ({error}). Nothing was released. Use accountant="pld", "prv" or "rdp".'
         ) from error
 
 
@@ -104,19 +105,21 @@ def _ask(accountant: IAccountant, delta: float) -> float:
         except ValueError as error:
             raise AccountingError(
                 f"the {accountant.mechanism()!r} accountant cannot tell epsilon at delta={delta} for its history ({error}). "
-                'What was charged is kept; use accountant="prv" or "rdp" for such steps.'
+                'What was charged is kept; use accountant="pld", "prv" or "rdp" for such steps.'
             ) from error
 
 
 def _affordable(name: str, history: list[Charge], delta: float) -> list[Charge] | None:
     """Return ``history``, rounded to fewer charges if need be, such that an accountant takes seconds for it; else None."""
-    size = 1.0
+    least, size = min(sigma for sigma, _, _ in history), 1.0
+    if name == pld.NAME:  # rounds by itself
+        return history if least >= pld.LEAST_SIGMA else None
     if name == "prv":  # numbers in the grid of privacy losses: Opacus's own choice for the accuracy it is asked for
         steps = sum(count for _, _, count in history)
         reach = epsilon_bound(history, delta / 4000) + 3
         size = 2 * reach / (0.01 / math.sqrt(steps * math.log(12_000 / delta) / 2))
     most = _GRID_NUMBERS / size if name == "prv" else _RENYI_CHARGES
-    if min(sigma for sigma, _, _ in history) < _LEAST_SIGMA or most < 4:
+    if least < _LEAST_SIGMA or most < 4:
         return None
     return history if len(history) <= most else gathered(history, int(most))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._validate import bad
-from ..noise.gaussian import GaussianNoise
+from ..noise.noise import Noise
 from .fixed import FlatClipping
 from .norms import SampleNorms
 
@@ -99,11 +99,11 @@ class AdaptiveClipping(FlatClipping):
         halves = (norms.joint <= self._bound).to(torch.float32) - 0.5
         return torch.where(norms.finite, halves, torch.zeros_like(halves)).sum().to(self.device)
 
-    def update(self, statistic: Tensor | None, noise: GaussianNoise, noise_multiplier: float) -> None:
+    def update(self, statistic: Tensor | None, noise: Noise, noise_multiplier: float) -> None:
         """Add noise to the count, and move C."""
         count = torch.zeros((), device=self.device) if statistic is None else statistic.clone()
         if noise_multiplier > 0:
-            noise.add_([count], self.unclipped_num_std)
+            noise.add_([count], self.unclipped_num_std, sensitivity=_COUNT_SENSITIVITY)
         unclipped = float(count) / self.expected_batch_size + 0.5
         move = self.clipbound_learning_rate * (unclipped - self.target_unclipped_quantile)
         log_bound = math.log(self._bound) - move  # the exponential of a large move alone might overflow

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..noise.gaussian import GaussianNoise
+from ..noise.noise import Noise
 from .norms import SampleNorms
 
 
@@ -51,7 +51,7 @@ class ClippingFunction(ABC):
         """Return what the samples of a physical part add to the statistic of their logical batch; None: nothing."""
         return None
 
-    def update(self, statistic: Tensor | None, noise: GaussianNoise, noise_multiplier: float) -> None:  # noqa: B027
+    def update(self, statistic: Tensor | None, noise: Noise, noise_multiplier: float) -> None:  # noqa: B027
         """Learn from a released logical batch that was charged with ``noise_multiplier``; ``noise`` adds the noise.
 
         ``statistic`` is the sum of :meth:`statistic` over its parts, without noise; None if there were no samples.

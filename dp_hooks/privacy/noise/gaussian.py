@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from threading import Event
 
 import torch
 from torch import Tensor
 
+from ..._no_randomness import undisturbed_generators
 from ..._precision import wide_dtype
 from ..._validate import bad
 from ...errors import ScopeError
@@ -18,6 +19,7 @@ from .entropy import fresh_generator
 _SMALL = 1 << 13  # on CPU noise for tensors of at most so many numbers is drawn at once, for all of them together
 _TOGETHER = 1 << 24  # at most so many numbers at a time, on any device
 _BLOCK = 1 << 15  # numbers drawn at a time: the buffer stays in the cache, and PyTorch uses no threads of its own for so few
+_BLOCK_ALONE = 1 << 19  # where PyTorch has one thread: fewer operations, as quick
 _WORTH_A_THREAD = 1 << 18  # sums of fewer numbers than this are not worth starting a thread for
 _PARALLEL_FROM = 1 << 15  # elementwise operators use several threads from this size on
 _MOST_THREADS = 16  # on machines with more cores the noise is drawn so fast that preparing for it does not pay
@@ -63,12 +65,20 @@ class GaussianNoise:
     normal numbers on one core.
     """
 
+    is_secure = False
+
     def __init__(self, generator: torch.Generator | None = None) -> None:
         """Draw from ``generator``, or from fresh generators per device."""
         self.generator = generator
         self._process = os.getpid()
         self._fresh: dict[torch.device, list[torch.Generator]] = {}
         self._draws: tuple[object, Tensor, list[Tensor]] | None = None  # for tensors of these shapes: numbers, and views of them
+
+    @property
+    def random_numbers(self) -> str:
+        """Where they are from."""
+        kind = "repeatable (noise_generator)" if self.generator is not None else "with fresh entropy"
+        return f"not secure: PyTorch's generators, {kind}"
 
     def check_devices(self, devices: set[torch.device]) -> None:
         """Raise ``InvalidArgumentError`` unless the user's generator can serve all ``devices``."""
@@ -88,25 +98,30 @@ class GaussianNoise:
         fresh += [fresh_generator(device) for _ in range(count - len(fresh))]
         return fresh[:count]
 
-    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0) -> bool:
+    def add_(self, totals: Sequence[Tensor], std: float, scale: float = 1.0, *, sensitivity: float | None = None) -> bool:
         """Replace each of ``totals`` by ``scale * (total + N(0, std^2))``, in place and in one pass over it.
 
         The draw is made in at least float32, so that half precision does not coarsen its tails. No buffer of the tensors'
-        size is needed on CPU; on other devices one as large as the largest tensor, or 64 MB.
+        size is needed on CPU; on other devices one as large as the largest tensor, or 64 MB. ``sensitivity`` does not matter.
 
         Returns:
             Whether the results can be released: none of them is NaN or infinite.
         """
+        with nullcontext() if self.generator is None else undisturbed_generators():  # the user's may be one of PyTorch's own
+            return self._add_all(totals, std, scale)
+
+    def _add_all(self, totals: Sequence[Tensor], std: float, scale: float) -> bool:
         if std == 0:
-            return _finite([_parts(total.mul_(scale)).sum(dtype=wide_dtype(total.real.dtype)) for total in totals])
+            return finite([real_view(total.mul_(scale)).sum(dtype=wide_dtype(total.real.dtype)) for total in totals])
         blocks: list[Tensor] = []
         sums: list[Tensor] = []
         together: dict[object, list[Tensor]] = {}
-        for total in map(_parts, totals):
+        block = _BLOCK_ALONE if torch.get_num_threads() == 1 else _BLOCK
+        for total in map(real_view, totals):
             on_cpu = total.device.type == "cpu"
-            flat = _flat(total) if on_cpu and total.numel() > _SMALL else None
+            flat = flat_view(total) if on_cpu and total.numel() > _SMALL else None
             if flat is not None:
-                blocks.extend(flat.split(_BLOCK))
+                blocks.extend(flat.split(block))
             elif total.numel() <= (_SMALL if on_cpu else _TOGETHER) and total.dtype == wide_dtype(total.dtype):
                 together.setdefault((total.device, total.dtype), []).append(total)
             else:
@@ -114,10 +129,10 @@ class GaussianNoise:
                 draw = torch.empty(total.shape, dtype=wide_dtype(total.dtype), device=total.device)
                 sums.append(self._add(total, draw, generator, std, scale))
         for alike in together.values():
-            for some in _at_most(_TOGETHER, alike):
+            for some in at_most(_TOGETHER, _side_by_side(alike)):
                 sums += self._add_together(some, std, scale)
         sums += self._add_blocks(blocks, std, scale)
-        return _finite(sums)
+        return finite(sums)
 
     def _add_together(self, totals: list[Tensor], std: float, scale: float) -> list[Tensor]:
         """Add noise to tensors alike in dtype and device, by one draw for all; return what tells whether all are finite."""
@@ -143,6 +158,7 @@ class GaussianNoise:
             return []
         wanted = min(torch.get_num_threads(), sum(block.numel() for block in blocks) // _WORTH_A_THREAD)
         generators = self._generators(blocks[0].device, max(1, wanted))  # a generator of the user's is one stream
+        largest = max(block.numel() for block in blocks)
         queue: SimpleQueue[Tensor] = SimpleQueue()
         for block in blocks:
             queue.put(block)
@@ -155,9 +171,9 @@ class GaussianNoise:
                     block = queue.get_nowait()
                     dtype = wide_dtype(block.dtype)
                     if dtype not in buffers:
-                        buffers[dtype] = torch.empty(_BLOCK, dtype=dtype, device="cpu")
+                        buffers[dtype] = torch.empty(largest, dtype=dtype, device="cpu")
                     buffer, size = buffers[dtype], block.numel()
-                    sums.append(self._add(block, buffer if size == _BLOCK else buffer[:size], generator, std, scale))
+                    sums.append(self._add(block, buffer if size == largest else buffer[:size], generator, std, scale))
             return sums
 
         if len(generators) == 1:
@@ -178,7 +194,7 @@ class GaussianNoise:
         return total.sum(dtype=draw.dtype)  # now: it is in the cache still
 
 
-def _finite(sums: list[Tensor]) -> bool:
+def finite(sums: list[Tensor]) -> bool:
     """Return whether what was added up is finite: a NaN or an infinity anywhere is left of a sum."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for total in sums:
@@ -186,7 +202,29 @@ def _finite(sums: list[Tensor]) -> bool:
     return all(bool(torch.stack(some).isfinite().all()) for some in alike.values())
 
 
-def _at_most(numbers: int, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def _side_by_side(totals: list[Tensor]) -> list[Tensor]:
+    """Put together what comes one after the other both in the list and in memory, as flat views of it.
+
+    So their order is that of the list: which number of the noise goes where does not depend on what is where in memory.
+    """
+    found: list[Tensor] = []
+    end = -1  # of the last one in memory, in bytes
+    for total in totals:
+        if total.is_contiguous() and total.numel():
+            begin = total.data_ptr()
+            if begin == end and found[-1].untyped_storage().data_ptr() == total.untyped_storage().data_ptr():
+                head = found.pop()
+                total = head.as_strided((head.numel() + total.numel(),), (1,), head.storage_offset())
+            else:
+                total = total.view(-1)
+            end = total.data_ptr() + total.numel() * total.itemsize
+        else:
+            end = -1
+        found.append(total)
+    return found
+
+
+def at_most(numbers: int, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Cut a list into parts with at most so many ``numbers`` each."""
     part: list[Tensor] = []
     size = 0
@@ -199,12 +237,12 @@ def _at_most(numbers: int, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     yield part
 
 
-def _parts(total: Tensor) -> Tensor:
+def real_view(total: Tensor) -> Tensor:
     """Return a view of real and imaginary parts, each of which gets noise of its own; a real tensor as it is."""
     return torch.view_as_real(total) if total.is_complex() else total
 
 
-def _flat(tensor: Tensor) -> Tensor | None:
+def flat_view(tensor: Tensor) -> Tensor | None:
     """Return a 1-D view of all numbers of ``tensor``, whatever the order of its axes in memory, or None."""
     strides = tensor.stride()
     plain = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..._no_randomness import other_generators_kept, set_seeds
-from ..._tree import PaddedField, field_at
+from ..._no_randomness import generators_kept, set_seeds
+from ..._tree import PaddedField, attributes_of, field_at
 from ..._validate import bad
 
 # Examples that are read from the dataset, examples in the batch that is varied, and seeds where the function draws numbers.
@@ -57,7 +57,7 @@ def probe_collate(loader: DataLoader[Any]) -> CollateFacts:
     if loader.collate_fn is default_collate:
         return CollateFacts()
     name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
-    with other_generators_kept(), torch.random.fork_rng(devices=[]):
+    with generators_kept():
         try:
             probe = _Probe(loader.collate_fn, _examples(loader.dataset), name)
             return CollateFacts(padded=probe.run())
@@ -151,6 +151,8 @@ class _Probe:
                 self._shared(path, first)
         elif isinstance(first, float) and any(part != first for part in parts):
             self._shared(path, first)
+        elif attributes_of(first):
+            yield from self._walk(path, [attributes_of(part) for part in parts], counts)
         elif not isinstance(first, (int, float, str, bytes, type(None))):
             raise _Unclear(f"{_text(path)} is a {type(first).__name__}")
 
@@ -249,6 +251,10 @@ def _alike(one: Any, other: Any, path: tuple[Any, ...], found: list[PaddedField]
             return one.keys() == other.keys() and all(_alike(one[k], other[k], path, []) for k in one)
         if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
             return len(one) == len(other) and all(_alike(x, y, path, []) for x, y in zip(one, other, strict=True))
+        if attributes_of(one) and type(one) is type(other):
+            return _alike(attributes_of(one), attributes_of(other), path, found)
+        if one is not None and type(one).__eq__ is object.__eq__:  # type: ignore[comparison-overlap]
+            raise _Unclear(f"in {_text(path)} is a {type(one).__name__}")
         return bool(one == other)
     if a.dim() != b.dim() or a.dtype != b.dtype:
         return False

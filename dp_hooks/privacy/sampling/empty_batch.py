@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._tree import tree_map
+from ..._tree import attributes_of, tree_map, with_attributes
 from ...errors import DPHooksError
 
 
@@ -19,15 +19,23 @@ class EmptyAwareCollate:
     works in loader workers, and when the very first batch is empty.
     """
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
-        """Wrap ``collate_fn``."""
+    def __init__(self, collate_fn: Callable[..., Any], dataset: Any, made: Callable[[Any, int], None] | None = None) -> None:
+        """Wrap ``collate_fn``; ``made`` is told each batch and its number of examples, except in copies, which workers have."""
         self.collate_fn = collate_fn
         self.dataset = dataset
+        self._made = made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": None}
 
     def __call__(self, examples: list[Any]) -> Any:
         """Collate ``examples``; an empty list gives a batch with zero rows."""
-        if len(examples) > 0:
-            return self.collate_fn(examples)
+        batch = self.collate_fn(examples) if len(examples) > 0 else self._empty()
+        if self._made is not None:
+            self._made(batch, len(examples))
+        return batch
+
+    def _empty(self) -> Any:
         example = self.dataset[0]
         # Copies, since collate functions may consume what they are given.
         one = self.collate_fn([copy.deepcopy(example)])
@@ -49,7 +57,9 @@ def _no_rows(one: Any, two: Any) -> Any:
         return one
     if isinstance(one, (int, float, str, bytes)):
         return type(one)()
+    if attributes_of(one):
+        return with_attributes(one, tree_map(_no_rows, attributes_of(one), attributes_of(two)))
     raise DPHooksError(
         f"cannot make an empty batch: collate_fn returned a {type(one).__name__} in it. Let collate_fn return tensors, "
-        "lists, tuples, mappings or dataclasses of them."
+        "lists, tuples, mappings, dataclasses or attributes of them."
     )

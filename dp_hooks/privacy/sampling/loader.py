@@ -1,7 +1,6 @@
 """The loader that a private scope hands out."""
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -10,9 +9,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from ...errors import ScopeError
 from ..accounting.meter import PrivacyMeter
 from .empty_batch import EmptyAwareCollate
-from .physical import OncePerPass, PhysicalBatch, PhysicalSampler
-from .poisson import PoissonSampler
+from .physical import OncePerPass, Pass, PhysicalBatch, PhysicalSampler
+from .poisson import PoissonSampler, SecurePoissonSampler
 from .scheme import SamplingPlan
+from .split import Split
 
 _KEPT = (
     "num_workers pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor persistent_workers "
@@ -34,27 +34,36 @@ class PrivateDataLoader(DataLoader[Any]):
         meter: PrivacyMeter,
         before_batch: Callable[[PhysicalBatch, Any], None],
         max_physical_batch_size: int | None,
+        split: Split,
+        place: Callable[[Any], Any] | None = None,
     ) -> None:
         """Take everything but the sampling, which is that of ``plan``, from ``loader``.
 
-        ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called with a batch before it is handed out.
+        ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called with a batch before it is handed out,
+        and after ``place`` has put it where the model is; ``split`` is for other loaders that are built of the sampler and the
+        collate function of this one.
         """
         logical: PoissonSampler | OncePerPass
         if plan.poisson:
-            logical = PoissonSampler(plan.examples, plan.sample_rate, plan.batches_per_pass, loader.generator)
+            generator = loader.generator or getattr(loader.batch_sampler, "generator", None)  # of Opacus's sampler
+            drawn = (plan.examples, plan.sample_rate, plan.batches_per_pass)
+            logical = SecurePoissonSampler(*drawn) if plan.secure else PoissonSampler(*drawn, generator)
         else:
             logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
         self.sample_rate = plan.sample_rate
         self._meter = meter
         self._before_batch = before_batch
-        self._pass: deque[PhysicalBatch] | None = None
+        self._place = place
+        self._pass: Pass | None = None
         self._closed = False
         # accelerator.prepare(loader) would build another loader from the parts of this one, past everything that is done here.
         self._is_accelerate_prepared = True
+        self._split = split
+        expected, limit = plan.expected_batch_size, lambda: meter.batches_left
         super().__init__(
             loader.dataset,
-            batch_sampler=PhysicalSampler(logical, plan.expected_batch_size, max_physical_batch_size, lambda: meter.batches_left),
-            collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset),
+            batch_sampler=PhysicalSampler(logical, expected, max_physical_batch_size, limit, self._lend),
+            collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset, split.made),
             **{name: getattr(loader, name) for name in _KEPT},
         )
 
@@ -64,11 +73,14 @@ class PrivateDataLoader(DataLoader[Any]):
         Raises:
             ScopeError: the scope is over; also from a pass that began within it.
         """
-        self._check_open()
-        if self._meter.remaining == 0:
-            warnings.warn("the privacy budget is used up: the loader yields no more batches", stacklevel=2)
-        batches = super().__iter__()
-        return self._hand_out(batches, cast(PhysicalSampler, self.batch_sampler).queue)
+        self._check_begin()
+        sampler = cast(PhysicalSampler, self.batch_sampler)
+        sampler.is_own = True
+        try:
+            batches = super().__iter__()
+        finally:
+            sampler.is_own = False
+        return self._batches(batches, sampler.present)
 
     def close(self) -> None:
         """Refuse every further batch, and stop persistent workers, which would otherwise outlive the scope."""
@@ -84,17 +96,33 @@ class PrivateDataLoader(DataLoader[Any]):
                 "without privacy, use the original loader."
             )
 
-    def _hand_out(self, batches: Iterator[Any], queue: deque[PhysicalBatch]) -> Iterator[Any]:
-        started = False
+    def _check_begin(self) -> None:
+        self._check_open()
+        if self._meter.remaining == 0:
+            warnings.warn("the privacy budget is used up: the loader yields no more batches", stacklevel=3)
+
+    def _lend(self, own: Pass, draws: Iterator[list[int]]) -> Iterator[list[int]]:
+        self._check_begin()
+        return self._split.lent(own, draws, self._hand_out)
+
+    def _batches(self, batches: Iterator[Any], own: Pass) -> Iterator[Any]:
         for batch in batches:
-            self._check_open()
-            if not started:
-                self._meter.start_pass()
-                started, self._pass = True, queue
-            if self._pass is not queue and not self._meter.poisson:
-                raise ScopeError(
-                    "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
-                    "start, with the noise of that moment. Finish or leave one pass before beginning the next."
-                )
-            self._before_batch(queue.popleft(), batch)
-            yield batch
+            self._check_pass(own)
+            placed = batch if self._place is None else self._place(batch)
+            self._before_batch(own.parts.popleft(), placed)
+            yield placed
+
+    def _hand_out(self, own: Pass, part: PhysicalBatch, batch: Any) -> None:
+        self._check_pass(own)
+        self._before_batch(part, batch)
+
+    def _check_pass(self, own: Pass) -> None:
+        self._check_open()
+        if not own.has_begun:
+            self._meter.start_pass()
+            own.has_begun, self._pass = True, own
+        if self._pass is not own and not self._meter.poisson:
+            raise ScopeError(
+                "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
+                "start, with the noise of that moment. Finish or leave one pass before beginning the next."
+            )

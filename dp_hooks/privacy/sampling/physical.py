@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import BatchSampler, Sampler
@@ -27,6 +27,14 @@ class PhysicalBatch:
     index: int
     size: int
     last: bool
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass over the batches of a loader: what was drawn and not handed out yet, and whether a part was handed out."""
+
+    parts: deque[PhysicalBatch] = field(default_factory=deque)
+    has_begun: bool = False
 
 
 class OncePerPass(Sampler[list[int]]):
@@ -54,7 +62,7 @@ class OncePerPass(Sampler[list[int]]):
             yield list(batch)
 
 
-class PhysicalSampler(Sampler[list[int]]):
+class PhysicalSampler(BatchSampler):
     """Splits logical batches into physical ones and keeps, per pass, a queue that says which part is which.
 
     Loader workers fetch ahead of the training loop, so the queue is filled when indices are drawn and read when batches
@@ -62,16 +70,24 @@ class PhysicalSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, logical: PoissonSampler | OncePerPass, expected: float, max_size: int | None, limit: Callable[[], int | None]
+        self,
+        logical: PoissonSampler | OncePerPass,
+        expected: float,
+        max_size: int | None,
+        limit: Callable[[], int | None],
+        lend: Callable[[Pass, Iterator[list[int]]], Iterator[list[int]]],
     ) -> None:
         """Split the batches of ``logical`` (``expected`` examples each) into parts of at most ``max_size``.
 
-        ``limit`` is asked at the start of a pass how many logical batches it may have.
+        ``limit`` says at the start of a pass how many batches it may have; other loaders get what ``lend`` makes of a pass.
         """
         self.logical = logical
         self.max_size = max_size
         self.limit = limit
-        self.queue: deque[PhysicalBatch] = deque()
+        self.is_own = False  # whether a pass that begins now is of the loader that has this sampler, or of another one
+        self.present = Pass()  # that began last
+        self.batch_size = max(1, round(min(expected, max_size or expected)))  # for the length of Opacus's BatchSplittingSampler
+        self._lend = lend
         self._drawn = 0
         self._per_batch = 1 if max_size is None else max(1, math.ceil(expected / max_size))
 
@@ -81,8 +97,9 @@ class PhysicalSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Begin a pass with a queue of its own."""
-        self.queue = deque()
-        return self._parts(self.queue, self.limit())
+        self.present = Pass()
+        parts = self._parts(self.present.parts, self.limit())
+        return parts if self.is_own else self._lend(self.present, parts)
 
     def _parts(self, queue: deque[PhysicalBatch], limit: int | None) -> Iterator[list[int]]:
         if limit == 0:

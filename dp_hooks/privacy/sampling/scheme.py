@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,7 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..._validate import bad, fraction
+from ..._validate import bad, fraction, positive_int
 from .physical import PhysicalSampler
 
 
@@ -29,6 +30,7 @@ class SamplingPlan:
         expected_batch_size: ``q * N``, the denominator of "mean". Not rounded.
         batches_per_pass: logical batches in one pass over the loader.
         poisson: Poisson sampling, or the loader's own order.
+        secure: whether Poisson sampling draws from bits that nobody can predict.
     """
 
     examples: int
@@ -36,6 +38,7 @@ class SamplingPlan:
     expected_batch_size: float
     batches_per_pass: int
     poisson: bool
+    secure: bool = False
 
     def releases(self, epochs: float) -> int:
         """Return how often noise is released in ``epochs`` passes: per batch with Poisson sampling, else per pass."""
@@ -50,12 +53,12 @@ class SamplingPlan:
 _REBUILD = "Build the loader as DataLoader(dataset, batch_size=..., shuffle=True); Poisson sampling replaces its order."
 
 
-def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) -> SamplingPlan:
-    """Check ``loader`` and work out q, the expected batch size and the length of a pass.
+def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None, secure: bool = False) -> SamplingPlan:
+    """Check ``loader`` and work out q, the expected batch size and the length of a pass: those of a ``DPDataLoader`` are its own.
 
     Raises:
         InvalidArgumentError: not a map-style DataLoader with a ``batch_size``, an empty dataset, a batch larger than
-            the dataset, or a sampler whose batches cannot be accounted for.
+            the dataset, a sampler whose batches cannot be accounted for, or, if ``secure``, a generator that could repeat them.
     """
     if not isinstance(loader, DataLoader):
         raise bad("loader", loader, "pass the torch.utils.data.DataLoader with the training data.")
@@ -76,23 +79,43 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None) 
             "its dataset is an IterableDataset, from which no example can be drawn independently. "
             "Use a map-style dataset (with __len__ and __getitem__), or store the stream in one first.",
         )
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        what = "batch_size=None" if loader.batch_sampler is None else "a batch_sampler of its own"
+    drawn: Any = loader.batch_sampler
+    own_rate = type(drawn) is UniformWithReplacementSampler
+    batch_size = loader.batch_size
+    if not own_rate and (batch_size is None or type(drawn) is not BatchSampler):
+        what = "batch_size=None" if drawn is None else "a batch_sampler of its own"
         raise bad("loader", loader, f"it has {what}, so the sampling rate is unknown. {_REBUILD}")
     examples = len(cast(Sized, loader.dataset))
     if examples == 0:
         raise bad("loader", loader, "its dataset is empty; there is nothing to train on.")
-    if loader.batch_size > examples:
-        raise bad("loader", loader, f"its batch_size={loader.batch_size} is larger than the dataset of {examples} examples.")
+    if batch_size is not None and batch_size > examples:
+        raise bad("loader", loader, f"its batch_size={batch_size} is larger than the dataset of {examples} examples.")
     _check_sampler(loader.sampler, examples, poisson)
+    if own_rate:
+        _check_independent(drawn, examples, poisson)
     if not getattr(loader, "in_order", True):
         raise bad("loader", loader, "it was built with in_order=False; batches must arrive in the order of drawing.")
-    if sample_rate is None:
-        return SamplingPlan(examples, loader.batch_size / examples, float(loader.batch_size), len(loader), poisson)
+    if secure and poisson and (loader.generator or getattr(drawn, "generator", None)) is not None:
+        remedy = "with secure_mode=True nobody may be able to draw the batches again. Build the DataLoader without generator=."
+        raise bad("loader", loader.generator or drawn.generator, remedy)
+    if sample_rate is None and batch_size is not None:
+        return SamplingPlan(examples, batch_size / examples, float(batch_size), len(loader), poisson, secure)
     if not poisson:
         raise bad("sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False.")
-    rate = fraction("sample_rate", sample_rate, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True)
-    return SamplingPlan(examples, rate, rate * examples, math.ceil(1 / rate - 1e-9), poisson)
+    given = drawn.sample_rate if sample_rate is None else sample_rate
+    rate = fraction("sample_rate", given, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True)
+    batches = math.ceil(1 / rate - 1e-9) if sample_rate is not None else positive_int("steps", drawn.steps)
+    return SamplingPlan(examples, rate, rate * examples, batches, poisson, secure)
+
+
+def _check_independent(sampler: Any, examples: int, poisson: bool) -> None:
+    """An Opacus sampler of Poisson batches: its rate is taken over, and batches are drawn at it by our own."""
+    if not poisson:
+        what = "the loader draws by Poisson sampling already, as a DPDataLoader does, and has no order of its own to keep. "
+        raise bad("poisson_sampling", False, what + "Pass poisson_sampling=True, or the loader that it was made from.")
+    if sampler.num_samples != examples:
+        what = f"it draws from {sampler.num_samples} examples, and the dataset has {examples}. "
+        raise bad("loader", sampler, what + "Build it with num_samples=len(dataset).")
 
 
 def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:

@@ -12,7 +12,7 @@ from ...models import drawn, examples
 from ...training.helpers import Run, train
 
 DELTA = 1e-5
-ACCOUNTANTS = ["prv", "rdp", "gdp"]
+ACCOUNTANTS = ["pld", "prv", "rdp", "gdp"]
 ELSEWHERE: tuple[Tensor, Tensor] = examples(4)  # a batch that no private loader handed out
 
 

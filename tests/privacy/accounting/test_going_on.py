@@ -29,7 +29,15 @@ def steps_of(model: Any, opt: Any, loader: Any, most: int) -> int:
 @pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
 @pytest.mark.parametrize(
     ("accountant", "poisson", "first"),
-    [("rdp", True, 5), ("rdp", True, 1), ("rdp", True, 12), ("rdp", False, 6), ("prv", True, 5), ("gdp", False, 6)],
+    [
+        ("rdp", True, 5),
+        ("rdp", True, 1),
+        ("rdp", True, 12),
+        ("rdp", False, 6),
+        ("prv", True, 5),
+        ("pld", True, 5),
+        ("gdp", False, 6),
+    ],
 )
 def test_a_loaded_accountant_goes_on_where_the_budget_stopped(accountant: str, poisson: bool, first: int) -> None:
     """The remedy that the refusal names: a new scope with the saved state allows exactly the releases that are left."""
@@ -68,7 +76,8 @@ def test_not_one_release_more_than_is_left() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the privacy budget is used up")
-def test_a_new_engine_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_a_new_engine_goes_on_from_a_checkpoint(accountant: str, tmp_path: Path) -> None:
     """The remedy for engines: make_private_with_epsilon of a new one, then load_checkpoint; epsilon never passes the target."""
 
     def run(engine: PrivacyEngineHookBased, most: int, load: bool) -> int:
@@ -83,8 +92,8 @@ def test_a_new_engine_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
             engine.save_checkpoint(path=tmp_path / "saved.pt", module=model, optimizer=opt)
         return taken
 
-    first = PrivacyEngineHookBased(accountant="rdp")
+    first = PrivacyEngineHookBased(accountant=accountant)
     assert run(first, 7, load=False) == 7
     with pytest.raises(InvalidArgumentError, match="load_checkpoint"):
         run(first, 1, load=False)
-    assert run(PrivacyEngineHookBased(accountant="rdp"), 100, load=True) == 5
+    assert run(PrivacyEngineHookBased(accountant=accountant), 100, load=True) == 5

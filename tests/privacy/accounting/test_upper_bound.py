@@ -113,6 +113,9 @@ HARD = [
     ("prv", [(0.01, 0.04, 200)], 1e4),
     ("rdp", [(0.01, 0.04, 200)], 1e4),
     ("prv", [(0.05, 0.04, 200)], 150),
+    ("pld", [(0.01, 0.04, 200)], 1e4),
+    ("pld", [(1.0, 0.001, 1_000_000)], 3),
+    ("pld", [(0.5, 0.5, 1_000_000)], 1000),
     ("prv", [(1.0, 0.001, 1_000_000)], 3),
     ("prv", [(0.5, 0.5, 1_000_000)], 1000),
 ]
@@ -142,7 +145,7 @@ def test_the_report_has_an_answer_too(name: str, history: list[tuple[float, floa
     assert ("an upper bound" in str(report)) == bool(spent.remark)
 
 
-@pytest.mark.parametrize("name", ["prv", "rdp"])
+@pytest.mark.parametrize("name", ["pld", "prv", "rdp"])
 def test_ten_thousand_different_charges_get_an_answer(name: str) -> None:
     """A schedule with another noise at every step costs between the cheapest and the dearest of its steps, all along."""
     history = drifting(10_000)
@@ -152,7 +155,7 @@ def test_ten_thousand_different_charges_get_an_answer(name: str) -> None:
 
 def test_a_usual_history_is_left_to_the_accountant() -> None:
     """Where the accountant can answer, its answer is taken as it is, without a remark."""
-    for name in ("prv", "rdp"):
+    for name in ("pld", "prv", "rdp"):
         accountant = accountant_with([(1.0, 0.01, 1000), (2.0, 0.01, 10)], name)
         assert spent_by(accountant, DELTA).epsilon == accountant.get_epsilon(DELTA)
         assert spent_by(accountant, DELTA).remark == ""

@@ -171,7 +171,7 @@ def test_dp_step_and_the_engine_clip_as_the_bare_loop(kind: str, mode: str) -> N
 
 
 def test_the_engine_takes_the_options_of_adaptive_clipping_as_opacus_names_them() -> None:
-    """Opacus's keywords work as they are; giving options twice, or to another clipping, is refused."""
+    """Opacus's keywords work as they are, alone as well; giving options twice, or to another clipping, is refused."""
     words = {
         "target_unclipped_quantile": 0.7,
         "clipbound_learning_rate": 0.1,
@@ -189,8 +189,10 @@ def test_the_engine_takes_the_options_of_adaptive_clipping_as_opacus_names_them(
     assert private(clipping="adaptive", clipping_options=words).clipping_details == details
     with pytest.raises(InvalidArgumentError, match=r"clipping_options=.*min_clipbound given outside"):
         private(clipping="adaptive", clipping_options={"unclipped_num_std": 3.0}, min_clipbound=0.5)
-    with pytest.raises(InvalidArgumentError, match="clipping='flat' has no options"):
-        private(min_clipbound=0.5)
+    with pytest.warns(UserWarning, match="so clipping='adaptive' is used"):
+        assert private(**words).clipping_details == details
+    with pytest.raises(InvalidArgumentError, match="options of clipping='automatic' are 'gamma'"):
+        private(clipping="automatic", min_clipbound=0.5)
 
 
 @pytest.mark.parametrize(

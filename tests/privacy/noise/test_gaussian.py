@@ -299,3 +299,19 @@ def test_sums_that_are_not_finite_are_told_whatever_their_size(bad: float, numel
     assert GaussianNoise(None).add_(totals, 1.0, 0.5)
     totals[0 if numel else 1][-1] = bad
     assert not GaussianNoise(None).add_(totals, 1.0, 0.5)
+
+
+def test_sums_in_one_memory_get_noise_of_their_own() -> None:
+    """Sums side by side, in any order and with gaps, get independent noise in every number, and what lies between gets none."""
+    flat = torch.zeros(60_000)
+    views = [flat[30_000:34_000], flat[:5_000].view(50, 100), flat[5_000:9_000], flat[40_000:48_000].view(80, 100).mT]
+    totals = [*views, torch.zeros(3_000)]
+    assert GaussianNoise(drawn()).add_(totals, 2.0, 0.5)
+    for total in totals:
+        assert fits(total, 1.0)
+        assert not (total == 0).any()
+    numbers = torch.cat([total.flatten() for total in totals])
+    assert len(numbers.unique()) > 0.999 * len(numbers)
+    assert not flat[9_000:30_000].any()
+    assert not flat[34_000:40_000].any()
+    assert not flat[48_000:].any()

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
+from transformers import BatchEncoding
 
 from dp_hooks.errors import InvalidArgumentError
+from dp_hooks.privacy.sampling.collate_probe import probe_collate
 
 from ...models import drawn
 from .helpers import private
@@ -241,6 +243,8 @@ class Elsewhere(Items):
 
 
 class Opaque:
+    __slots__ = ("x",)
+
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
@@ -275,3 +279,15 @@ def test_tiny_datasets_are_no_obstacle(count: int) -> None:
     """One, two or three examples are enough to enter."""
     with private(DataLoader(Items(texts()[:count]), batch_size=1, collate_fn=padded_right)):
         pass
+
+
+def test_batches_of_classes_that_are_mappings_are_looked_into():
+    """A ``BatchEncoding``, which holds its fields in an attribute as well, is taken apart by its keys; its padding is found."""
+    loader = DataLoader(Items(texts()), batch_size=4, collate_fn=as_encoding)
+    facts = probe_collate(loader)
+    assert facts.remark == ""
+    assert [field.path for field in facts.padded] == [("input_ids",)]
+
+
+def as_encoding(rows: list[Any]) -> BatchEncoding:
+    return BatchEncoding({"input_ids": pad_sequence([ids for ids, _ in rows], batch_first=True), "labels": labels(rows)})

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.data_loader import DPDataLoader
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -22,7 +24,7 @@ from dp_hooks.errors import InvalidArgumentError, ScopeError
 
 from ...models import drawn
 from ..gaussian import NEVER
-from .helpers import Rows, as_dict, as_tensor, indices, loader_over, private
+from .helpers import Rows, as_dict, as_tensor, batches_of, indices, loader_over, private
 
 
 def only_in_workers(worker: int) -> None:
@@ -196,6 +198,13 @@ def two(**options: Any) -> DataLoader:
     return DataLoader(ROWS, batch_size=2, **options)
 
 
+UNIFORM = UniformWithReplacementSampler
+
+
+class Skewed(UniformWithReplacementSampler):
+    """Might draw in any way."""
+
+
 WEIGHTED = WeightedRandomSampler([1, 2, 3, 4], 4)
 OWN = MyBatches(SequentialSampler(ROWS), 2, False)
 REFUSED = [
@@ -227,6 +236,59 @@ def test_loaders_that_cannot_be_accounted_for_are_refused(loader: Any, poisson: 
         private(loader, poisson_sampling=poisson)
     assert "loader=" in str(caught.value)
     assert remedy in str(caught.value)
+
+
+INDEPENDENT = {
+    "DPDataLoader": (lambda: DPDataLoader(Rows(10), sample_rate=0.3), 0.3, 3),
+    "DPDataLoader of a loader": (lambda: DPDataLoader.from_data_loader(DataLoader(Rows(10), batch_size=4)), 1 / 3, 3),
+    "sampler": (lambda: DataLoader(Rows(10), batch_sampler=UNIFORM(num_samples=10, sample_rate=0.3, steps=7)), 0.3, 7),
+}
+
+
+@pytest.mark.parametrize("case", INDEPENDENT)
+def test_loaders_that_draw_independently_keep_their_rate(case: str) -> None:
+    """What an Opacus loader for Poisson sampling draws with is what is drawn with, divided by and charged, in as many batches."""
+    make, rate, batches = INDEPENDENT[case]
+    scope = private(make(), accountant="rdp")
+    with scope as (opt, own):
+        assert (own.sample_rate, opt.expected_batch_size, len(own)) == (rate, rate * 10, batches)
+        for _ in own:
+            opt.step_empty()
+        assert scope.accountant.history == [(1.0, rate, batches)]
+        sizes = [len(x) for _ in range(300 // batches) for x, _ in own]
+    assert abs(sum(sizes) / len(sizes) - rate * 10) < 4 * (rate * (1 - rate) * 10 / len(sizes)) ** 0.5
+
+
+def test_the_rate_of_an_independent_loader_can_be_another() -> None:
+    """``sample_rate=`` replaces it, also in what is drawn; a seeded sampler gives the same batches every time."""
+    for seed in (None, 3):
+        sampler = UNIFORM(num_samples=10, sample_rate=0.3, generator=None if seed is None else drawn(seed))
+        loader = DataLoader(Rows(10), batch_sampler=sampler, collate_fn=as_tensor)
+        runs = []
+        for _ in range(2):
+            if seed is not None:
+                sampler.generator.manual_seed(seed)
+            runs.append(indices(batches_of(loader, passes=5)))
+        assert (runs[0] == runs[1]) == (seed is not None)
+    with private(DPDataLoader(Rows(10), sample_rate=0.3), sample_rate=0.05) as (opt, own):
+        assert (own.sample_rate, opt.expected_batch_size, len(own)) == (0.05, 0.5, 20)
+
+
+NOT_INDEPENDENT = {
+    "in order": (DPDataLoader(ROWS, sample_rate=0.5), False, "poisson_sampling=True"),
+    "of other data": (DataLoader(ROWS, batch_sampler=UNIFORM(num_samples=3, sample_rate=0.5)), True, "num_samples=len"),
+    "rate": (DataLoader(ROWS, batch_sampler=UNIFORM(num_samples=4, sample_rate=1.5, steps=3)), True, "in \\(0, 1\\]"),
+    "no batches": (DataLoader(ROWS, batch_sampler=UNIFORM(num_samples=4, sample_rate=0.5, steps=0)), True, "steps=0"),
+    "derived": (DataLoader(ROWS, batch_sampler=Skewed(num_samples=4, sample_rate=0.5)), True, "batch_sampler of its own"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_INDEPENDENT)
+def test_independent_loaders_that_cannot_be_accounted_for_are_refused(case: str) -> None:
+    """Asked for an order they do not have, or drawing other than by one known rate from the dataset: each by name."""
+    loader, poisson, remedy = NOT_INDEPENDENT[case]
+    with pytest.raises(InvalidArgumentError, match=remedy):
+        private(loader, poisson_sampling=poisson)
 
 
 def test_a_subclass_that_loads_as_its_base_class_does_is_accepted() -> None:

@@ -1,6 +1,7 @@
 """Poisson sampling: the rate, and draws that are independent of each other at that rate and no other."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from dp_hooks.privacy.sampling.poisson import PoissonSampler
+from dp_hooks.privacy.sampling.poisson import PoissonSampler, SecurePoissonSampler
 
 from ...models import drawn
+from ..seeded_bytes import SeededBytes, Then
 from .helpers import Rows, as_tensor, batches_of, indices, loader_over, private
 
 
@@ -65,10 +67,11 @@ def test_subset_counts_as_its_own_dataset() -> None:
 N, Q, DRAWS = 60, 0.15, 3000
 
 
-@pytest.fixture(scope="module")
-def inclusions() -> Tensor:
+@pytest.fixture(scope="module", params=["generator", "secure"])
+def inclusions(request: pytest.FixtureRequest) -> Tensor:
     """0/1 matrix [draw, example] of many logical batches."""
-    sampler = PoissonSampler(N, Q, DRAWS, drawn(11))
+    secure = request.param == "secure"
+    sampler = SecurePoissonSampler(N, Q, DRAWS, SeededBytes(11)) if secure else PoissonSampler(N, Q, DRAWS, drawn(11))
     counts = torch.zeros(DRAWS, N, dtype=torch.float64)
     for row, drawn_now in zip(counts, sampler, strict=True):
         assert all(a < b for a, b in pairwise(drawn_now))
@@ -142,3 +145,24 @@ def test_tiny_rates_are_met_to_their_last_digit() -> None:
     assert fits(sum(map(len, PoissonSampler(examples, rate, draws, drawn(1)))))
     generator = drawn(1)
     assert not fits(sum(int((torch.rand(examples, generator=generator) < rate).sum()) for _ in range(draws)))
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5, 2048 / 8454, 1e-3, 1e-9, 2.0**-64, 1.0])
+def test_secret_bits_are_met_to_the_last_of_64(rate: float) -> None:
+    """An example is in the batch for the largest 64 bits below rate * 2^64, and not for the next: the rate is never above q."""
+    below = math.floor(Fraction(rate) * 2**64)
+    for bits, there in ((below - 1, True), (below, False), (0, True), (2**64 - 1, rate == 1)):
+        if bits < 2**64:
+            signed = (bits - 2**63) % 2**64
+            assert list(SecurePoissonSampler(1, rate, 1, Then(signed.to_bytes(8, "little"), 0))) == [[0] if there else []]
+
+
+def test_many_examples_are_drawn_part_by_part() -> None:
+    """More examples than bits are read for at a time have each their own bits, in order."""
+    examples = (1 << 20) + 3
+    read = SeededBytes(4)
+    (batch,) = SecurePoissonSampler(examples, 0.25, 1, read)
+    assert read.asked == [8 << 20, 24]
+    assert deviation(len(batch), examples, 0.25) < 4.5
+    assert all(a < b for a, b in pairwise(batch))
+    assert batch[-1] < examples

@@ -19,3 +19,13 @@ def _put_back(own: dict[str, Any], name: str, value: Any) -> None:
         own.pop(name, None)
     else:
         own[name] = value
+
+
+def copied(value: Any) -> Any:
+    """A copy that can be added to."""
+    if isinstance(value, dict):
+        held = value.copy()  # of a class of its own, it may be
+        for key, item in value.items():
+            held[key] = copied(item)
+        return held
+    return list(value) if isinstance(value, list) else value
