@@ -11,15 +11,16 @@ Without a rule the layer is right already, since the operations on its parameter
 outer product of a patch x and an output gradient g, so its length is known without it: ``|x g^T| = |x| |g|``.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from example_data import majority, split_digits
-from images import DELTA, NON_PRIVATE, PRIVATE, Settings, accuracy, train, train_privately, train_step
+from example_training import DELTA, accuracy, losses_of, settings_of, settings_parser, train, train_privately, train_step
+from images import NON_PRIVATE, PRIVATE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -123,36 +124,27 @@ def compare_times(data: TensorDataset, batch_size: int, steps: int) -> None:
         print(f"  {name:24} {1000 * found:6.1f} ms, {found / ordinary:.2f} of that without privacy")
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epsilon", type=float, default=8.0, help="privacy budget")
-    parser.add_argument("--epochs", type=int, default=PRIVATE.epochs, help="of the private training")
-    parser.add_argument("--batch-size", type=int, default=PRIVATE.batch_size, help="of the private training, expected")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the private training")
-    parser.add_argument("--examples", type=int, default=5000, help="images to train on and to test with, together")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Compare, be refused, and train."""
-    args, begun = arguments(), time.perf_counter()
+    parser = settings_parser(__doc__, replace(PRIVATE, learning_rate=2e-3))
+    parser.add_argument("--examples", type=int, default=5000, help="images to train on and to test with, together")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    args, begun = parser.parse_args(), time.perf_counter()
     data, (images, labels) = split_digits(args.examples)
     compare_times(data, min(250, len(data)), args.steps)
-    settings = Settings(args.epochs, args.batch_size, args.learning_rate)
+    settings = settings_of(args)
     try:
-        train_privately(build_model(WithWrongRule), data, settings, args.epsilon)
+        train_privately(build_model(WithWrongRule), data, settings, args.epsilon, train_step)
     except SelfCheckError as error:
         print(f"the wrong rule is refused before anything is released:\n  {str(error).splitlines()[0]}")
     else:
         raise SystemExit("the wrong rule was not noticed.")
     print(f"majority class: test accuracy {majority(labels):.3f}")
     model = build_model(WithRule)
-    train(model, data, NON_PRIVATE)
+    train(model, data, NON_PRIVATE, losses_of)
     print(f"without privacy: test accuracy {accuracy(model, images, labels):.3f}")
     model = build_model(WithRule)
-    spent = train_privately(model, data, settings, args.epsilon)
+    spent = train_privately(model, data, settings, args.epsilon, train_step)
     print(f"with epsilon {spent:.2f}, delta {DELTA:g}: test accuracy {accuracy(model, images, labels):.3f}")
     print(f"{time.perf_counter() - begun:.0f} seconds in all")
 

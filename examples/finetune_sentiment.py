@@ -157,24 +157,36 @@ def nothing(*args: Any) -> None:
     """Do nothing after an epoch."""
 
 
-def train_privately(
-    top: TopLayer,
-    data: TensorDataset,
-    recipe: Recipe,
-    budget: dict[str, float],
-    draw: Generators,
-    physical: int,
-    delta: float,
-    max_grad_norm: float = 1.0,
-    after_epoch: AfterEpoch = nothing,
-) -> Trained:
-    """Train with dp_hooks; ``budget`` is what ``private_training`` takes: a target and epochs, or a noise multiplier."""
-    loader = DataLoader(data, batch_size=recipe.batch_size, shuffle=True, generator=draw.sampling)
-    how = {"max_grad_norm": max_grad_norm, "max_physical_batch_size": physical, "noise_generator": draw.noise}
-    scope = private_training(top, optimizer_of(top, recipe), loader, **how, **budget)
+class Private(NamedTuple):
+    """A private training: what is trained, on what, and how; alike for both engines.
+
+    ``budget`` is a target (epsilon, delta, epochs), or a noise multiplier; parts of a batch have at most ``physical`` rows.
+    """
+
+    top: TopLayer
+    data: TensorDataset
+    recipe: Recipe
+    budget: dict[str, float]
+    draw: Generators
+    physical: int
+    delta: float
+    max_grad_norm: float = 1.0
+    after_epoch: AfterEpoch = nothing
+
+    @property
+    def loader(self) -> DataLoader:
+        """The loader that the engine is given."""
+        return DataLoader(self.data, batch_size=self.recipe.batch_size, shuffle=True, generator=self.draw.sampling)
+
+
+def train_privately(run: Private) -> Trained:
+    """Train with dp_hooks."""
+    top, recipe = run.top, run.recipe
+    how = {"max_grad_norm": run.max_grad_norm, "max_physical_batch_size": run.physical, "noise_generator": run.draw.noise}
+    scope = private_training(top, optimizer_of(top, recipe), run.loader, **how, **run.budget)
 
     def epsilon() -> float:
-        return scope.get_epsilon(delta)
+        return scope.get_epsilon(run.delta)
 
     with scope as (opt, private_loader):
         schedule = falling(opt, recipe.epochs * scope.plan.batches_per_pass)
@@ -185,36 +197,26 @@ def train_privately(
                 if opt.physical_batch.last:  # one update per logical batch
                     schedule.step()
                 total, seen = total + float(losses.sum()), seen + losses.numel()
-            after_epoch(epoch, total / max(1, seen), epsilon)
+            run.after_epoch(epoch, total / max(1, seen), epsilon)
     return Trained(epsilon(), scope.noise_multiplier, str(scope.report()))
 
 
-def train_with_opacus(
-    top: TopLayer,
-    data: TensorDataset,
-    recipe: Recipe,
-    budget: dict[str, float],
-    draw: Generators,
-    physical: int,
-    delta: float,
-    max_grad_norm: float = 1.0,
-    after_epoch: AfterEpoch = nothing,
-) -> Trained:
+def train_with_opacus(run: Private) -> Trained:
     """Train with Opacus as its tutorials do: PrivacyEngine with GradSampleModule, and BatchMemoryManager."""
-    loader = DataLoader(data, batch_size=recipe.batch_size, shuffle=True, generator=draw.sampling)
+    top, recipe = run.top, run.recipe
     engine = PrivacyEngine(accountant="prv")
-    make = engine.make_private_with_epsilon if "target_epsilon" in budget else engine.make_private
+    make = engine.make_private_with_epsilon if "target_epsilon" in run.budget else engine.make_private
     optimizer = optimizer_of(top, recipe)
-    how = {"max_grad_norm": max_grad_norm, "noise_generator": draw.noise}
-    wrapped, opt, private_loader = make(module=top.train(), optimizer=optimizer, data_loader=loader, **how, **budget)
+    how = {"max_grad_norm": run.max_grad_norm, "noise_generator": run.draw.noise}
+    wrapped, opt, private_loader = make(module=top.train(), optimizer=optimizer, data_loader=run.loader, **how, **run.budget)
 
     def epsilon() -> float:
-        return engine.get_epsilon(delta)
+        return engine.get_epsilon(run.delta)
 
     schedule = falling(opt, recipe.epochs * len(private_loader))
     for epoch in range(recipe.epochs):
         total, seen = 0.0, 0
-        with BatchMemoryManager(data_loader=private_loader, max_physical_batch_size=physical, optimizer=opt) as batches:
+        with BatchMemoryManager(data_loader=private_loader, max_physical_batch_size=run.physical, optimizer=opt) as batches:
             for batch in progress(batches, f"epoch {epoch + 1}/{recipe.epochs}", epsilon):
                 opt.zero_grad()
                 loss = F.cross_entropy(logits(wrapped, batch), batch[2])
@@ -223,7 +225,7 @@ def train_with_opacus(
                 if not opt._is_last_step_skipped:
                     schedule.step()
                 total, seen = total + float(loss.detach()) * len(batch[2]), seen + len(batch[2])
-        after_epoch(epoch, total / max(1, seen), epsilon)
+        run.after_epoch(epoch, total / max(1, seen), epsilon)
     wrapped.to_standard_module()
     return Trained(epsilon(), opt.noise_multiplier, f"Opacus: epsilon {epsilon():.4f}, noise multiplier {opt.noise_multiplier:.4f}")
 
@@ -333,7 +335,7 @@ def main() -> None:
         train = train_privately if args.engine == "dp_hooks" else train_with_opacus
         budget = {"target_epsilon": args.epsilon, "target_delta": args.delta, "epochs": recipe.epochs}
         physical = args.max_physical_batch_size or PHYSICAL[args.method]
-        trained = train(top, training, recipe, budget, draw, physical, args.delta, args.max_grad_norm, after_epoch)
+        trained = train(Private(top, training, recipe, budget, draw, physical, args.delta, args.max_grad_norm, after_epoch))
 
     top.finish()
     model.save_pretrained(args.output)

@@ -3,44 +3,30 @@
     python examples/language_model.py
     python examples/language_model.py --epsilon 3
 
-Shows a language model whose input and output embeddings are one parameter, with a loss for each text, in a plain loop with
-``@dp_step``. Takes about two minutes on two idle cores. Prints the perplexity (per character, the lower the better) on topics held
-out: of the frequencies of single characters, before training, without privacy, and with it; on a terminal there is a progress bar
-with the epsilon so far.
+Shows a language model whose input and output embeddings are one parameter, with a loss for each text, in the plain loop of
+``examples/example_training.py``. Takes about two minutes on two idle cores. Prints the perplexity (per character, the lower the
+better) on topics held out: of the frequencies of single characters, before training, without privacy, and with it; on a terminal
+there is a progress bar with the epsilon so far.
 
 Text: the help topics of Python itself (``pydoc_data.topics`` of the standard library, so figures depend a little on the version of
 Python), every fifth topic held out, cut into windows. The vocabulary is ASCII: one made from the text would tell something of it.
 What is protected is one window. The settings are the first that were tried: nothing was chosen by looking at results.
 """
 
-import argparse
 import math
 import pydoc_data.topics
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from example_data import progress
+from example_training import DELTA, Settings, settings_of, settings_parser, train, train_privately
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dp_hooks import dp_step, private_training
+from dp_hooks import dp_step
 
-DELTA = 1e-5
 VOCABULARY = 128
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Passes, windows in a batch, and Adam's learning rate."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-
-
 NON_PRIVATE = Settings(epochs=5, batch_size=64, learning_rate=3e-3)
 PRIVATE = Settings(epochs=12, batch_size=512, learning_rate=3e-3)
 
@@ -66,8 +52,9 @@ def build_model(length: int, seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**sizes, **none, bos_token_id=0, eos_token_id=0))
 
 
-def losses_of(model: nn.Module, codes: Tensor) -> Tensor:
+def losses_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
     """Return the mean loss of each window, ``[n]``."""
+    (codes,) = batch
     logits = model(input_ids=codes).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), codes[:, 1:], reduction="none").mean(1)
 
@@ -75,43 +62,13 @@ def losses_of(model: nn.Module, codes: Tensor) -> Tensor:
 @dp_step
 def train_step(model: nn.Module, batch: list[Tensor]) -> Tensor:
     """Return one loss per window."""
-    return losses_of(model, batch[0])
-
-
-def train(model: nn.Module, data: TensorDataset, settings: Settings) -> None:
-    """Train as usual."""
-    loader = DataLoader(data, batch_size=settings.batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    for epoch in range(settings.epochs):
-        for (codes,) in progress(loader, f"epoch {epoch + 1}/{settings.epochs}"):
-            optimizer.zero_grad()
-            losses_of(model, codes).mean().backward()
-            optimizer.step()
-
-
-def train_privately(model: nn.Module, data: TensorDataset, settings: Settings, epsilon: float) -> float:
-    """Train with differential privacy, and return the epsilon that was spent.
-
-    The generators make the figure repeatable; leave them out for a model that others will see.
-    """
-    loader = DataLoader(data, batch_size=settings.batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    budget = {"target_epsilon": epsilon, "target_delta": DELTA, "epochs": settings.epochs}
-    noise = torch.Generator().manual_seed(2)
-    scope = private_training(
-        model, optimizer, loader, max_grad_norm=1.0, max_physical_batch_size=128, noise_generator=noise, **budget
-    )
-    with scope as (_, private_loader):
-        for epoch in range(settings.epochs):
-            for batch in progress(private_loader, f"epoch {epoch + 1}/{settings.epochs}", lambda: scope.get_epsilon(DELTA)):
-                train_step(model, batch)
-    return scope.get_epsilon(DELTA)
+    return losses_of(model, batch)
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, codes: Tensor) -> float:
     """Return the exponential of the mean loss per character."""
-    return math.exp(torch.cat([losses_of(model, part) for part in codes.split(256)]).mean())
+    return math.exp(torch.cat([losses_of(model, [part]) for part in codes.split(256)]).mean())
 
 
 def perplexity_of_frequencies(train: Tensor, test: Tensor) -> float:
@@ -120,21 +77,12 @@ def perplexity_of_frequencies(train: Tensor, test: Tensor) -> float:
     return math.exp(-(counts / counts.sum()).log()[test[:, 1:]].mean())
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epsilon", type=float, default=8.0, help="privacy budget")
-    parser.add_argument("--epochs", type=int, default=PRIVATE.epochs, help="of the private training")
-    parser.add_argument("--batch-size", type=int, default=PRIVATE.batch_size, help="of the private training, expected")
-    parser.add_argument("--learning-rate", type=float, default=PRIVATE.learning_rate, help="of the private training")
-    parser.add_argument("--length", type=int, default=64, help="characters in a window")
-    parser.add_argument("--part", type=float, default=1.0, help="which part of the text is used")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Train twice."""
-    args, begun = arguments(), time.perf_counter()
+    parser = settings_parser(__doc__, PRIVATE)
+    parser.add_argument("--length", type=int, default=64, help="characters in a window")
+    parser.add_argument("--part", type=float, default=1.0, help="which part of the text is used")
+    args, begun = parser.parse_args(), time.perf_counter()
     codes, test = load_text(args.length, args.part)
     model, data = build_model(args.length), TensorDataset(codes)
     print(
@@ -142,10 +90,10 @@ def main() -> None:
     )
     print(f"frequencies of characters: perplexity {perplexity_of_frequencies(codes, test):.2f}")
     print(f"before training: perplexity {perplexity(model, test):.2f}")
-    train(model, data, NON_PRIVATE)
+    train(model, data, NON_PRIVATE, losses_of)
     print(f"without privacy: perplexity {perplexity(model, test):.2f}", flush=True)
     model = build_model(args.length)
-    spent = train_privately(model, data, Settings(args.epochs, args.batch_size, args.learning_rate), args.epsilon)
+    spent = train_privately(model, data, settings_of(args), args.epsilon, train_step, max_physical_batch_size=128)
     print(f"with epsilon {spent:.2f}, delta {DELTA:g}: perplexity {perplexity(model, test):.2f}")
     print(f"{time.perf_counter() - begun:.0f} seconds in all")
 

@@ -10,7 +10,6 @@ terminal Lightning shows its progress bar.
 Data and network are those of ``examples/images.py``, where the settings come from as well.
 """
 
-import argparse
 import logging
 import sys
 import time
@@ -20,7 +19,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from example_data import majority, split_digits
-from images import DELTA, NON_PRIVATE, PRIVATE, accuracy, build_model
+from example_training import DELTA, accuracy, settings_parser
+from images import NON_PRIVATE, PRIVATE, build_model
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,20 +68,11 @@ def train_privately(module: Digits, data: TensorDataset, epochs: int, batch_size
     return str(scope.report())
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epsilon", type=float, default=8.0, help="privacy budget")
-    parser.add_argument("--epochs", type=int, default=PRIVATE.epochs, help="of the private training")
-    parser.add_argument("--batch-size", type=int, default=PRIVATE.batch_size, help="of the private training, expected")
-    parser.add_argument("--learning-rate", type=float, default=PRIVATE.learning_rate, help="of the private training")
-    parser.add_argument("--examples", type=int, default=5000, help="images to train on and to test with, together")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Train twice."""
-    args, begun = arguments(), time.perf_counter()
+    parser = settings_parser(__doc__, PRIVATE)
+    parser.add_argument("--examples", type=int, default=5000, help="images to train on and to test with, together")
+    args, begun = parser.parse_args(), time.perf_counter()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     data, (images, labels) = split_digits(args.examples)

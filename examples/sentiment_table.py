@@ -126,7 +126,7 @@ class Bench:
         budget = {"target_epsilon": run.epsilon, "target_delta": DELTA, "epochs": recipe.epochs}
         if same in self._noise:
             budget = {"noise_multiplier": self._noise[same]}
-        trained = train(top, data, recipe, budget, draw, job.PHYSICAL[run.method], DELTA)
+        trained = train(job.Private(top, data, recipe, budget, draw, job.PHYSICAL[run.method], DELTA))
         self._noise[same] = trained.noise_multiplier
         if not trained.epsilon <= run.epsilon * 1.001:
             raise SystemExit(f"{run.key} spent {trained.epsilon}, more than its budget.")

@@ -1,13 +1,12 @@
 """What has to be kept of a scope, so that another one goes on where it stopped."""
 
-import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 from .._validate import bad
 from ..errors import ScopeError
-from ..privacy.accounting.history import History, joined
+from ..privacy.accounting.history import as_charge, joined
 from ..privacy.accounting.meter import PrivacyMeter
 from .clipped_sum import ClippedSum
 
@@ -64,7 +63,7 @@ class SavedState:
             epsilon, delta, _ = known["budget"]
             remedy = f"it goes on with a budget: pass target_epsilon={epsilon}, target_delta={delta}, epochs=..."
             raise bad("state", known["budget"], remedy)
-        history, _ = joined(meter.accountant.history, _history_of(known))
+        history, _ = joined(meter.accountant.history, known["history"])
         if known["clipping_bound"] is not None:
             self._sum.change_bound(known["clipping_bound"])
         meter.accountant.history = history
@@ -88,23 +87,11 @@ def _checked(state: object) -> dict[str, Any]:
     for name, kinds in _FIELDS.items():
         if name not in state or not isinstance(state[name], kinds) or isinstance(state[name], bool):
             raise bad("state", dict(state), f"its field {name!r} is missing or damaged.")
-    if not all(_is_entry(entry) for entry in state["history"]):
-        raise bad("state", state["history"], "its history is not of (noise multiplier, sampling rate, steps).")
+    try:
+        history = [as_charge(entry) for entry in state["history"]]
+    except (ValueError, OverflowError) as error:
+        raise bad("state", state["history"], "its history is not of (noise multiplier, sampling rate, steps).") from error
     counts = [state[name] for name in ("steps", "foreign_steps", "dataset_size")]
     if min(counts) < 0 or not 0 < state["sample_rate"] <= 1:
         raise bad("state", dict(state), "it has numbers that cannot be.")
-    return dict(state)
-
-
-def _history_of(state: Mapping[str, Any]) -> History:
-    """What was charged."""
-    return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["history"]]
-
-
-def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-        return False
-    sigma, rate, steps = entry
-    if not all(isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) for n in entry):
-        return False
-    return bool(sigma >= 0 and 0 < rate <= 1 and steps >= 0 and steps == int(steps))
+    return {**state, "history": history}

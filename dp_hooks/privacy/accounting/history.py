@@ -1,8 +1,44 @@
 """What accountants have been charged with: ``(noise multiplier, sampling rate, steps)``, one entry after the other."""
 
+import math
+from numbers import Real
+
 from ...errors import ScopeError
 
 History = list[tuple[float, float, int]]
+
+
+def as_number(value: object) -> float:
+    """Return a finite number that was read from somewhere.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def as_charge(entry: object) -> tuple[float, float, int]:
+    """Return an entry that was read from somewhere, if it is one.
+
+    Raises:
+        ValueError, OverflowError: it is not of a noise multiplier, a sampling rate and a number of steps.
+    """
+    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+        raise ValueError(f"{entry!r} is no charge")
+    sigma, rate, steps = map(as_number, entry)
+    if sigma < 0 or not 0 < rate <= 1 or steps < 0 or steps != int(steps):
+        raise ValueError(f"{entry!r} is no charge")
+    return sigma, rate, int(steps)
+
+
+def add_charge(history: History, sigma: float, rate: float, steps: int = 1) -> None:
+    """Add to ``history``: to its last entry, if that is alike."""
+    if history and history[-1][:2] == (sigma, rate):
+        history[-1] = (sigma, rate, history[-1][2] + steps)
+    else:
+        history.append((sigma, rate, steps))
 
 
 def continues(earlier: History, later: History) -> bool:

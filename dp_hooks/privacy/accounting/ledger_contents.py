@@ -1,12 +1,10 @@
 """What the lines of a ledger say: of which dataset it is, and what every run was charged with."""
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 from ...errors import AccountingError
-from .history import History
+from .history import History, add_charge, as_charge, as_number
 from .ledger_file import Record
 
 FORMAT = "dp_hooks ledger 1"
@@ -52,14 +50,14 @@ class Spent:
             if record["format"] != FORMAT or not isinstance(record["examples"], int):
                 raise ValueError(f"format {record['format']!r}")
             self.examples = record["examples"]
-            self.total = None if record["total"] is None else Total(*map(_number, record["total"]))
+            self.total = None if record["total"] is None else Total(*map(as_number, record["total"]))
         elif kind == "run":
             self.runs[str(record["run"])] = []
         elif kind == "brought":
             for entry in record["history"]:
-                add_charge(self.runs[record["run"]], *_charge(*entry))
+                add_charge(self.runs[record["run"]], *as_charge(entry))
         elif kind == "charge":
-            add_charge(self.runs[record["run"]], *_charge(record["sigma"], record["rate"], 1))
+            add_charge(self.runs[record["run"]], *as_charge((record["sigma"], record["rate"], 1)))
         else:
             raise ValueError(f"kind {kind!r}")
 
@@ -67,24 +65,3 @@ class Spent:
     def history(self) -> History:
         """What all runs were charged with."""
         return [entry for history in self.runs.values() for entry in history]
-
-
-def add_charge(history: History, sigma: float, rate: float, steps: int) -> None:
-    """Add to ``history``: to its last entry, if that is alike."""
-    if history and history[-1][:2] == (sigma, rate):
-        history[-1] = (sigma, rate, history[-1][2] + steps)
-    else:
-        history.append((sigma, rate, steps))
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
-def _charge(sigma: object, rate: object, steps: object) -> tuple[float, float, int]:
-    noise, share, count = _number(sigma), _number(rate), _number(steps)
-    if noise < 0 or not 0 < share <= 1 or count < 0 or count != int(count):
-        raise ValueError(f"({sigma!r}, {rate!r}, {steps!r}) is no charge")
-    return noise, share, int(count)

@@ -9,8 +9,8 @@ from typing import Any
 from opacus.accountants import IAccountant
 
 from ...errors import BudgetExhaustedError
-from .history import History, beyond, joined
-from .ledger_contents import FORMAT, Spent, add_charge
+from .history import History, add_charge, beyond, joined
+from .ledger_contents import FORMAT, Spent
 from .ledger_file import LedgerFile, Record
 from .opacus import ACCOUNTANTS, epsilon_for, make_accountant
 

@@ -8,6 +8,7 @@ from opacus.accountants import IAccountant, register_accountant
 
 from ..._validate import fraction
 from .composition import composed_epsilon
+from .history import add_charge
 from .privacy_loss import PrivacyLoss
 from .upper_bound import Charge, epsilon_bound, gathered, gaussian_epsilon
 
@@ -32,10 +33,7 @@ class PLDAccountant(IAccountant):  # type: ignore[misc]
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Charge one release."""
-        if self.history and self.history[-1][:2] == (noise_multiplier, sample_rate):
-            self.history[-1] = (noise_multiplier, sample_rate, self.history[-1][2] + 1)
-        else:
-            self.history.append((noise_multiplier, sample_rate, 1))
+        add_charge(self.history, noise_multiplier, sample_rate)
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent at ``delta``: 0 before the first charge, infinite after one without noise.
