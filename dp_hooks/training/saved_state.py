@@ -87,6 +87,8 @@ def _checked(state: object) -> dict[str, Any]:
     for name, kinds in _FIELDS.items():
         if name not in state or not isinstance(state[name], kinds) or isinstance(state[name], bool):
             raise bad("state", dict(state), f"its field {name!r} is missing or damaged.")
+    if not isinstance(state.get("ledger_run"), (str, type(None))):  # states of older versions have none
+        raise bad("state", dict(state), "its field 'ledger_run' is damaged.")
     try:
         history = [as_charge(entry) for entry in state["history"]]
     except (ValueError, OverflowError) as error:

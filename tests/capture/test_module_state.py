@@ -1,12 +1,11 @@
 """The state of a model, used again from step to step, is what one would find who looked through everything anew."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 from dp_hooks.capture.calls.module_state import _LONGEST, ModuleState
-
-numpy = pytest.importorskip("numpy")
 
 
 class Thing:

@@ -72,7 +72,8 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 def test_cifar10_with_resnet18() -> None:
     """ResNet-18 made compatible, a target epsilon, and BatchMemoryManager: the weights of whole batches, within the budget."""
-    models = pytest.importorskip("torchvision").models
+    from torchvision import models
+
     data, epochs, physical = separable(24, 3, 32, 32), 1, 5
     torch.manual_seed(0)
     model = ModuleValidator.fix(models.resnet18(num_classes=2))
@@ -195,7 +196,8 @@ def of_fields(batch: Any) -> dict[str, Tensor]:
 
 
 def small_bert() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, num_labels=2,
@@ -314,7 +316,8 @@ def test_names_with_a_character_lstm() -> None:
 
 def test_lora_with_peft() -> None:
     """Adapters alone are trained, through BatchMemoryManager: the weights of whole batches; the base model has not moved."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     data, made = Sentences(24), []
     for _ in range(2):
         base = small_bert()

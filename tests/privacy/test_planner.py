@@ -175,7 +175,6 @@ def test_the_command_tells_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Method and command write a picture."""
-    pytest.importorskip("matplotlib")
     made = plan(n=600, batch_size=60, epochs=3, epsilon=2, delta=DELTA)
     made.plot(tmp_path / "one.png")
     assert main([*COMMAND, "--plot", str(tmp_path / "two.svg")]) == 0

@@ -118,6 +118,7 @@ FAULTS: dict[str, Any] = {
     "with noise that is no number": {"history": [[float("nan"), 0.5, 2]]},
     "with steps that are no number": {"steps": "4"},
     "with steps below zero": {"steps": -1},
+    "of a run in a ledger without a name": {"ledger_run": ["no name"]},
     "of other data": {"dataset_size": 7},
     "of another accountant": {"accountant": "prv"},
     "of another clipping": {"clipping": "adaptive"},

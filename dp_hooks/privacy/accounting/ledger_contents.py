@@ -52,7 +52,9 @@ class Spent:
             self.examples = record["examples"]
             self.total = None if record["total"] is None else Total(*map(as_number, record["total"]))
         elif kind == "run":
-            self.runs[str(record["run"])] = []
+            if record["run"] in self.runs or not isinstance(record["run"], str):
+                raise ValueError(f"run {record['run']!r}")
+            self.runs[record["run"]] = []
         elif kind == "brought":
             for entry in record["history"]:
                 add_charge(self.runs[record["run"]], *as_charge(entry))

@@ -343,11 +343,13 @@ def test_anything_else_in_a_file_is_refused(written, tmp_path):
 
 def test_a_ledger_of_another_format_is_refused(tmp_path):
     """One whose lines are bound to each other, but say something else."""
-    head = {"kind": "ledger", "format": "dp_hooks ledger 9", "examples": 6, "total": None}
-    for number, record in enumerate((head, {"kind": "charge"})):
+    head = {"kind": "ledger", "format": "dp_hooks ledger 1", "examples": 6, "total": None}
+    run, charge = {"kind": "run", "run": "a", "accountant": "rdp"}, {"kind": "charge", "run": "a", "sigma": 1.0, "rate": 0.5}
+    other_format, begun_twice = (({**head, "format": "dp_hooks ledger 9"},), (head, run, charge, run))
+    for number, records in enumerate((other_format, (charge,), begun_twice)):
         path = tmp_path / f"{number}.jsonl"
         file = LedgerFile(path)
-        file.append(record)
+        file.append(*records)
         file.close()
         with pytest.raises(AccountingError, match="none of a ledger"):
             scope_of(path)

@@ -1,6 +1,5 @@
 """Random bytes of the operating system: never the same twice, whoever asks."""
 
-import importlib.util
 import os
 import sys
 import threading
@@ -14,10 +13,9 @@ from dp_hooks.privacy.noise.secret_bytes import secret_bytes, source_of_bytes
 from ...training.test_lost_scopes import in_child, needs_fork
 
 MANY = 100_000  # more than are taken from the operating system one by one
-has_cipher = pytest.mark.skipif(importlib.util.find_spec("cryptography") is None, reason="cryptography is not installed")
 
 
-@pytest.fixture(params=[pytest.param("ChaCha20", marks=has_cipher), "os.urandom"])
+@pytest.fixture(params=["ChaCha20", "os.urandom"])
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With the package cryptography, and as if it were not installed."""
     if request.param == "os.urandom":
@@ -51,7 +49,6 @@ def test_bytes_look_random_and_never_come_again(source: str) -> None:
     assert len(set(blocks)) == len(blocks)
 
 
-@has_cipher
 def test_the_stream_is_that_of_the_standard(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a key and a nonce of zeros it begins as in RFC 8439, appendix A.1, vectors 1 and 2."""
     module._keystream.cache_clear()
@@ -61,7 +58,6 @@ def test_the_stream_is_that_of_the_standard(monkeypatch: pytest.MonkeyPatch) -> 
     assert found[64:80].hex() == "9f07e7be5551387a98ba977c732d080d"
 
 
-@has_cipher
 def test_each_call_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call asks the operating system for 32 bytes of a key and 12 of a nonce, and nothing of them stays."""
     module._keystream.cache_clear()
