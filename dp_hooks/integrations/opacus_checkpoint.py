@@ -11,7 +11,7 @@ from opacus import PrivacyEngine
 from opacus.accountants import IAccountant
 from torch import nn
 
-from ..privacy.accounting.history import joined
+from ..privacy.accounting.lineage import lineage_of
 from ..privacy.accounting.opacus import make_accountant
 
 _WRAPPER = "_module."
@@ -40,6 +40,7 @@ class OpacusCheckpoints:
 
         State-dict keys have no ``_module.`` prefix. Random states are never saved: past noise could be replayed from them.
         """
+        lineage_of(self.accountant).save(self.accountant.history)
         # Opacus's own method only calls state_dict() on what it is given and self.accountant; no engine state is used.
         PrivacyEngine.save_checkpoint(**locals())
 
@@ -64,12 +65,13 @@ class OpacusCheckpoints:
         ``torch_load_kwargs={"weights_only": False}`` for one of your own that holds other objects.
 
         Raises:
-            ScopeError: this engine has spent budget that is neither part of the checkpoint nor its continuation.
+            ScopeError: this engine has taken steps, and the checkpoint is neither one of its own nor one that it went on from:
+                what both have spent adds up, and equal numbers do not make one run of two.
         """
         checkpoint: dict[str, Any] = torch.load(path, **{"weights_only": True, **(torch_load_kwargs or {})})
         spent = checkpoint["privacy_accountant_state_dict"]
         make_accountant(self.accountant.mechanism()).load_state_dict(spent)  # raises before anything has changed
-        history, is_older = joined(self.accountant.history, spent["history"])
+        history, is_older = lineage_of(self.accountant).joined(self.accountant.history, spent["history"])
         if is_older:
             warnings.warn("the checkpoint is older than this engine: its budget spent since then stays spent", stacklevel=2)
         weights = checkpoint["module_state_dict"]
@@ -77,6 +79,7 @@ class OpacusCheckpoints:
             weights = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
         module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
         self.accountant.load_state_dict({**spent, "history": history})
+        lineage_of(self.accountant).went_on(history)
         parts = {"optimizer": optimizer, "noise_scheduler": noise_scheduler, "grad_clip_scheduler": grad_clip_scheduler}
         for what, part in parts.items():
             state = checkpoint.pop(f"{what}_state_dict", {})

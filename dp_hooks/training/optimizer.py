@@ -183,7 +183,7 @@ class PrivateOptimizer(WrappedOptimizer):
         self._rows.used()
 
     def attach_step_hook(self, fn: StepHook) -> None:
-        """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move."""
+        """Call ``fn(optimizer)`` at every release, after the charge and before the parameters move: ``p.grad`` is noised then."""
         self._step_hooks.append(fn)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
@@ -394,11 +394,11 @@ class PrivateOptimizer(WrappedOptimizer):
         noised = {id(p): totals.pop().to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(foreign=foreign)
         self.writes.before_step()
-        for hook in self._step_hooks:
-            hook(self)
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
             for p in group["params"]:
                 p.grad = noised.get(id(p))
+        for hook in self._step_hooks:
+            hook(self)
         with self._others.allowed():
             self.original_optimizer.step()
         self.writes.after_step()

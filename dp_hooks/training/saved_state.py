@@ -6,7 +6,8 @@ from typing import Any
 
 from .._validate import bad
 from ..errors import ScopeError
-from ..privacy.accounting.history import as_charge, joined
+from ..privacy.accounting.history import as_charge
+from ..privacy.accounting.lineage import lineage_of
 from ..privacy.accounting.meter import PrivacyMeter
 from .clipped_sum import ClippedSum
 
@@ -38,6 +39,7 @@ class SavedState:
     def as_dict(self) -> dict[str, Any]:
         """The state now; see :meth:`~dp_hooks.PrivateTraining.state_dict`."""
         meter = self._meter
+        lineage_of(meter.accountant).save(meter.accountant.history)
         return {
             "format": FORMAT,
             **self._mine,
@@ -63,10 +65,11 @@ class SavedState:
             epsilon, delta, _ = known["budget"]
             remedy = f"it goes on with a budget: pass target_epsilon={epsilon}, target_delta={delta}, epochs=..."
             raise bad("state", known["budget"], remedy)
-        history, _ = joined(meter.accountant.history, known["history"])
+        history, _ = lineage_of(meter.accountant).joined(meter.accountant.history, known["history"])
         if known["clipping_bound"] is not None:
             self._sum.change_bound(known["clipping_bound"])
         meter.accountant.history = history
+        lineage_of(meter.accountant).went_on(history)
         meter.steps, meter.foreign_steps = max(meter.steps, known["steps"]), max(meter.foreign_steps, known["foreign_steps"])
         meter.run = known.get("ledger_run")
         meter.adopt()

@@ -148,7 +148,7 @@ def _take(call: StepCall, form: _Form, reduction: Reduction, two_pass: bool) -> 
         trace = controller.session.trace if controller.hooks_enabled else None
         with nullcontext() if trace is None else trace.function():
             loss, aux = _checked(fn, call.on(part), reduction)
-            return optimizer.loss_scale.multiplied(loss, shared_by), aux
+        return optimizer.loss_scale.multiplied(loss, shared_by), aux
 
     def how_reduced(loss: Tensor) -> str:
         return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction

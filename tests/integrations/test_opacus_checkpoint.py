@@ -200,3 +200,65 @@ def test_a_checkpoint_of_another_run_is_refused(accountant: str, history: Any, e
         engine.load_checkpoint(path=file, module=fresh)
     assert engine.accountant.history == [(1.0, 0.1, 2)]
     assert equal_trees(dict(before), dict(fresh.state_dict()))
+
+
+@pytest.mark.parametrize(("theirs", "own"), [(1, 1), (1, 2), (2, 1)])
+def test_what_two_runs_have_spent_is_not_taken_for_one_run(theirs: int, own: int, tmp_path: Any) -> None:
+    """An engine that has taken steps loads no checkpoint of another engine, also where one history begins as the other."""
+    path = tmp_path / "theirs.pt"
+    with PrivacyEngineHookBased(accountant="rdp") as first:
+        model = text_model()
+        _, opt, loader = make(first, model)
+        for _ in range(theirs):
+            train(model, opt, loader)
+        first.save_checkpoint(path=path, module=model, optimizer=opt)
+    with PrivacyEngineHookBased(accountant="rdp") as second:
+        model = text_model()
+        _, opt, loader = make(second, model)
+        for _ in range(own):
+            train(model, opt, loader)
+        spent, weights = list(second.accountant.history), copy.deepcopy(model.state_dict())
+        with pytest.raises(ScopeError, match="knows nothing of"):
+            second.load_checkpoint(path=path, module=model, optimizer=opt)
+        assert second.accountant.history == spent
+        assert equal_trees(dict(weights), dict(model.state_dict()))
+
+
+def test_a_checkpoint_that_could_not_be_loaded_is_not_what_a_run_began_with(tmp_path: Any) -> None:
+    """Steps that are taken after a failed load do not belong to the run of that checkpoint."""
+    path = tmp_path / "other.pt"
+    other = PrivacyEngineHookBased(accountant="rdp")
+    other.accountant.history = [(1.0, 1 / 3, 3)]
+    other.save_checkpoint(path=path, module=nn.Linear(2, 2))
+    with PrivacyEngineHookBased(accountant="rdp") as engine:
+        model = text_model()
+        _, opt, loader = make(engine, model)
+        with pytest.raises(RuntimeError, match="state_dict"):
+            engine.load_checkpoint(path=path, module=model)
+        assert engine.accountant.history == []
+        train(model, opt, loader)
+        assert engine.accountant.history == [(1.0, 1 / 3, 3)]
+        with pytest.raises(ScopeError, match="knows nothing of"):
+            engine.load_checkpoint(path=path, module=nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint is older")
+def test_a_run_goes_back_to_what_it_saved_and_to_what_it_began_with(tmp_path: Any) -> None:
+    """After further steps an engine loads its own checkpoint, and the one it went on from: all stays spent."""
+    paths = [tmp_path / f"{number}.pt" for number in range(2)]
+    with PrivacyEngineHookBased(accountant="rdp") as first:
+        model = text_model()
+        _, opt, loader = make(first, model)
+        train(model, opt, loader)
+        first.save_checkpoint(path=paths[0], module=model, optimizer=opt)
+    with PrivacyEngineHookBased(accountant="rdp") as second:
+        model = text_model()
+        _, opt, loader = make(second, model)
+        second.load_checkpoint(path=paths[0], module=model, optimizer=opt)
+        train(model, opt, loader)
+        second.save_checkpoint(path=paths[1], module=model, optimizer=opt)
+        train(model, opt, loader)
+        spent = list(second.accountant.history)
+        for path in (*paths, *paths):
+            second.load_checkpoint(path=path, module=model, optimizer=opt)
+            assert second.accountant.history == spent

@@ -154,6 +154,17 @@ def test_a_loss_that_is_not_scaled_as_a_whole_is_refused(of, mode):
     assert_same(values(model), start)
 
 
+@each_way
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_a_scale_may_be_smaller_than_the_batch(scale, way):
+    """One that has backed off, say: the check of a train function looks at losses of a size of their own."""
+    model, scaler = build("mlp"), scaler_of(scale)
+    start = values(model)
+    wanted = clipped_sum(sample_gradients(model, *examples()), BOUND)
+    WAYS[way](scope_with(model, scaler), scaler, losses)
+    assert_same(moved(start, model), [g / 6 for g in wanted])
+
+
 def test_steps_of_other_optimizers_need_a_scaler_of_their_own():
     """The scale is the scope's; the error says so, and nothing of the other model moves."""
     other = nn.Linear(2, 2)

@@ -399,3 +399,18 @@ def test_unfreezing_inside_the_scope_is_refused_by_name(late: Any, name: str, mo
             opt.step()
         assert_same(values(model), run.start)
         assert charges(run.scope) == 0
+
+
+@each_mode
+def test_a_step_hook_sees_the_noised_gradient_before_it_is_applied(mode: str) -> None:
+    """What is in ``p.grad`` then is what the parameters are about to move by; it was charged before."""
+    run, seen = Run(**NOISY, grad_sample_mode=mode), []
+    with run as (model, opt, loader):
+        opt.attach_step_hook(
+            lambda _: seen.append(([p.grad.clone() for p in model.parameters()], values(model), charges(run.scope)))
+        )
+        train(model, opt, loader, stop=1)
+    ((grads, before, charged),) = seen
+    assert_same(before, run.start)
+    assert_same(run.moved, grads)
+    assert charged == 1

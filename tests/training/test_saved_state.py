@@ -94,6 +94,18 @@ def test_what_is_spent_already_and_goes_further_is_kept() -> None:
         other.load_state_dict({**early, "budget": None})
 
 
+@pytest.mark.parametrize(("theirs", "own"), [(1, 1), (1, 2), (2, 1)])
+def test_what_another_run_has_spent_is_not_taken_for_what_this_one_has(theirs: int, own: int) -> None:
+    """With an accountant that has counted one run, the state of another is refused, also where one begins as the other."""
+    plain: dict[str, Any] = {"noise_multiplier": 1.0, "target_epsilon": None, "target_delta": None, "epochs": None}
+    state, first = after(theirs, **plain).state_dict(), after(own, **plain)
+    second = scope_of(**{**plain, "accountant": first.accountant})
+    with pytest.raises(ScopeError, match="knows nothing of"):
+        second.load_state_dict(state)
+    second.load_state_dict(first.state_dict())
+    assert sum(steps for *_, steps in second.accountant.history) == 2 * own
+
+
 def test_a_scope_that_was_entered_loads_nothing() -> None:
     """A step could have come first; after the end there is nothing to go on with."""
     state = after(1).state_dict()

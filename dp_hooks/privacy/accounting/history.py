@@ -71,7 +71,12 @@ def joined(spent: History, loaded: History) -> tuple[History, bool]:
         return loaded, False
     if continues(loaded, spent):
         return spent, True
-    raise ScopeError(
+    raise unknown(spent, loaded)
+
+
+def unknown(spent: History, loaded: History) -> ScopeError:
+    """The error where what is ``loaded`` is of another run than what was ``spent``."""
+    return ScopeError(
         f"budget was spent already ({spent}) that what is loaded ({loaded}) knows nothing of; loading would forget it. Load into "
         "something new."
     )
