@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_argument("--delta", type=float, required=True, help="below 1 / n")
     planning.add_argument("--epsilon", type=float, help="what may be spent; or:")
     planning.add_argument("--noise-multiplier", type=float, help="sigma, from which epsilon is calculated")
+    planning.add_argument(
+        "--sampling", default="poisson", help="poisson (default), truncated_poisson, random_allocation, sequential"
+    )
+    planning.add_argument("--max-batch-size", type=int, help="with truncated_poisson: the most examples of a batch")
     planning.add_argument("--plot", metavar="PATH", help="also draw it into this file; needs matplotlib")
     spending = commands.add_parser("budget", help="what all runs in a ledger have spent")
     spending.add_argument("path", help="the ledger: the file that was given to scopes as ledger=")

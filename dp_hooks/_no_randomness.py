@@ -80,12 +80,12 @@ def undisturbed_generators() -> AbstractContextManager[Any]:
 
 @dataclass(eq=False)
 class Draws:
-    """What a pass drew that can decide which way it takes, and the generators beside torch's."""
+    """What a pass drew that can decide which way it takes, and the generators beside torch's, unless these are None."""
 
     numbers: list[tuple[str, Tensor | None]] = field(default_factory=list)  # in their order; None: too many to be kept
     few: bool = False  # whether some of it was for the whole batch, and not much
+    generators: tuple[Any, Any] | None = field(default_factory=_other_generators)
     _left: int = _KEPT
-    _generators: tuple[Any, Any] = field(default_factory=_other_generators)
 
     def note(self, name: str, out: Any, rows: int | None) -> None:
         """Keep what the function ``name``, one of :data:`DRAWS`, drew for ``rows`` samples, unless it is much."""
@@ -99,7 +99,8 @@ class Draws:
 
     def begin_again(self) -> None:
         """Set the generators of Python and NumPy to what they were."""
-        _set_other_generators(self._generators)
+        if self.generators is not None:
+            _set_other_generators(self.generators)
 
 
 # What few numbers drawn at once are in the trials after the first, as quantiles: gates open and close, and each of a handful of

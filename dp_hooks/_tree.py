@@ -83,15 +83,14 @@ def is_array(value: Any) -> bool:
 
 def modules_of(model: Module) -> list[Module]:
     """Return ``model`` and all its descendants, each once: quicker than ``model.modules()``, which makes their names on the way."""
-    found: dict[int, Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            if children := module._modules:
-                waiting += [child for child in children.values() if child is not None]
-    return list(found.values())
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows
+        if children := module._modules:
+            for child in children.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    found.append(child)
+    return found
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -1,8 +1,24 @@
 """What can go wrong, as exceptions. Every one of them is raised before a parameter moves or budget is spent."""
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from opacus.validators.errors import UnsupportedModuleError
+
+def is_command(arguments: Sequence[str], whole: Sequence[str]) -> bool:
+    """Whether ``sys.argv`` and ``sys.orig_argv`` are those of ``python -m dp_hooks ...``, while Python looks for its commands."""
+    return arguments[:1] == ["-m"] and whole[-len(arguments) :][:1] == [__package__]
+
+
+# Commands take a tenth of the time that PyTorch and Opacus take to import, and have no models.
+RUN_AS_COMMAND = is_command(sys.argv, sys.orig_argv)
+if TYPE_CHECKING or not RUN_AS_COMMAND:
+    from opacus.validators.errors import UnsupportedModuleError
+else:
+
+    class UnsupportedModuleError(Exception):
+        """In the place of Opacus's."""
+
 
 _SHOWN = 3  # of a list: more of them say no more, and hide the remedy
 

@@ -16,6 +16,7 @@ out) on eight models of random weights and synthetic data. The engines:
 - ``ordinary``: plain PyTorch, no privacy; every ratio is relative to it.
 - ``dp_hooks``: ``private_training`` with its defaults ("ghost"); ``dp_hooks-hooks`` (on request) with
   ``grad_sample_mode="hooks"``.
+- ``dp_hooks-units`` and ``dp_hooks-uneven-units`` (on request): units of four examples, or of one to four, are protected.
 - ``opacus-hooks``, ``opacus-ghost``: Opacus's ``PrivacyEngine`` with that ``grad_sample_mode`` and ``wrap_model=False``;
   "ghost" with Opacus's own criterion object, whose ``backward`` makes the two passes.
 
@@ -52,7 +53,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,6 +296,24 @@ def with_dp_hooks(workload: Workload, stack: ExitStack, mode: str = "ghost") -> 
     return plain._replace(optimizer=optimizer, loader=loader)
 
 
+def with_units(workload: Workload, stack: ExitStack, sizes: tuple[int, ...]) -> Training:
+    """Training in a private scope that protects units of so many examples, in turn; every batch is the same, of all units."""
+    plain = ordinary(workload, stack)
+    one_batch = TensorDataset(*(part[: workload.batch_size] for part in (*workload.inputs, workload.labels)))
+    units = [unit for unit, size in zip(range(len(one_batch)), cycle(sizes)) for _ in range(size)]
+    scope = private_training(
+        workload.model,
+        plain.optimizer,
+        DataLoader(one_batch, batch_size=len(one_batch)),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        privacy_unit=units[: len(one_batch)],
+        criterion=plain.criterion,
+    )
+    optimizer, loader = stack.enter_context(scope)
+    return plain._replace(optimizer=optimizer, loader=loader)
+
+
 def with_two_passes(workload: Workload, stack: ExitStack) -> Training:
     """Training in a private scope with a ``@dp_step`` function that makes two backward passes."""
     training = with_dp_hooks(workload, stack)
@@ -331,6 +350,8 @@ ENGINES: dict[str, Callable[[Workload, ExitStack], Training]] = {
     "opacus-ghost": partial(with_opacus, mode="ghost"),
     "dp_hooks-hooks": partial(with_dp_hooks, mode="hooks"),
     "dp_hooks-two-pass": with_two_passes,
+    "dp_hooks-units": partial(with_units, sizes=(4,)),
+    "dp_hooks-uneven-units": partial(with_units, sizes=(1, 2, 3, 4)),
 }
 DEFAULT_ENGINES = ["dp_hooks", "opacus-hooks", "opacus-ghost"]
 
@@ -784,7 +805,7 @@ def parse_arguments() -> argparse.Namespace:
         "--engine",
         type=choice(ENGINES),
         default=DEFAULT_ENGINES,
-        help="comma-separated; the default leaves out dp_hooks-hooks and dp_hooks-two-pass",
+        help="comma-separated; the default leaves out dp_hooks-hooks, dp_hooks-two-pass and those of units",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every engine")
     parser.add_argument("--overhead", action="store_true", help="measure tiny models, of which overhead is all that is left")

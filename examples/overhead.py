@@ -18,6 +18,7 @@ The first steps, in which the library checks itself, are not counted.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections import Counter
@@ -149,7 +150,7 @@ def steps_of(name: str, stack: ExitStack, *, private: bool) -> Iterator[float]:
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Compare private and ordinary steps of one model."""
+    """Compare private and ordinary steps of one model; with 0 ``rounds``, which are turns of four steps, no times are taken."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -169,7 +170,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
                     taken += [next(steps) for _ in range(4)]
     finally:
         torch.set_num_threads(threads)
-    plain, private = (statistics.median(taken) for taken in seconds)
+    plain, private = (statistics.median(taken) if taken else math.nan for taken in seconds)
     operations = [sum(count.found.values()) for count in counts]
     return {
         "milliseconds": 1000 * plain,

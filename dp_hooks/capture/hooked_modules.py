@@ -145,7 +145,8 @@ class HookedModules:
             self._track_again(hooked)
 
     def _track_again(self, hooked: HookedModule) -> None:
-        if hooked.tracks and not hooked.swap.swapped and self.repeated(hooked.module) is None:
+        called = type(hooked.module).forward is not nn.Module.forward  # a ParameterDict is not: all uses are outside
+        if hooked.tracks and called and not hooked.swap.swapped and self.repeated(hooked.module) is None:
             hooked.track(self._tracker)
         else:
             hooked.track_outside(self._tracker)

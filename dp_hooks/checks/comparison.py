@@ -28,6 +28,7 @@ from .other_weights import exchanged, is_closed, rounded
 from .parts import a_few, halves, parts_of
 from .repeat_call import RepeatedCall
 from .single_samples import NotAlone, not_alone
+from .units import to_compare
 from .unsaved import Unsaved
 
 # What the model was when a call began.
@@ -132,6 +133,7 @@ class Comparison:
                 if isinstance(some, RepeatedCall) and isinstance(again, RepeatedCall) and some is not again:
                     some.take_layout(again)
                 self.gradients.compare(begin_some, some, found, what)
+                self.gradients.compare_units(begin_some, some, found, what)
         self._trace.verify(seen, samples)
         return found is not None or again.has_rows
 
@@ -152,6 +154,10 @@ class Comparison:
         self._enough = few
         known = self._norms is not None and len(self._norms) == samples
         first = extreme_samples(self._norms, samples, ends=False) if known else []
+        units = self.gradients.units(again.among)
+        together = None if units is None else to_compare(units)
+        if units is not None and together is not None:
+            first = [*units.rows_of(together).tolist(), *first]
         return a_few(samples, first, few)
 
     @contextmanager

@@ -29,6 +29,7 @@ from .single_samples import nodes_of, not_alone, some_samples
 _OTHER_TERMS = 2e-2
 # How much the factor that the loss is multiplied with may change from step to step: it is a constant, and nothing of the batch.
 _CHANGE = 1e-5
+_AT_ONCE = 64  # how many factors are looked at together
 _WHOLE = 10_000  # the largest factor, or part of one, that is taken for a constant where there was one step only
 # What may lie between an output of the model and an argument of the criterion: the gradient of the one is that of the other, row
 # by row. Anything else could mix samples where neither the model nor the criterion does.
@@ -65,32 +66,44 @@ class _Factors:
         self._first: list[Tensor] = []  # of every call of a step: for each number of the loss, and for all together
         self._change: list[Tensor] = []  # by how much both changed since
         self._uneven: Tensor | None = None  # how much the factors of one call differ, at most
+        self._waiting: list[tuple[int, Tensor]] = []  # which call of a step it was, and what came: looked at many at a time
         self._at = self._seen = 0
 
     def new_step(self) -> None:
         """The next call is the first one of a step again."""
         self._at = 0
+        if len(self._waiting) >= _AT_ONCE:
+            self._look()
 
     def note(self, grad: Tensor) -> None:
         """The gradient of a loss came: its factor, or one for each of its numbers."""
-        values = grad.detach().double().flatten()
-        mean = values.mean()
-        uneven = (values - mean).abs().max() / mean.abs().clamp(min=1e-300)
-        self._uneven = uneven if self._uneven is None else torch.maximum(self._uneven, uneven)
-        both = torch.stack([mean, mean * len(values)])
-        if self._at == len(self._first):
-            self._first.append(both)
-            self._change.append(torch.zeros_like(both))
-        else:
-            first = self._first[self._at]
-            change = (both - first).abs() / first.abs().clamp(min=1e-300)
-            self._change[self._at] = torch.maximum(self._change[self._at], change)
-            self._seen += 1
+        self._waiting.append((self._at, grad.detach().to(torch.float64, copy=True).flatten()))
         self._at += 1
+
+    def _look(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        alike: dict[tuple[int, int], list[Tensor]] = {}
+        for at, values in waiting:
+            alike.setdefault((at, len(values)), []).append(values)
+        for at, count in sorted(alike):
+            values = torch.stack(alike[at, count])
+            mean = values.mean(1)
+            uneven = ((values - mean[:, None]).abs().amax(1) / mean.abs().clamp(min=1e-300)).amax()
+            self._uneven = uneven if self._uneven is None else torch.maximum(self._uneven, uneven)
+            both = torch.stack([mean, mean * count])
+            if at == len(self._first):
+                self._first.append(both[:, 0])
+                self._change.append(torch.zeros_like(both[:, 0]))
+                self._seen -= 1
+            first = self._first[at][:, None]
+            change = ((both - first).abs() / first.abs().clamp(min=1e-300)).amax(1)
+            self._change[at] = torch.maximum(self._change[at], change)
+            self._seen += values.shape[0]
 
     @property
     def constant(self) -> bool:
         """Whether nothing else can have had a part in them."""
+        self._look()
         if self._uneven is None or not float(self._uneven) < _CHANGE:
             return False
         if not self._seen:
@@ -124,7 +137,7 @@ class CriterionCheck:
         self._optional = optional
         self._controller = controller
         self._recorder = recorder
-        self._trace = OpTrace()
+        self._trace = OpTrace(keeps_generators=False)
         self._calls: list[_Call] = []  # those of the present step that a check may have to look at
         self._depth = 0  # of calls: a criterion may call itself
         self._lent: Lent | None = None  # what the present call got instead of its arguments

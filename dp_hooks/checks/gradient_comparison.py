@@ -11,11 +11,13 @@ from ..capture.controller import HookController
 from ..errors import DPHooksError, SelfCheckError
 from ..gradients.sample_gradients import SampleGradients
 from ..gradients.terms import Sums
+from ..gradients.units import Units
 from .compare import NotFinite, all_together, compare, compare_sums, extreme_samples, jump_of
 from .other_weights import rounded
 from .repeat_call import RepeatedCall
 from .repeat_function import RepeatedFunction
 from .single_samples import back_propagate, custom_functions, not_alone
+from .units import compare_unit
 from .without_pattern import without_pattern
 
 Repeated = RepeatedCall | RepeatedFunction
@@ -30,11 +32,13 @@ class GradientComparison:
     Attributes:
         coarse: whether autocast or half precision is in use.
         blocked: whether no gradient came to some parameter in the run compared last.
+        units_of_step: asked which rows of the step belong to a protected unit; None: each to one of its own.
     """
 
     def __init__(self, controller: HookController, model: nn.Module, params: list[nn.Parameter]) -> None:
         self._controller, self._model, self._params = controller, model, params
         self.coarse = self.blocked = False
+        self.units_of_step: Callable[[], Units | None] = lambda: None
 
     def capture(self, loss: Tensor) -> SampleGradients | None:
         """The per-sample gradients that hooks capture of a run that gave ``loss``."""
@@ -54,6 +58,30 @@ class GradientComparison:
         # Gradients can mix where no value does: behind weights that are zero, in hooks and functions of a backward pass.
         if again.samples > 1 or again.has_scalar or not agreed:
             self._compare_alone(begin, again, found, norms, what, jumps=agreed, values=values)
+
+    def units(self, among: Tensor) -> Units | None:
+        """The units of some rows of the step, if several rows may be of one."""
+        units = self.units_of_step()
+        return None if units is None or int(among.max()) >= len(units) else units.among(among)
+
+    def compare_units(self, begin: Begin, again: Repeated, found: SampleGradients, what: str) -> None:
+        """Compare what is clipped where several samples are one unit; hooks are disabled.
+
+        Raises:
+            SelfCheckError: a disagreement beyond rounding.
+        """
+        units = self.units(again.among)
+        if units is None or not all(bool(torch.isfinite(norm).all()) for norm in found.sq_norms(found.params).values()):
+            return
+
+        def plain(rows: Tensor) -> dict[nn.Parameter, Tensor]:
+            if again.has_scalar:
+                alone = [self._alone(i, begin, again, what, compared=False) for i in rows.tolist()]
+                return {p: sum((g[p] for g in alone if p in g), torch.zeros_like(p)) for p in {p for g in alone for p in g}}
+            begin(None)
+            return self.of(again.weighted(torch.zeros(again.samples, device="cpu").index_fill_(0, rows, 1.0)))
+
+        compare_unit(found, units, plain, self._params, self._controller, what, coarse=self.coarse)
 
     def of(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
         """Gradients by plain autograd."""

@@ -44,6 +44,11 @@ class RepeatedCall:
         other._whole, other._among, other._plan = self._whole, self._among[rows], list(self._plan)
         return other
 
+    @property
+    def among(self) -> Tensor:
+        """Which samples of the batch this is about."""
+        return self._among
+
     def __len__(self) -> int:
         """How many outputs the whole run had."""
         return len(self._outputs)

@@ -51,6 +51,7 @@ class RepeatedFunction:
         self.coarse, self.rounding = coarse, 0.0
         self._controller = controller
         self.samples = samples
+        self.among = torch.arange(samples, device="cpu")  # which samples of the batch this is about
         self._loss, self._ran = torch.zeros((), device="cpu"), False
         self._parts = Parts(self._loss, samples, "sum")
 
@@ -60,7 +61,9 @@ class RepeatedFunction:
         def run(part: Tensor | None) -> Tensor:
             return self._run(rows if part is None else rows[part])
 
-        return RepeatedFunction(run, self._controller, len(rows), coarse=self.coarse)
+        other = RepeatedFunction(run, self._controller, len(rows), coarse=self.coarse)
+        other.among = self.among[rows]
+        return other
 
     def __len__(self) -> int:
         return 0

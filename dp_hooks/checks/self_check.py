@@ -16,6 +16,7 @@ from ..capture.controller import HookController
 from ..errors import SelfCheckError
 from ..gradients.grad_sample import GradSamples
 from ..gradients.sample_gradients import SampleGradients
+from ..gradients.units import Units
 from .compare import all_together
 from .comparison import Comparison
 from .criterion import CriterionCheck
@@ -67,6 +68,10 @@ class SelfCheck:
         return self._loss_verified and (self._whole or (self._criterion is not None and self._criterion.is_all))
 
     # ---------------------------------------------------------------- watching
+
+    def watch_units(self, units: Callable[[], Units | None]) -> None:
+        """Check what is clipped, too, where several samples of a step are one unit; ``units`` tells which."""
+        self._comparison.gradients.units_of_step = units
 
     def watch(self, stack: ExitStack) -> None:
         """Have outermost calls into the model, and calls of the criterion, recorded until ``stack`` unwinds."""

@@ -35,6 +35,10 @@ class SampleGradients:
         """The parameters that got a gradient."""
         return list(self._terms)
 
+    def terms(self, param: nn.Parameter) -> list[Term]:
+        """What the uses of a parameter add to its gradients."""
+        return self._terms[param]
+
     def grads(self, param: nn.Parameter, rows: slice | Tensor = slice(None)) -> Tensor:
         """Per-sample gradients ``[len(rows), *param.shape]``, all uses added up."""
         return functools.reduce(torch.add, (term.grads(param, rows) for term in self._terms[param]))

@@ -13,6 +13,12 @@ from ..training.optimizer import PrivateOptimizer
 from ..training.wrapped_optimizer import WrappedOptimizer
 from .private_values import PrivateValues
 
+# What to do if two of them are to be private: a step of each would be a release of its own.
+ONE_PRIVATE = (
+    "To train several submodules privately, let configure_optimizers() return one optimizer over all of them (with a parameter "
+    "group for each), and training_step() step it once, for the sum of their losses."
+)
+
 
 class ManualOptimizer(WrappedOptimizer):
     """What stands under ``self.optimizers()`` in manual optimization: the private optimizer, whose steps are asked for there."""
@@ -69,7 +75,7 @@ class ConfiguredOptimizers:
                 "module",
                 f"{len(found)} optimizers",
                 "with several optimizers, one of them is private: pass part=, the name of the submodule that sees private data. "
-                "Or let configure_optimizers() return one optimizer.",
+                f"{ONE_PRIVATE}",
             )
         inside = {id(p) for p in part.parameters()}
         holding = [optimizer for optimizer in found if any(id(p) in inside for p in _params(optimizer))]

@@ -9,6 +9,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from .._validate import bad
+from ..privacy.accounting.rates import ALLOCATION
+from ..privacy.sampling.plan import SEQUENTIAL
 from .trainer_scope import refuse
 
 # With automatic optimization, what a private step would go past.
@@ -63,7 +65,17 @@ def completed(options: dict[str, Any], trainer: Any, loader: Any, *, manual: boo
     options = dict(options) if manual else {"max_physical_batch_size": loader.batch_size, **options}
     options.setdefault("grad_scaler", getattr(trainer.precision_plugin, "scaler", None))
     accumulated = trainer.accumulate_grad_batches
+    units = options.get("privacy_unit") is not None
+    if units and accumulated > 1:
+        what = f"with privacy_unit= units are drawn, and accumulate_grad_batches={accumulated} is about examples. "
+        raise bad("privacy_unit", type(options["privacy_unit"]).__name__, what + "Leave that at 1.")
+    if units and options.get("target_epsilon") is not None and options.get("epochs") is None:
+        raise bad("epochs", None, "with privacy_unit= a pass is over units: pass epochs= to private_trainer().")
     if accumulated > 1:
+        if options.get("sampling") in (ALLOCATION, SEQUENTIAL):
+            what = f"with accumulate_grad_batches={accumulated} a logical batch is drawn by Poisson sampling."
+            remedy = "Leave it at 1, give the loader the size of a logical batch, and pass max_physical_batch_size."
+            raise bad("sampling", options["sampling"], f"{what} {remedy}")
         options.setdefault("sample_rate", loader.batch_size * accumulated / len(loader.dataset))  # type: ignore[arg-type]
     if options.get("target_epsilon") is not None and options.get("epochs") is None:
         rate = options.get("sample_rate")

@@ -20,7 +20,7 @@ from ..training.attributes import put
 from ..training.scope import PrivateTraining
 from ..training.wrapped_optimizer import WrappedOptimizer
 from .lightning_checkpoints import LightningCheckpoints
-from .lightning_optimizers import ConfiguredOptimizers, ManualOptimizer
+from .lightning_optimizers import ONE_PRIVATE, ConfiguredOptimizers, ManualOptimizer
 from .lightning_settings import check, completed
 from .logical_batches import LogicalBatch, LogicalBatches
 from .private_values import PrivateValues
@@ -220,9 +220,9 @@ class PrivateLightningTrainer(TrainerScope):
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:
-    found: nn.Module | None = dict(module.named_modules()).get(name) if name else None
+    found: nn.Module | None = dict(module.named_modules()).get(name) if name and isinstance(name, str) else None
     if found is None:
-        raise bad("part", name, "pass the name of a submodule of the module, as in named_modules().")
+        raise bad("part", name, f"pass the name of one submodule of the module, as in named_modules(). {ONE_PRIVATE}")
     return found
 
 

@@ -97,13 +97,14 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         """Attach to ``module`` and return it with the private optimizer and loader.
 
         Arguments mean what they mean in :func:`~dp_hooks.private_training` (``module`` is its ``model``, ``data_loader`` its
-        ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``, ``sample_rate``
-        and ``self_check``. The options of adaptive clipping may also be given one by one, as Opacus has them
-        (``target_unclipped_quantile=0.5, ...``), and alone, as its ``PrivacyEngineAdaptiveClipping`` has them; they mean
-        ``clipping="adaptive"`` then. ``criterion``, in mode "ghost" by default ``CrossEntropyLoss()``, is returned unchanged there,
-        since ordinary losses work; if it is a module and the loop calls it, the self-check covers it in every mode.
-        ``wrap_model`` and ``rand_on_empty`` are there for compatibility, and refused if True: this engine never wraps, and its
-        empty batches have no row. The optimizer and the loader work in Opacus's ``BatchMemoryManager``, without loader workers.
+        ``loader``), which also says what may be in ``kwargs``: ``clipping_options``, ``max_physical_batch_size``,
+        ``sample_rate``, ``self_check`` and ``sampling`` (in the place of ``poisson_sampling``, which may then stay as it is). The
+        options of adaptive clipping may also be given one by one, as Opacus has them (``target_unclipped_quantile=0.5, ...``),
+        and alone, as its ``PrivacyEngineAdaptiveClipping`` has them; they mean ``clipping="adaptive"`` then. ``criterion``, in
+        mode "ghost" by default ``CrossEntropyLoss()``, is returned unchanged there, since ordinary losses work; if it is a module
+        and the loop calls it, the self-check covers it in every mode. ``wrap_model`` and ``rand_on_empty`` are there for
+        compatibility, and refused if True: this engine never wraps, and its empty batches have no row. The optimizer and the
+        loader work in Opacus's ``BatchMemoryManager``, without loader workers.
 
         Returns:
             ``(module, optimizer, loader)``; in mode "ghost" ``(module, optimizer, criterion, loader)``, as in Opacus.
@@ -175,6 +176,8 @@ class PrivacyEngineHookBased(OpacusCheckpoints):
         if isinstance(criterion, DPLossFastGradientClipping):
             remedy = "it works with Opacus's own modules alone. Pass the loss that it was made of: ghost mode takes any."
             raise bad("criterion", type(criterion).__name__, remedy)
+        if kwargs.get("sampling") is not None and kwargs["poisson_sampling"] is True:
+            del kwargs["poisson_sampling"]  # which Opacus's signature has, given or not
         own = {"accountant": self.accountant, "secure_mode": self.secure_mode, "grad_sample_mode": grad_sample_mode}
         loss = nn.CrossEntropyLoss() if criterion is None and grad_sample_mode == "ghost" else criterion
         scope = private_training(

@@ -58,7 +58,8 @@ class PrivateValues(TorchDispatchMode):
                 f"{type(optimizer).__name__} was about to apply gradients that were computed from private examples, neither "
                 f"clipped nor noised, to {len(raw)} of its {len(params)} tensors (shapes {[tuple(p.shape) for p in raw[:3]]}). "
                 "Private examples may go into the private part alone, for a loss that its own optimizer steps: leave them out of "
-                "the other loss, and call zero_grad() of this optimizer before its backward pass."
+                "the other loss, and call zero_grad() of this optimizer before its backward pass. One optimizer is private: it has "
+                "to hold all that private examples train."
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._validate import bad
-from ..privacy.accounting.history import History, continues
+from ..privacy.accounting.history import History, as_charge, continues
 
 NAME = "privacy.json"
 
@@ -29,7 +29,7 @@ class Spending:
         """Write what is spent now; the file of another run is set aside first."""
         if folder not in self._own:
             known = self.read(folder) if self._goes_on else None
-            if known is None or not continues(_history_in(known), _history_in(state)):
+            if known is None or not continues(self._history_in(known, folder), self._history_in(state, folder)):
                 self._set_aside(folder)
             self._own.add(folder)
         write(folder, state)
@@ -42,9 +42,9 @@ class Spending:
             beside: the folder of that run's checkpoints, where its file is as of its last step.
             folders: those of this run, in which it may have gone on from there before.
         """
-        known = [self.read(folder) for folder in (beside, *folders)]
-        for later in known:
-            if later is not None and continues(_history_in(state), _history_in(later)):
+        for folder in (beside, *folders):
+            later = self.read(folder)
+            if later is not None and continues(self._history_in(state, beside), self._history_in(later, folder)):
                 state = later
         self._goes_on = True
         return state
@@ -60,11 +60,20 @@ class Spending:
             return None
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise bad(self._argument, str(path), f"the file is damaged ({error}).") from error
         if not isinstance(state, dict):
             raise bad(self._argument, str(path), "the file is damaged.")
+        self._history_in(state, folder)
         return state
+
+    def _history_in(self, state: dict[str, Any], folder: Path) -> History:
+        """What was charged; a file in which that cannot be read must not be passed over, since it may know more than others."""
+        try:
+            return [as_charge(entry) for entry in state["history"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = "is damaged: its history is not of (noise multiplier, sampling rate, steps)."
+            raise bad(self._argument, str(folder), f"what was spent there {what}") from error
 
     def _set_aside(self, folder: Path) -> None:
         """Keep what an earlier run has spent under another name, and say that this run does not know of it."""
@@ -91,9 +100,3 @@ def write(folder: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, folder / NAME)
-
-
-def _history_in(state: dict[str, Any]) -> History:
-    """What was charged, as far as it can be read: whether the state is whole is checked where it is loaded."""
-    history = state.get("history", [])
-    return [tuple(entry) for entry in history] if isinstance(history, list) else []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validate import bad
+from ..distributed.world import processes
 from ..errors import ScopeError
 from ..training.scope import PrivateTraining
 from ..training.step import dp_step
@@ -27,7 +28,16 @@ class TrainerScope(ABC):
     _stepped: SteppedOptimizer
 
     def __init__(self, trainer: Any, options: dict[str, Any]) -> None:
-        """Over ``trainer``, with the ``options`` of :func:`dp_hooks.private_training`."""
+        """Over ``trainer``, with the ``options`` of :func:`dp_hooks.private_training`.
+
+        Raises:
+            ScopeError: there are several processes.
+        """
+        if processes() > 1:
+            raise ScopeError(
+                f"private_trainer() in one of {processes()} processes of torch.distributed: trainers train in one process only. "
+                "Train with private_training() in a loop of your own, which several processes can share."
+            )
         self._trainer = trainer
         self._options = options
         self._stack = ExitStack()

@@ -18,6 +18,7 @@ from ..errors import ScopeError, SelfCheckError
 from ..training.attributes import copied, put
 from ..training.optimizer import PrivateOptimizer
 from ..training.prepared import Prepared, plain_loader
+from ..training.refused_clipping import let_clip
 from ..training.scope import PrivateTraining
 from .logical_batches import LogicalBatch, LogicalBatches
 from .spending import NAME, Spending, write
@@ -44,7 +45,7 @@ class PrivateTransformersTrainer(TrainerScope):
       ``num_train_epochs``).
     - Epsilon is in the trainer's logs. The loss in there, and evaluation on private data, are not private.
 
-    The trainer's own ``max_grad_norm`` is applied to gradients that have been used already, and means nothing here.
+    The trainer's own ``max_grad_norm``, 1.0 by default, is applied to gradients that have been used already: it means nothing here.
     """
 
     def __init__(self, trainer: Any, *, tokens_per_example: float | None = None, **options: Any) -> None:
@@ -108,6 +109,7 @@ class PrivateTransformersTrainer(TrainerScope):
             private.attach_step_hook(self._keep)
             put(stack, trainer.args, gradient_accumulation_steps=1, ignore_data_skip=True)
             put(stack, trainer.accelerator, backward=self._caught)
+            let_clip(trainer.accelerator, stack)
             handler = trainer.callback_handler
             put(stack, handler, optimizer=handler.optimizer, train_dataloader=handler.train_dataloader)
             stack.callback(self._forget)
@@ -128,6 +130,9 @@ class PrivateTransformersTrainer(TrainerScope):
         if self._token_losses is not None:
             options["loss_reduction"] = "sum"
         if options.get("target_epsilon") is not None and options.get("epochs") is None:
+            if options.get("privacy_unit") is not None and args.max_steps > 0:
+                what = f"with privacy_unit= a pass is over units, and max_steps={args.max_steps} is no known number of them. "
+                raise bad("epochs", None, what + "Pass epochs= to private_trainer(), or set num_train_epochs.")
             steps = len(loader) if options.get("sample_rate") is None else math.ceil(1 / options["sample_rate"] - 1e-9)
             options["epochs"] = args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs
         return options

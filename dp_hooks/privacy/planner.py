@@ -4,16 +4,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from torch.utils.data import DataLoader
+from typing import Any
 
 from .._validate import bad, fraction, positive, positive_int
 from ..errors import InvalidArgumentError
 from .accounting.calibrate import Budget, calibrate, check_epsilon
-from .accounting.opacus import DELTA, epsilon_for, make_accountant
+from .accounting.opacus import DELTA, asked, epsilon_for
 from .plots import draw_plan
-from .sampling.scheme import SamplingPlan, plan_sampling
+from .sampling.plan import POISSON, SamplingPlan, plan_of_sizes, sampling_of
 
 _MOST_EPOCHS_LISTED = 10
 _WEAK = 10.0
@@ -63,6 +61,8 @@ class PrivacyPlan:
     by_epoch: tuple[AfterEpoch, ...]
     alternatives: tuple[Choice, ...]
     warnings: tuple[str, ...]
+    sampling: str = POISSON
+    max_batch_size: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as a plain dictionary, which ``json.dumps`` takes."""
@@ -76,12 +76,16 @@ class PrivacyPlan:
         """
         draw_plan(self.as_dict(), path)
 
+    def _way(self) -> str:
+        most = "" if self.max_batch_size is None else f", at most {self.max_batch_size:,} in a batch"
+        return ("Poisson" if self.sampling == POISSON else self.sampling) + most
+
     def __str__(self) -> str:
         """Lay the plan out as tables."""
         rows = [
             ("epsilon, delta", f"{self.epsilon:.4f} at {self.delta:g}, by {self.accountant!r}"),
             ("examples, batch", f"{self.n:,}, {self.batch_size:,} expected per batch"),
-            ("sample rate q", f"{self.sample_rate:.6g}, Poisson"),
+            ("sample rate q", f"{self.sample_rate:.6g}, {self._way()}"),
             ("epochs, steps", f"{self.epochs:g}, {self.steps:,}"),
             ("noise multiplier", f"{self.noise_multiplier:.6g}"),
             ("noise / batch", f"{self.noise_to_batch_ratio:.4g}, in units of C: the noise on the mean gradient"),
@@ -109,10 +113,12 @@ def plan(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     accountant: str = "pld",
+    sampling: str = POISSON,
+    max_batch_size: int | None = None,
 ) -> PrivacyPlan:
     """Return what a run of :func:`~dp_hooks.private_training` with these sizes would spend, or how much noise it would need.
 
-    Steps, rate and noise come from the code that the run itself uses, with Poisson sampling.
+    Steps, rate and noise come from the code that the run itself uses.
 
     Args:
         n: examples in the dataset.
@@ -122,6 +128,8 @@ def plan(
         epsilon: what may be spent; the noise is calculated. Either this or
         noise_multiplier: sigma, greater than 0; epsilon is calculated.
         accountant: "pld", "prv" or "rdp".
+        sampling: as in a run.
+        max_batch_size: as in a run; of other batch sizes it is the default.
 
     Raises:
         InvalidArgumentError: a value that a run would refuse, or both or neither of ``epsilon`` and ``noise_multiplier``.
@@ -130,20 +138,23 @@ def plan(
         given = "neither" if epsilon is None else "both"
         raise bad("epsilon", epsilon, f"{given} of epsilon and noise_multiplier={noise_multiplier!r} given; pass exactly one.")
     delta, epochs = fraction("delta", delta, DELTA), positive("epochs", epochs, "pass a number of epochs greater than 0.")
-    sampling = _sampling(positive_int("n", n), positive_int("batch_size", batch_size))
+    way = sampling_of(sampling, None)
+    drawn = _sampling(positive_int("n", n), positive_int("batch_size", batch_size), way, max_batch_size)
     if accountant == "gdp":
         raise bad("accountant", accountant, "it is no bound with Poisson sampling. Pass one of 'pld', 'prv', 'rdp'.")
-    kind, rate, steps = make_accountant(accountant), sampling.charged_rate, sampling.releases(epochs)
+    if drawn.needs_pld and accountant != "pld":
+        raise bad("accountant", accountant, f"it cannot tell what sampling={way!r} spends. Pass 'pld'.")
+    kind, rate, releases = asked(accountant), drawn.charged_rate, drawn.releases(epochs)
 
     def spent(count: int) -> float:
         return epsilon_for(kind, [(sigma, rate, count)], delta)
 
     if epsilon is not None:
         epsilon = check_epsilon("epsilon", epsilon)
-        sigma = calibrate(kind, Budget(epsilon, delta, epochs), rate, steps)
+        sigma = calibrate(kind, Budget(epsilon, delta, epochs), rate, releases)
     else:
         sigma = positive("noise_multiplier", noise_multiplier, "pass the standard deviation of the noise in units of C.")
-    reached = spent(steps)
+    reached = spent(releases)
     target = reached if epsilon is None else epsilon
     others: list[Choice] = []
     warnings = [f"delta={delta:g} is not below 1 / n: one example may simply be published"] if delta >= 1 / n else []
@@ -153,14 +164,14 @@ def plan(
         if batch_size * larger > n:
             warnings.append(f"{name} is left out: a batch above n={n}")
             continue
-        other = _sampling(n, batch_size * larger)
+        other = _sampling(n, batch_size * larger, way)
         count, size = other.releases(epochs * longer), other.expected_batch_size
         try:
             noise = calibrate(kind, Budget(check_epsilon("epsilon", target), delta, epochs * longer), other.charged_rate, count)
         except InvalidArgumentError:  # of an epsilon of 0 or above all budgets, or below what the accountant can tell
             warnings.append(f"{name} is left out: the accountant cannot work out noise for epsilon={target:.4g}")
         else:
-            others.append(Choice(name, batch_size * larger, epochs * longer, count, noise, noise / size))
+            others.append(Choice(name, batch_size * larger, epochs * longer, _steps(other, epochs * longer), noise, noise / size))
     return PrivacyPlan(
         n=n,
         batch_size=batch_size,
@@ -169,19 +180,26 @@ def plan(
         accountant=kind.mechanism(),
         epsilon=reached,
         noise_multiplier=sigma,
-        noise_to_batch_ratio=sigma / sampling.expected_batch_size,
-        sample_rate=sampling.sample_rate,
-        steps=steps,
-        by_epoch=tuple(AfterEpoch(epoch, sampling.releases(epoch), spent(sampling.releases(epoch))) for epoch in _epochs(epochs)),
+        noise_to_batch_ratio=sigma / drawn.expected_batch_size,
+        sample_rate=drawn.sample_rate,
+        steps=_steps(drawn, epochs),
+        by_epoch=tuple(AfterEpoch(epoch, _steps(drawn, epoch), spent(drawn.releases(epoch))) for epoch in _epochs(epochs)),
         alternatives=tuple(others),
         warnings=tuple(warnings),
+        sampling=way,
+        max_batch_size=drawn.max_batch_size,
     )
 
 
-def _sampling(n: int, batch_size: int) -> SamplingPlan:
+def _sampling(n: int, batch_size: int, sampling: str, max_batch_size: int | None = None) -> SamplingPlan:
     if batch_size > n:
         raise bad("batch_size", batch_size, f"it is larger than the dataset of n={n} examples.")
-    return plan_sampling(DataLoader(cast(Any, range(n)), batch_size=batch_size), poisson=True)
+    return plan_of_sizes(n, batch_size, -(-n // batch_size), sampling=sampling, max_batch_size=max_batch_size)
+
+
+def _steps(sampling: SamplingPlan, epochs: float) -> int:
+    """Batches of so many epochs: of a pass that is charged as a whole, all."""
+    return sampling.releases(epochs) * (sampling.batches_per_pass if sampling.per_pass else 1)
 
 
 def _epochs(epochs: float) -> Iterator[float]:

@@ -5,12 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opacus.accountants import create_accountant
-
 from .._validate import bad
 from ..errors import DPHooksError
-from .accounting.opacus import ACCOUNTANTS, epsilon_for
-from .accounting.upper_bound import Charge
+from .accounting.history import Charge
+from .accounting.opacus import ACCOUNTANTS, asked, epsilon_for
 
 _POINTS = {"prv": 12}  # which takes half a second for each
 _MORE_POINTS = 40
@@ -30,9 +28,9 @@ def plot_spending(
 
     Args:
         path: the file to write; its ending says the format (``.png``, ``.pdf``, ``.svg``).
-        history: what was charged: (noise multiplier, sampling rate, steps), one after the other.
+        history: what was charged: (noise multiplier, rate, steps), one after the other.
         delta: the delta of all epsilons.
-        accountant: "prv", "rdp" or "gdp": what adds the charges up.
+        accountant: "pld", "prv", "rdp" or "gdp": what adds the charges up.
         spent: epsilon at the end of ``history``, which is drawn as it is.
         target_epsilon: the budget at the same delta; None: there is none.
         what: what the steps of the history are.
@@ -45,10 +43,10 @@ def plot_spending(
         raise bad("epsilon", spent, "there is no curve of it: a step was taken without noise.")
     if accountant not in ACCOUNTANTS:
         raise bad("accountant", accountant, f"epsilon on the way is known for {', '.join(ACCOUNTANTS)} only.")
-    figure = _figure()
+    figure = blank_figure()
     axes = figure.add_subplot()
     steps = [*_steps(sum(count for *_, count in history), _POINTS.get(accountant, _MORE_POINTS)), sum(n for *_, n in history)]
-    own = create_accountant(accountant)
+    own = asked(accountant)
     epsilons = [*(epsilon_for(own, _first(history, step), delta) for step in steps[:-1]), spent]
     axes.plot(steps, epsilons, marker=".", label=f"spent: {spent:.4g}")
     if target_epsilon is not None:
@@ -65,7 +63,7 @@ def draw_plan(plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         DPHooksError: matplotlib is not installed.
     """
-    figure = _figure(width=9)
+    figure = blank_figure(width=9)
     left, right = figure.subplots(1, 2)
     left.plot([0, *(row["steps"] for row in plan["by_epoch"])], [0, *(row["epsilon"] for row in plan["by_epoch"])], marker=".")
     left.set(xlabel="steps", ylabel=f"epsilon at delta {plan['delta']:g}", title=f"sigma = {plan['noise_multiplier']:.4g}")
@@ -77,7 +75,12 @@ def draw_plan(plan: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     figure.savefig(path)
 
 
-def _figure(width: float = 6) -> Any:
+def blank_figure(width: float = 6) -> Any:
+    """Return an empty figure, so many inches wide.
+
+    Raises:
+        DPHooksError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

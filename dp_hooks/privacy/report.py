@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .accounting.upper_bound import Charge
+from .accounting.history import Charge
 from .plots import plot_spending
 
 RELATION = "one example, replaced by a null record (fixed-size add/remove)"
@@ -26,11 +26,19 @@ def not_covered(*, secure: bool) -> tuple[str, ...]:
     return (*NOT_COVERED[:-1], _SECURE) if secure else NOT_COVERED
 
 
+def relation_of(unit: str) -> str:
+    """Return who is protected where that are units of several examples, by the name of the field that tells them."""
+    which = f" ({unit})" if unit else ""
+    return f"one unit{which} with all of its examples, replaced by a null record (fixed-size add/remove)"
+
+
 @dataclass(frozen=True)
 class PrivacyReport:
     """The state of a private scope; ``print(report)`` shows a table, ``report.as_dict()`` is for logs.
 
-    ``history`` is what the accountant was charged with: (noise multiplier, sampling rate, steps), one after the other.
+    ``history`` is what the accountant was charged with: (noise multiplier, rate, steps), one after the other; a rate is a number,
+    or, for other samplings than Poisson's, a tuple that begins with the name. ``units`` and the like are None where the unit of
+    privacy is one example.
     ``nonprivate_statistics`` is None, or, with that option, exact numbers of private samples, which epsilon does not cover.
     """
 
@@ -61,6 +69,9 @@ class PrivacyReport:
     target_epsilon: float | None = None
     target_delta: float | None = None
     nonprivate_statistics: dict[str, Any] | None = None
+    units: int | None = None
+    max_examples_per_unit: int | None = None
+    expected_units: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as a plain dictionary."""
@@ -129,6 +140,10 @@ class PrivacyReport:
         if self.clipping_details:
             details = ", ".join(f"{name} {value:.6g}" for name, value in self.clipping_details.items())
             rows.insert([name for name, _ in rows].index("clipping") + 1, ("", details))
+        if self.units is not None:
+            most = "all" if self.max_examples_per_unit is None else f"at most {self.max_examples_per_unit}"
+            units = f"{self.units} units, {self.expected_units:.4g} expected per batch, with {most} of the examples of each"
+            rows.insert([name for name, _ in rows].index("dataset, batch") + 1, ("units", units))
         if self.foreign_steps:
             rows.append(("outside the loader", f"{self.foreign_steps} steps, charged without amplification"))
         if self.written_steps:

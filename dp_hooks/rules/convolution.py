@@ -113,6 +113,25 @@ class Patches(OuterProducts):
         """Return the factors of some samples."""
         return Patches(self._seen[samples], self._seeing[samples], self._layer, self.shape, self.scale)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """As for other uses; of patches from the norms of their pixels."""
+        if self._norms is None:
+            pixels = self._seen.square().sum(1, keepdim=True)
+            patches = _cut(pixels, self._layer, self._seeing.shape[2:]).sum(1).sqrt()
+            self._norms = torch.linalg.vector_norm(self.left, dim=2), patches
+        return self._norms
+
+    def weighed(self, weights: Tensor) -> "Patches":
+        """Return the factors of gradients that are multiplied by ``weights`` ``[n]``."""
+        seeing = self._seeing * weights.to(self._seeing).view(-1, *[1] * (self._seeing.dim() - 1))
+        return Patches(self._seen, seeing, self._layer, self.shape, self.scale)
+
+    def together(self, count: int) -> OuterProducts:
+        """Return the factors of sums over ``count`` samples that follow each other, with the patches written out."""
+        seen, seeing = (t.unflatten(0, (-1, count)) for t in (self._seen, self._seeing))
+        left = seeing.flatten(3).movedim(1, 2).flatten(2)
+        return OuterProducts(left.mT, _cut(seen.movedim(1, 2), self._layer, self._seeing.shape[2:]).mT, self.shape, self.scale)
+
     def absolute(self) -> "Patches":
         """Return the factors without their signs."""
         return Patches(self._seen.abs(), self._seeing.abs(), self._layer, self.shape, abs(self.scale))
@@ -161,12 +180,18 @@ def _along_diagonal(pairs: Tensor, one: int, other: int, kernel: int, stride: in
 
 
 def _cut(seen: Tensor, layer: _ConvNd, out: torch.Size) -> Tensor:
-    """Return the patches ``[n, (c k), p]`` of ``seen`` for ``out`` positions; a copy laid out for products over ``p``."""
-    strides = seen.stride()
-    step = [s * d for s, d in zip(strides[2:], layer.dilation, strict=True)]
-    jump = [s * d for s, d in zip(strides[2:], layer.stride, strict=True)]
-    view = seen.as_strided((*seen.shape[:2], *layer.kernel_size, *out), (*strides[:2], *step, *jump))
-    return view.reshape(seen.shape[0], seen.shape[1] * torch.Size(layer.kernel_size).numel(), out.numel())
+    """Return the patches ``[n, (c k), p]`` of ``seen`` for ``out`` positions; a copy laid out for products over ``p``.
+
+    Of ``seen`` ``[n, c, m, ...]``, m inputs in one sample, those of all m: ``[n, (c k), (m p)]``.
+    """
+    axes = len(layer.kernel_size)
+    several, strides = seen.shape[2:-axes], seen.stride()
+    step = [s * d for s, d in zip(strides[-axes:], layer.dilation, strict=True)]
+    jump = [s * d for s, d in zip(strides[-axes:], layer.stride, strict=True)]
+    shape = (*seen.shape[:2], *layer.kernel_size, *several, *out)
+    view = seen.as_strided(shape, (*strides[:2], *step, *strides[2:-axes], *jump))
+    rows = seen.shape[1] * torch.Size(layer.kernel_size).numel()
+    return view.reshape(seen.shape[0], rows, several.numel() * out.numel())
 
 
 def outer_products(call: Call) -> dict[str, OuterProducts]:

@@ -139,6 +139,15 @@ class OuterProducts:
             return self
         return OuterProducts(self.left[samples], self.right[samples], self.shape, self.scale)
 
+    def weighed(self, weights: Tensor) -> "OuterProducts":
+        """Return the factors of gradients that are multiplied by ``weights`` ``[n]``."""
+        return OuterProducts(self.left, self.right * weights.to(self.right)[:, None, None], self.shape, self.scale)
+
+    def together(self, count: int) -> "OuterProducts":
+        """Return the factors of sums over ``count`` samples that follow each other: one sample with the tokens of all of them."""
+        left, right = (t.unflatten(0, (-1, count)).flatten(1, 2) for t in (self.left, self.right))
+        return OuterProducts(left, right, self.shape, self.scale)
+
     def absolute(self) -> "OuterProducts":
         """Return the factors without their signs: nothing cancels in what they give."""
         return OuterProducts(self.left if self.is_lookup else self.left.abs(), self.right.abs(), self.shape, abs(self.scale))

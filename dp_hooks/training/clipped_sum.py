@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from .._rerun import without_autocast
 from ..errors import ScopeError
 from ..gradients.sample_gradients import SampleGradients
+from ..gradients.unit_gradients import UnitGradients
+from ..gradients.units import Units
 from ..privacy.clipping import ClippingFunction, SampleNorms
 
 
 class ClippedSum:
     """Adds up the clipped gradients of one logical batch, physical batch by physical batch.
 
-    Guarantee: one example changes the totals of all parameters together by at most ``clipping.sensitivity``. They are
-    without noise, and nobody but the optimizer that adds it may see them.
+    Guarantee: one example, or one unit where there are units, changes the totals of all parameters together by at most
+    ``clipping.sensitivity``. They are without noise, and nobody but the optimizer that adds it may see them.
     """
 
     def __init__(self, make_clipping: Callable[[Any], ClippingFunction], max_grad_norm: Any, *, watched: bool = False) -> None:
@@ -43,13 +45,23 @@ class ClippedSum:
         """Whether a physical batch with samples was added."""
         return bool(self._totals)
 
-    def add(self, gradients: SampleGradients, params: list[nn.Parameter], weights: Tensor | None = None) -> Tensor:
+    def add(
+        self, gradients: SampleGradients, params: list[nn.Parameter], weights: Tensor | None = None, units: Units | None = None
+    ) -> Tensor:
         """Clip the gradients of at least one sample for ``params`` (at least one), add them, and let go of them.
 
-        Before it is clipped, the gradient of a sample is multiplied by its weight, where there are ``weights`` ``[n]``.
+        Before it is clipped, the gradient of a sample is multiplied by its weight, where there are ``weights`` ``[n]``. Where there
+        are ``units``, what is clipped is the sum over the samples of each.
 
-        Returns their norms ``[n]``, as they were before; NaN or infinite where a sample is left out.
+        Returns norms ``[n]``, as they were before; NaN or infinite where a sample is left out. Where there are units, those of the
+        unit of each sample, with its weights.
         """
+        if units is not None and not units.are_single:
+            summed = UnitGradients(gradients, units, weights)
+            return units.spread(self._add(summed, params, None))
+        return self._add(gradients, params, weights)
+
+    def _add(self, gradients: SampleGradients | UnitGradients, params: list[nn.Parameter], weights: Tensor | None) -> Tensor:
         # A step, or the loader that finishes a physical batch, may be used inside the user's autocast.
         with without_autocast(params[0].device.type):
             groups = self.clipping.groups(params)

@@ -17,7 +17,8 @@ class NonprivateStatistics:
     ``mean_norm``, ``median_norm`` and ``max_norm`` are of the norms of the samples' gradients, over all trainable parameters and
     before clipping (and after ``opt.weigh_rows``), ``fraction_clipped`` of the samples were made shorter, in any of the
     groups that are clipped for themselves. Samples whose gradient is not finite are left out; NaN where none is left.
-    ``drawn_batch_size`` counts the examples of the logical batch, as they were drawn.
+    ``drawn_batch_size`` counts the examples of the logical batch, as they were drawn. With ``privacy_unit`` all but the last are of
+    units in the place of samples.
 
     The numbers stay on the device until they are asked for, so that no step waits. They are never part of ``state_dict()``.
     """

@@ -2,18 +2,18 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._precision import wide_dtype
-from .._tree import modules_of
 from .._validate import non_negative
 from ..capture.controller import HookController
 from ..checks.self_check import SelfCheck
-from ..errors import ScopeError, UnsupportedModelError, some_of
+from ..distributed.peers import Peers
+from ..errors import ScopeError, some_of
 from ..privacy.accounting.meter import PrivacyMeter
 from ..privacy.noise.noise import Noise
 from ..privacy.noise.standard_deviation import standard_deviation
@@ -27,6 +27,8 @@ from .other_optimizers import OtherOptimizers
 from .outside import OutsideGradients
 from .prepared import refuse_skipped_steps
 from .rows_are_examples import AHEAD, Rows
+from .shared_release import SharedRelease
+from .unmanaged_parameters import refuse_unmanaged
 from .unused_parameters import UnusedParameters
 from .wrapped_optimizer import WrappedOptimizer
 from .writes import Writes
@@ -41,13 +43,14 @@ class PrivateOptimizer(WrappedOptimizer):
     (somewhat more with adaptive clipping, which also releases a count), charges the accountant, writes the noised gradient
     to ``p.grad`` and calls the wrapped optimizer. Inside the scope ``p.grad`` is None until then.
 
-    Guarantee: one example of the dataset changes the clipped sum by at most the clipping function's sensitivity, and no
-    function of that sum leaves this class without noise.
+    Guarantee: one example of the dataset (with ``privacy_unit``: one unit with all of its examples) changes the clipped sum by at
+    most the clipping function's sensitivity, and no function of that sum leaves this class without noise.
 
     Attributes:
         params: the trainable parameters, in the wrapped optimizer's order.
         expected_batch_size: what the noised sum is divided by, if it is.
         averages: whether it is: with ``loss_reduction="mean"``.
+        by_units: whether what is clipped are sums over the examples of a unit.
         writes: whether parameters were written to between steps.
         outside: gradients of private samples that a :func:`dp_step` function left outside the model.
         loss_scale: what losses are multiplied with, which is undone before clipping.
@@ -65,23 +68,26 @@ class PrivateOptimizer(WrappedOptimizer):
         meter: PrivacyMeter,
         expected_batch_size: float,
         averages: bool,
+        by_units: bool,
         loss_scale: LossScale,
         self_check: SelfCheck | None = None,
         lifetime: Lifetime | None = None,
         statistics: NonprivateStatistics | None = None,
+        peers: Peers | None = None,
     ) -> None:
         """Wrap ``optimizer``; the pieces come checked from the scope."""
         super().__init__(optimizer)
         self.expected_batch_size = expected_batch_size
-        self.averages = averages
+        self.averages, self.by_units = averages, by_units
         self.params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._controller = controller
+        self._shared = SharedRelease(noise, clipped_sum, peers, self.params)
         self._sum = clipped_sum
-        self._noise = noise
         self._meter = meter
         self._self_check = self_check
         self.loss_scale = loss_scale
         self.nonprivate_statistics = statistics
+        self._handed_out = 0  # logical batches; not their numbers, which workers of a loader may have drawn ahead
         self._drawn = 0  # examples of the logical batch in the parts that were handed out
         self.outside = OutsideGradients(controller)
         self._rows = Rows(controller.axis)
@@ -259,35 +265,28 @@ class PrivateOptimizer(WrappedOptimizer):
             raise ScopeError("opt.step() while the scope is paused: step the public optimizer there, and this one after the block.")
         self.split.check_made()
         batch = self.physical_batch
+        if batch is None:
+            self._shared.check_foreign(by_units=self.by_units)
         empty = empty or self._rows.expected == 0
         finishes = batch is None or batch.last
-        if finishes:
-            self._meter.check_step(foreign=batch is None)
-        self._check_params()
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_step(empty=empty)
-        self._add_batch()
+        with self._shared.prepared(self._handed_out, self._settings) if finishes else nullcontext():
+            if finishes:
+                self._meter.check_step(foreign=batch is None)
+            refuse_unmanaged(self.param_groups, self._controller, self._managed)
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._check_step(empty=empty)
+            self._add_batch()
         if finishes:
             self._release(foreign=batch is None, empty=empty)
         return loss
 
-    def _check_params(self) -> None:
-        managed = self._managed
-        params = [p for group in self.param_groups for p in group["params"]]
-        params += [p for module in modules_of(self._controller.model) for p in module._parameters.values() if p is not None]
-        unmanaged = list({id(p): p for p in params if id(p) not in managed and p.requires_grad}.values())
-        for p in unmanaged:
-            p.grad = None  # it is of private samples, and without noise
-        if unmanaged:
-            names = some_of([self._controller.name_of(p) for p in unmanaged])
-            raise UnsupportedModelError(
-                f"{names}: became trainable after the scope began, so gradients were neither clipped nor noised. "
-                "Set requires_grad before entering; to unfreeze later, leave the scope and enter a new one with "
-                "accountant=scope.accountant."
-            )
+    def _settings(self) -> Any:
+        """What has to be the same in all processes, step by step."""
+        params = [(self._controller.name_of(p), p.requires_grad, p.dtype, p.shape) for p in self.params]
+        return self.noise_multiplier, self.max_grad_norm, params, self._meter.steps, self._meter.accountant.history[-1:]
 
     def _check_step(self, *, empty: bool) -> None:
         batch = self.physical_batch
@@ -311,6 +310,7 @@ class PrivateOptimizer(WrappedOptimizer):
         before = self.physical_batch
         if part.index == 0:
             self._sum.clear()
+            self._handed_out += 1
         elif before is None or (before.logical, before.index + 1) != (part.logical, part.index):
             raise ScopeError(
                 "two passes over the private loader are interleaved: physical parts of different logical batches would "
@@ -343,7 +343,8 @@ class PrivateOptimizer(WrappedOptimizer):
             captured = {id(p) for p in gradients.params}
             params = [p for p in self.params if id(p) in captured and p.requires_grad]
             weights = self.loss_scale.undone(self._rows.weights, gradients.samples, self.params[0].device)
-            norms = self._sum.add(gradients, params, weights) if gradients.samples > 0 and params else None
+            units = self._rows.units
+            norms = self._sum.add(gradients, params, weights, units) if gradients.samples > 0 and params else None
             if self._self_check is not None:  # once there is room for it, since what was captured is gone
                 try:
                     self._check(self._self_check, gradients.samples, norms)
@@ -383,7 +384,7 @@ class PrivateOptimizer(WrappedOptimizer):
         sums.clear()
         std = standard_deviation(clipping.gradient_noise_multiplier(sigma), clipping.sensitivity)
         scale = 1 / self.expected_batch_size if self.averages else 1.0
-        if not self._noise.add_(totals, std, scale, sensitivity=clipping.sensitivity):
+        if not self._shared.add_noise(totals, std, scale, clipping.sensitivity):
             each = zip(params, totals, strict=True)
             names = some_of([self._controller.name_of(p) for p, total in each if not bool(torch.isfinite(total.sum()))])
             raise ScopeError(
@@ -393,16 +394,18 @@ class PrivateOptimizer(WrappedOptimizer):
         totals.reverse()
         noised = {id(p): totals.pop().to(p.dtype) for p in params}  # after the noise, rounding is post-processing
         self._meter.charge_step(foreign=foreign)
+        self._shared.charged()
         self.writes.before_step()
         for group in self.param_groups:  # frozen ones, too: a gradient they got otherwise must not be applied
             for p in group["params"]:
                 p.grad = noised.get(id(p))
-        for hook in self._step_hooks:
-            hook(self)
-        with self._others.allowed():
-            self.original_optimizer.step()
+        with self._shared.applied():
+            for hook in self._step_hooks:
+                hook(self)
+            with self._others.allowed():
+                self.original_optimizer.step()
         self.writes.after_step()
-        clipping.update(statistic, self._noise, sigma)
+        self._shared.learn(clipping, statistic, sigma)
         if self.nonprivate_statistics is not None and watched is not None:
             self.nonprivate_statistics.add(watched, None if foreign else self._drawn)
 
@@ -431,6 +434,9 @@ class PrivateOptimizer(WrappedOptimizer):
         session.check_loss = self.loss_scale.check_pass
         self.loss_scale.open(stack, self)
         session.find_counting = self._rows.find_counting
+        if self._self_check is not None and self.by_units:
+            rows = self._rows  # not the optimizer, for whose sake the scope would stay open
+            self._self_check.watch_units(lambda: rows.units)
         self._others.watch(stack)
         stack.callback(self._close)
 

@@ -12,6 +12,7 @@ from ..errors import ScopeError
 from ..privacy.sampling.loader import PrivateDataLoader
 from ..privacy.sampling.physical import PhysicalBatch
 from .attributes import put
+from .refused_clipping import refuse_clipping
 
 _KEPT = (
     "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor persistent_workers"
@@ -51,8 +52,14 @@ class Prepared:
             self.place = _placing(loader)
         self._state = states[0] if states else None
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether accelerate has prepared any of it."""
+        return self._state is not None
+
     def open(self, stack: ExitStack) -> None:
-        """Answer accelerate's questions until ``stack`` unwinds."""
+        """Answer accelerate's questions, and let it clip nothing, until ``stack`` unwinds."""
+        refuse_clipping([p for group in self.optimizer.param_groups for p in group["params"]], stack)
         if self._state is not None:
             alone = {**self._state.plugin_kwargs, "num_steps": 1}
             put(stack, self._state, plugin_kwargs=alone, sync_gradients=True, _set_sync_gradients=lambda value: None)

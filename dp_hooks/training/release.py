@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..capture.validate import check_is_module
+from .processes import replicated
 from .scope import open_scopes
 
 
@@ -12,7 +13,7 @@ def release(model: nn.Module) -> bool:
     For scopes that were lost: of an engine that nobody refers to any more, after an interrupted notebook cell. The model is
     as it was before, trained; the optimizer and the loader of such a scope refuse to work from then on.
     """
-    scopes = open_scopes.over(check_is_module(model))
+    scopes = open_scopes.over(check_is_module(replicated(model)))
     for scope in scopes:
         scope.__exit__(None, None, None)
     return bool(scopes)

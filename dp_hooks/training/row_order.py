@@ -3,6 +3,7 @@
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,6 +79,30 @@ def check_kept(inputs: list[Tensor], rows: Tensor, handed_out: list[Tensor], siz
             )
 
 
+def check_in_order(inputs: list[Tensor], handed_out: list[Tensor], size: int, axis: int) -> None:
+    """Where units are protected, which rows belong to one is known by their places: a call is on the part in its own order.
+
+    Raises:
+        ScopeError: an input is rows of the part in another order.
+    """
+    counted = [(own, d) for own in handed_out for d in dict.fromkeys((0, axis)) if _has_rows(own, d) and own.shape[d] == size]
+    for t in inputs:
+        alike = [(own, at) for own, at in counted if t.shape == own.shape and t.dtype == own.dtype]
+        if not alike or any(t is own for own, _ in alike):
+            continue
+        sums = [[_row_sums(_rows_first(rows, at)).cpu() for rows in (own, t)] for own, at in alike]
+        moved = not any(torch.equal(*both) for both in sums) and any(
+            _in_another_order(*both) and (_is_telling(own) or len(both[0].unique()) >= _MANY_SHORT)
+            for both, (own, _) in zip(sums, alike, strict=True)
+        )
+        if moved:
+            raise ScopeError(
+                "the model was called on the rows of the batch in another order than they were handed out in. With privacy_unit= "
+                "the rows of a unit are told by their places, and rows of several units would be clipped as one. Remedy: keep "
+                "the order of the batch; it is a random sample as it is."
+            )
+
+
 def _moved(before: list[Tensor], mine: list[Tensor], counted: list[Tensor], handed_out: list[Tensor]) -> bool:
     """Whether a call has rows of an earlier one in another order, and not by chance."""
     pairs = [(k, j) for k, now in enumerate(mine) for j, one in enumerate(before) if _in_another_order(one, now)]
@@ -131,8 +156,16 @@ def _row_sums(rows: Tensor) -> Tensor:
             each = flat.shape[1] // _LONG
             flat = flat[:, : each * _LONG].reshape(len(flat), _LONG, each).sum(2, dtype=torch.float32)
         flat = (flat.float() + 0.0).view(torch.int32)  # zeros have a sign
-    places = torch.arange(flat.shape[1], device=flat.device) * _PRIME % _BELOW + 1
-    return flat.mul(places.int()).sum(1) if flat.dtype == torch.int32 else (flat.long() * places).sum(1)
+    places = _places(flat.shape[1], flat.device)
+    if flat.dtype == torch.int32:
+        return flat.mul(places.int()).sum(1, dtype=torch.int32)  # modulo 2^32
+    return (flat.long() * places).sum(1)
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, device: torch.device) -> Tensor:
+    """What numbers of a row count by."""
+    return torch.arange(count, device=device) * _PRIME % _BELOW + 1
 
 
 def _is_telling(rows: Tensor) -> bool:

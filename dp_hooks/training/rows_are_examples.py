@@ -13,8 +13,9 @@ from .._tree import outputs_of, tensors_of
 from .._validate import bad
 from ..capture.calls.backward_passes import BackwardPasses
 from ..errors import ScopeError
+from ..gradients.units import Units
 from ..privacy.sampling.physical import PhysicalBatch
-from .row_order import RowOrder, check_kept
+from .row_order import RowOrder, check_in_order, check_kept
 
 AHEAD = (
     "Batches were read ahead of their use (a prefetcher, or several batches fetched for gradient accumulation), and rows would "
@@ -58,7 +59,7 @@ class Rows:
 
     def hand_out(self, part: PhysicalBatch, batch: Any) -> None:
         """``part`` is handed out as ``batch``."""
-        self.part, self._kept, self.weights = part, None, None
+        self.part, self._kept, self._rows, self.weights = part, None, None, None
         self.was_run = False
         self._order.new_part()
         self._earlier.append(self._present)
@@ -74,8 +75,17 @@ class Rows:
 
     def stepped(self) -> None:
         """The step of the part was taken: what was declared about its rows is over."""
-        self._kept, self.weights = None, None
+        self._kept, self._rows, self.weights = None, None, None
         self.used()
+
+    @property
+    def units(self) -> Units | None:
+        """Which rows of a call belong to which protected unit; None where every example is one of its own."""
+        if self.part is None or self.part.units is None:
+            return None
+        sizes = torch.tensor(self.part.units, dtype=torch.long, device="cpu")
+        units = Units(torch.arange(len(sizes), device="cpu").repeat_interleave(sizes))
+        return units if self._rows is None else units.among(self._rows.cpu())
 
     @property
     def expected(self) -> int | None:
@@ -162,6 +172,8 @@ class Rows:
             present = _alive(self._present)
             if self._rows is not None and self._kept is not None:
                 check_kept(inputs, self._rows, present, self.part.size)
+            if self.part.units is not None and self._kept is None:
+                check_in_order(inputs, present, self.part.size, self._axis)
             self._order.check(inputs, self.expected, present, self._axis)
         self.used()
         self.was_run = self.part is not None

@@ -1,14 +1,17 @@
 """What has to be kept of a scope, so that another one goes on where it stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from .._validate import bad
 from ..errors import ScopeError
-from ..privacy.accounting.history import as_charge
+from ..privacy.accounting.history import as_charge, as_json, as_number
 from ..privacy.accounting.lineage import lineage_of
 from ..privacy.accounting.meter import PrivacyMeter
+from ..privacy.accounting.protected import check_protected
+from ..privacy.accounting.rates import as_rate
+from ..privacy.sampling.plan import SamplingPlan
 from .clipped_sum import ClippedSum
 
 FORMAT = "dp_hooks scope 1"
@@ -19,7 +22,7 @@ _FIELDS: dict[str, Any] = {
     "steps": int,
     "foreign_steps": int,
     "dataset_size": int,
-    "sample_rate": Real,
+    "sample_rate": (Real, list, tuple),
     "budget": (list, tuple, type(None)),
     "clipping": str,
     "clipping_bound": (Real, type(None)),
@@ -29,24 +32,40 @@ _FIELDS: dict[str, Any] = {
 class SavedState:
     """Takes the state of a scope down, and goes on from one."""
 
-    def __init__(self, meter: PrivacyMeter, clipped_sum: ClippedSum, clipping: str, examples: int) -> None:
-        """Of the scope that has these parts, over so many ``examples``."""
+    def __init__(self, meter: PrivacyMeter, clipped_sum: ClippedSum, clipping: str, plan: SamplingPlan) -> None:
+        """Of the scope that has these parts.
+
+        Raises:
+            ScopeError: the accountant has counted what was spent on something else than the plan is about.
+        """
         self._meter = meter
         self._sum = clipped_sum
         self._loaded = 0  # how many of the steps were taken elsewhere
-        self._mine = {"accountant": meter.accountant.mechanism(), "dataset_size": examples, "clipping": clipping}
+        self._units = None if plan.units is None else plan.units.count
+        self.check_accountant()
+        self._mine = {
+            "accountant": meter.accountant.mechanism(),
+            "dataset_size": plan.examples,
+            "clipping": clipping,
+            "units": self._units,
+        }
+
+    def check_accountant(self) -> None:
+        """Raise a ``ScopeError`` if the accountant has counted what was spent on something else than the scope protects."""
+        check_protected(self._meter.accountant, self._units)
 
     def as_dict(self) -> dict[str, Any]:
         """The state now; see :meth:`~dp_hooks.PrivateTraining.state_dict`."""
         meter = self._meter
         lineage_of(meter.accountant).save(meter.accountant.history)
+        rate = meter.charged_rate
         return {
             "format": FORMAT,
             **self._mine,
-            "history": [[float(sigma), float(rate), int(steps)] for sigma, rate, steps in meter.accountant.history],
+            "history": as_json(meter.accountant.history),
             "steps": meter.steps,
             "foreign_steps": meter.foreign_steps,
-            "sample_rate": meter.charged_rate,
+            "sample_rate": list(rate) if isinstance(rate, tuple) else rate,
             "budget": None if meter.budget is None else [meter.budget.epsilon, meter.budget.delta, meter.releases],
             "ledger_run": meter.run if meter.ledger is None else meter.ledger.run,
             "clipping_bound": self._sum.clipping.max_grad_norm if self._mine["clipping"] == "adaptive" else None,
@@ -58,9 +77,10 @@ class SavedState:
         if meter.steps > self._loaded:
             raise ScopeError(f"{meter.steps - self._loaded} steps were taken in this scope already: load into a new one.")
         for name, value in self._mine.items():
-            if known[name] != value:
-                remedy = f"its {name} is another one than this scope's ({value!r}): build it as that run's was."
-                raise bad("state", known[name], remedy)
+            if known.get(name) != value:  # states of older versions have no units
+                remedy = f"its {name} is another one than this scope's ({value!r}): build it as that run's was"
+                remedy += f" (accountant={known.get(name)!r})." if name == "accountant" else "."
+                raise bad("state", known.get(name), remedy)
         if known["budget"] is not None and meter.budget is None:
             epsilon, delta, _ = known["budget"]
             remedy = f"it goes on with a budget: pass target_epsilon={epsilon}, target_delta={delta}, epochs=..."
@@ -92,11 +112,27 @@ def _checked(state: object) -> dict[str, Any]:
             raise bad("state", dict(state), f"its field {name!r} is missing or damaged.")
     if not isinstance(state.get("ledger_run"), (str, type(None))):  # states of older versions have none
         raise bad("state", dict(state), "its field 'ledger_run' is damaged.")
+    if (state["clipping"] == "adaptive") != (state["clipping_bound"] is not None):
+        raise bad("state", dict(state), "its field 'clipping_bound' is of another kind of clipping.")
+    if state["budget"] is not None and not _is_budget(state["budget"]):
+        raise bad("state", dict(state), "its field 'budget' is not of (epsilon, delta, releases).")
     try:
         history = [as_charge(entry) for entry in state["history"]]
     except (ValueError, OverflowError) as error:
-        raise bad("state", state["history"], "its history is not of (noise multiplier, sampling rate, steps).") from error
+        raise bad("state", state["history"], "its history is not of (noise multiplier, rate, steps).") from error
+    try:
+        as_rate(state["sample_rate"])
+    except ValueError as error:
+        raise bad("state", dict(state), "it has numbers that cannot be.") from error
     counts = [state[name] for name in ("steps", "foreign_steps", "dataset_size")]
-    if min(counts) < 0 or not 0 < state["sample_rate"] <= 1:
+    if min(counts) < 0:
         raise bad("state", dict(state), "it has numbers that cannot be.")
     return {**state, "history": history}
+
+
+def _is_budget(value: Sequence[object]) -> bool:
+    try:
+        epsilon, delta, releases = map(as_number, value)
+    except (ValueError, OverflowError):
+        return False
+    return epsilon > 0 and 0 < delta < 1 and releases >= 0 and releases == int(releases)

@@ -1,11 +1,12 @@
 """private_training: a scope in which a model is trained with differential privacy, and after which nothing is left."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from opacus.accountants import IAccountant
@@ -13,40 +14,47 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .._tree import names_of_parameters
-from .._validate import bad, boolean, fraction, one_of, positive_int, probability
+from .._validate import bad, boolean, one_of, positive_int, probability
 from ..capture.controller import MODES, REDUCTIONS, HookController
 from ..capture.validate import check_is_module, check_model
 from ..checks.loss_modules import check_criterion
 from ..checks.padding import PaddingCheck
 from ..checks.self_check import SelfCheck
 from ..checks.spot_check import SpotCheck
-from ..distributed.world import processes
+from ..distributed.peers import Peers
 from ..errors import ScopeError
 from ..privacy.accounting.calibrate import Budget, calibrate, check_budget
 from ..privacy.accounting.ledger import Ledger, as_ledger
 from ..privacy.accounting.meter import PrivacyMeter
-from ..privacy.accounting.opacus import epsilon_of, make_accountant, spent_by
+from ..privacy.accounting.opacus import make_accountant
+from ..privacy.accounting.pld import PLD
 from ..privacy.clipping import make_clipping
 from ..privacy.noise.make import make_noise
-from ..privacy.report import BY_ORDER, PrivacyReport, not_covered
 from ..privacy.sampling.collate_probe import CollateFacts, probe_collate
-from ..privacy.sampling.loader import PrivateDataLoader
+from ..privacy.sampling.loader import PrivateDataLoader, own_generator
+from ..privacy.sampling.plan import sampling_of
 from ..privacy.sampling.scheme import plan_sampling
+from ..privacy.sampling.unit_batches import plan_units
 from .claims import Claims
 from .clipped_sum import ClippedSum
+from .entered_only import EnteredOnly
 from .freed_memory import keep_freed_memory
 from .lifetime import Lifetime
 from .loss_scale import LossScale
 from .nonprivate_statistics import NonprivateStatistics
 from .optimizer import PrivateOptimizer
 from .prepared import Prepared
+from .processes import PeersDraws, be_quiet, check_alone, is_replica, replicated, shared_facts
 from .saved_state import SavedState
+from .scope_results import ScopeResults
+from .shared_dataset import some_examples
 from .wrapped_optimizer import check_optimizer
 
 open_scopes: Claims["PrivateTraining"] = Claims()
+_DATASET = "the dataset (some examples that were compared)"
 
 
-class PrivateTraining:
+class PrivateTraining(ScopeResults, EnteredOnly):
     """Train ``model`` with differential privacy inside a ``with`` block (DP-SGD: Abadi et al., CCS 2016).
 
     ::
@@ -62,8 +70,8 @@ class PrivateTraining:
     :meth:`report`, also after the end.
 
     Guarantee: the sequence of released parameters is (epsilon, delta)-differentially private for the epsilon that
-    :meth:`get_epsilon` returns. Unit: one example of ``loader.dataset``. Relation: one example replaced by a
-    null record that contributes nothing; the dataset size and the sampling rate are public. Not covered: validation on
+    :meth:`get_epsilon` returns. Unit: one example of ``loader.dataset``, or all those of a ``privacy_unit``. Relation: one unit
+    replaced by a null record that contributes nothing; their number and the sampling rate are public. Not covered: validation on
     private data, early stopping and hyper-parameter choice on it.
 
     Args:
@@ -83,8 +91,19 @@ class PrivateTraining:
         loss_reduction: "mean" or "sum": how the loss you back-propagate is reduced over the samples of a batch. With "mean"
             the update is divided by the expected batch size, never by the drawn one.
         batch_first: samples are counted by axis 0 of all inputs and outputs; else by axis 1.
-        poisson_sampling: draw every batch by Poisson sampling, with rate ``batch_size / len(dataset)``. False keeps the
-            loader's own order; every pass is then charged as one release without amplification.
+        sampling: how batches are drawn.
+
+            - "poisson", the default: every example is in every batch with probability q = ``batch_size / len(dataset)``.
+            - "truncated_poisson": the same, but of more than ``max_batch_size`` examples so many are kept, by chance.
+            - "random_allocation": every example is in one batch of each pass, a random one, so that a pass is what is expected of
+              an epoch. Charged as a whole before its first batch, even if it is broken off; as a rule it costs less than as many
+              Poisson batches.
+            - "sequential": the loader's own order; every pass is charged as one release without amplification.
+
+            Only the accountant "pld" can tell what the second and the third spend.
+        max_batch_size: the most examples of a batch with "truncated_poisson". Default: the smallest number that is exceeded in at
+            most one batch of a million. The less often examples are dropped, the closer epsilon is to that of "poisson".
+        poisson_sampling: an older name: True is ``sampling="poisson"``, False ``sampling="sequential"``.
         clipping: what bounds a sample's gradient g, and the sensitivity S that the noise is scaled by.
 
             - "flat": ``min(1, C / |g|)``; S = C.
@@ -99,15 +118,15 @@ class PrivateTraining:
             ``max_clipbound`` (1e6).
         grad_sample_mode: "ghost" (no per-sample gradient is kept where norms can be had without), "hooks" or "functorch"
             (``p.grad_sample`` is ``[n, *p.shape]`` after backward).
-        accountant: "prv", "pld" (tight, and never below the truth), "rdp", "gdp", or an Opacus accountant to go on with.
+        accountant: "pld" (tight, and never below the truth), "prv", "rdp", "gdp", or an Opacus accountant to go on with.
         max_physical_batch_size: split logical batches into parts of at most this many examples. ``opt.step()``
-            then does nothing until the logical batch is complete.
+            then does nothing until the logical batch is complete. Drops nothing, whatever the size of a logical batch.
         sample_rate: Poisson rate q, if it is not ``batch_size / len(dataset)``.
-        secure_mode: noise and Poisson sampling from ChaCha20 with keys of the operating system (``pip install dp_hooks[secure]``;
+        secure_mode: noise and sampling from ChaCha20 with keys of the operating system (``pip install dp_hooks[secure]``;
             from ``os.urandom`` without), never the same twice. Sums are rounded to a fine grid, and rounded normal noise is added
             there, so that their digits tell nothing; for what rounding adds to the sensitivity the noise is up to 0.03 % larger
-            (:class:`~dp_hooks.privacy.noise.secure.SecureNoise` says what is proved). No ``noise_generator``, then, and with
-            Poisson sampling no ``generator`` of the loader.
+            (:class:`~dp_hooks.privacy.noise.secure.SecureNoise` says what is proved). No ``noise_generator``, then, and no
+            ``generator`` of the loader, unless that keeps its own order.
         noise_generator: a generator for the noise, for repeatable experiments. Whoever knows its seed can remove the
             noise; the default draws from fresh entropy.
         self_check: compare the first batch's per-sample gradients with plain autograd on single samples before anything
@@ -127,6 +146,12 @@ class PrivateTraining:
             :class:`~dp_hooks.training.nonprivate_statistics.NonprivateStatistics`.
         ledger: a file, or a :class:`~dp_hooks.Ledger`, in which every charge of every run on this dataset is on the disk before its
             result is released; see there.
+        privacy_unit: protect units of several examples each (users, patients) in the place of examples: the unit of each example,
+            as a list, an array or a tensor; the name or the number of a field of the examples; or a function of an example. Units
+            are drawn, each with probability q: such that ``batch_size`` examples are expected, the divisor of "mean". The sum of a
+            unit's gradients is clipped as one, so a fitting C is up to k times as large. Units are never split over parts. A unit
+            with an example whose gradient is not finite is left out. The number of units and q are public.
+        max_examples_per_unit: k: of a unit that is drawn at most k examples are in the batch, drawn anew each time. None: all.
 
     Attributes:
         model: the user's model, never wrapped.
@@ -136,6 +161,7 @@ class PrivateTraining:
         accountant: the Opacus accountant that is charged.
         noise_multiplier: sigma as given, or as calculated from ``target_epsilon``.
         averages: whether the noised sum is divided by the expected batch size, as with ``loss_reduction="mean"``.
+        noise: what adds noise to the clipped sums; an audit puts itself in between.
         nonprivate_statistics: what is kept with ``nonprivate_statistics=True``; else None. Not in ``state_dict()``.
         criterion_is_optional: whether ``criterion`` may stay unused; the loss counts as not checked then.
 
@@ -158,11 +184,13 @@ class PrivateTraining:
         max_grad_norm: Any,
         loss_reduction: str = "mean",
         batch_first: bool = True,
-        poisson_sampling: bool = True,
+        poisson_sampling: bool | None = None,
+        sampling: str | None = None,
+        max_batch_size: int | None = None,
         clipping: str = "flat",
         clipping_options: Mapping[str, float] | None = None,
         grad_sample_mode: str = "ghost",
-        accountant: str | IAccountant = "prv",
+        accountant: str | IAccountant = "pld",
         max_physical_batch_size: int | None = None,
         sample_rate: float | None = None,
         secure_mode: bool = False,
@@ -174,9 +202,12 @@ class PrivateTraining:
         check_collate: bool = True,
         nonprivate_statistics: bool = False,
         ledger: str | os.PathLike[str] | Ledger | None = None,
+        privacy_unit: Any = None,
+        max_examples_per_unit: int | None = None,
     ) -> None:
         """Check every argument, and work out sigma; nothing is attached or spent yet."""
-        self.model = check_is_module(model)
+        self._given_model, self._peers = model, Peers.found()
+        self.model = model = check_is_module(replicated(model))
         self._prepared = prepared = Prepared(optimizer, loader)
         optimizer, loader = prepared.optimizer, prepared.loader
         self._params = check_optimizer(optimizer, model)
@@ -192,7 +223,7 @@ class PrivateTraining:
         if max_physical_batch_size is not None:
             positive_int("max_physical_batch_size", max_physical_batch_size)
         self._max_physical_batch_size = max_physical_batch_size or prepared.max_physical_batch_size
-        self._noise = make_noise(noise_generator, secure=secure)
+        self.noise = make_noise(noise_generator, secure=secure)
         self._wants_check = boolean("self_check", self_check)
         self._spot_check_rate = probability("spot_check_rate", spot_check_rate)
         self._wants_collate_check = boolean("check_collate", check_collate)
@@ -206,20 +237,29 @@ class PrivateTraining:
         self._loss_scale = LossScale(prepared.scaler if grad_scaler is None else grad_scaler)
         self.criterion_is_optional = False
         self._ledger = as_ledger(ledger)
-        self._noise.check_devices({p.device for p in self._params})
-        if processes() > 1:
-            raise ScopeError(
-                "torch.distributed runs with several processes, which this version does not support: noise and "
-                "sampling would have to be coordinated. Train in one process."
-            )
-        poisson = boolean("poisson_sampling", poisson_sampling)
-        self.plan = plan_sampling(loader, poisson=poisson, sample_rate=sample_rate, secure=secure)
+        self.noise.check_devices({p.device for p in self._params})
+        way = sampling_of(sampling, poisson_sampling)
+        self.plan = plan_units(
+            plan_sampling(loader, sampling=way, sample_rate=sample_rate, max_batch_size=max_batch_size, secure=secure),
+            loader,
+            privacy_unit,
+            max_examples_per_unit,
+            sample_rate=sample_rate,
+            max_physical_batch_size=self._max_physical_batch_size,
+            ledger=ledger,
+        )
+        alone = {
+            "accelerator.prepare()": prepared.is_prepared,
+            "nonprivate_statistics=True": nonprivate_statistics,
+            "one generator for batches and for noise": noise_generator is not None and noise_generator is own_generator(loader),
+        }
+        check_alone(self._peers, self.plan, self.noise, self._params, **alone)
         make = partial(
             make_clipping,
             clipping,
             params=self._params,
             names=names_of_parameters(model),
-            expected_batch_size=self.plan.expected_batch_size,
+            expected_batch_size=self.plan.expected_protected,
             options=clipping_options,
         )
         if self._ledger is not None:
@@ -227,9 +267,12 @@ class PrivateTraining:
         watched = boolean("nonprivate_statistics", nonprivate_statistics)
         self._sum = ClippedSum(make, max_grad_norm, watched=watched)
         self.nonprivate_statistics = NonprivateStatistics(self._params[0].device) if watched else None
-        self._clipping_name = clipping
+        self._clipping_name, self._clipping_options = clipping, dict(clipping_options or {})
         check_model(model)
         self.accountant = make_accountant(accountant)
+        if self.plan.needs_pld and not isinstance(self.accountant, PLD):
+            remedy = f'it cannot tell what sampling={way!r} spends. Pass accountant="pld", or another sampling.'
+            raise bad("accountant", self.accountant.mechanism(), remedy)
         rate, releases = self.plan.charged_rate, 0
         if isinstance(wanted, Budget):
             releases = self.plan.releases(wanted.epochs)
@@ -241,11 +284,11 @@ class PrivateTraining:
             self.accountant,
             noise_multiplier=self.noise_multiplier,
             charged_rate=rate,
-            poisson=self.plan.poisson,
+            per_pass=self.plan.per_pass,
             budget=wanted if isinstance(wanted, Budget) else None,
             releases=releases,
         )
-        self._state = SavedState(self._meter, self._sum, clipping, self.plan.examples)
+        self._state = SavedState(self._meter, self._sum, clipping, self.plan)
         self.optimizer: PrivateOptimizer | None = None
         self.loader: PrivateDataLoader | None = None
         self.controller: HookController | None = None
@@ -253,11 +296,6 @@ class PrivateTraining:
         self._lifetime = Lifetime()
 
     # ---------------------------------------------------------------- lifetime
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the scope has been entered and not left."""
-        return self._lifetime.is_open
 
     def __enter__(self) -> tuple[PrivateOptimizer, PrivateDataLoader]:
         """Install everything and return ``(optimizer, loader)``; if anything fails, everything is taken back.
@@ -271,54 +309,67 @@ class PrivateTraining:
                 f"this private scope is {state} and cannot be entered again. Call private_training(...) anew; pass "
                 "accountant=scope.accountant to go on with the same budget."
             )
+        self._state.check_accountant()
         keep_freed_memory()
-        if self._wants_collate_check:
-            self._collate = probe_collate(self._original_loader)
         with ExitStack() as stack:
             open_scopes.claim(self.model, self, stack)
-            if self._ledger is not None:
-                self._meter.write_to(self._ledger.open(stack, self.accountant, self.plan.examples))
-            controller = HookController(
-                self.model, batch_first=self.batch_first, loss_reduction=self.loss_reduction, grad_sample_mode=self.grad_sample_mode
-            )
-            stack.callback(controller.cleanup)
-            if self._wants_check:
-                fields = [field for field in self._collate.padded if field.value is not None]
-                self._padding = PaddingCheck(fields, controller.axis, bool(fields))
-                meter = self._meter  # not the scope, which ends when nobody refers to it any more
-                spot = SpotCheck(self._spot_check_rate, lambda: meter.steps)
-                optional = self.criterion_is_optional
-                self.self_check = SelfCheck(
-                    controller, self.model, self._params, self._criterion, self._padding, spot, criterion_is_optional=optional
-                )
-                self.self_check.watch(stack)
-            optimizer = PrivateOptimizer(
-                self._original_optimizer,
-                controller=controller,
-                clipped_sum=self._sum,
-                noise=self._noise,
-                meter=self._meter,
-                expected_batch_size=self.plan.expected_batch_size,
-                averages=self.averages,
-                loss_scale=self._loss_scale,
-                self_check=self.self_check,
-                lifetime=self._lifetime,
-                statistics=self.nonprivate_statistics,
-            )
-            optimizer.open(stack)
-            self._prepared.open(stack)
-            loader = PrivateDataLoader(
-                self._original_loader,
-                self.plan,
-                self._meter,
-                self._prepared.told(optimizer.start_batch),
-                self._max_physical_batch_size,
-                optimizer.split,
-                self._prepared.place,
-            )
-            stack.callback(loader.close)
-            self.controller, self.optimizer, self.loader = controller, optimizer, loader
+            be_quiet(stack, self._given_model)
+            draws = self._meet(stack)
+            with nullcontext() if self._peers is None else self._peers.step(0):
+                optimizer, loader = self._install(stack, draws)
+            if self._peers is not None:  # the first one has read the ledger
+                self._meter.steps, self.accountant.history = self._peers.first((self._meter.steps, self.accountant.history))
             self._lifetime.begin(stack)
+        return optimizer, loader
+
+    def _install(self, stack: ExitStack, draws: PeersDraws | None) -> tuple[PrivateOptimizer, PrivateDataLoader]:
+        if self._wants_collate_check:
+            self._collate = probe_collate(self._original_loader, in_order=self.plan.units is not None)
+        if self._ledger is not None and (self._peers is None or self._peers.is_first):
+            self._meter.write_to(self._ledger.open(stack, self.accountant, self.plan.examples))
+        controller = HookController(
+            self.model, batch_first=self.batch_first, loss_reduction=self.loss_reduction, grad_sample_mode=self.grad_sample_mode
+        )
+        stack.callback(controller.cleanup)
+        if self._wants_check:
+            fields = [field for field in self._collate.padded if field.value is not None]
+            self._padding = PaddingCheck(fields, controller.axis, bool(fields))
+            meter = self._meter  # not the scope, which ends when nobody refers to it any more
+            spot = SpotCheck(self._spot_check_rate, lambda: meter.steps)
+            optional = self.criterion_is_optional
+            self.self_check = SelfCheck(
+                controller, self.model, self._params, self._criterion, self._padding, spot, criterion_is_optional=optional
+            )
+            self.self_check.watch(stack)
+        optimizer = PrivateOptimizer(
+            self._original_optimizer,
+            controller=controller,
+            clipped_sum=self._sum,
+            noise=self.noise,
+            meter=self._meter,
+            expected_batch_size=self.plan.expected_batch_size,
+            averages=self.averages,
+            by_units=self.plan.units is not None,
+            loss_scale=self._loss_scale,
+            self_check=self.self_check,
+            lifetime=self._lifetime,
+            statistics=self.nonprivate_statistics,
+            peers=self._peers,
+        )
+        optimizer.open(stack)
+        self._prepared.open(stack)
+        loader = PrivateDataLoader(
+            self._original_loader,
+            self.plan,
+            self._meter,
+            self._prepared.told(optimizer.start_batch),
+            self._max_physical_batch_size,
+            optimizer.split,
+            self._prepared.place,
+            draws,
+        )
+        stack.callback(loader.close)
+        self.controller, self.optimizer, self.loader = controller, optimizer, loader
         return optimizer, loader
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
@@ -329,21 +380,32 @@ class PrivateTraining:
                 "The batch is empty: Poisson sampling drew no example, and the model or the loss may not work on zero rows. "
                 "Train with a @dp_step function, which handles that, or write: if len(y) == 0: opt.step(); continue"
             )
-        self._lifetime.end(kind, exc, trace)
+        try:
+            if self._peers is not None:
+                self._peers.leave(failed=exc is not None)
+        finally:
+            self._lifetime.end(kind, exc, trace)
 
-    def __iter__(self) -> NoReturn:
-        """Refused with a ``ScopeError``: ``opt, loader = private_training(...)`` would be a scope that nothing ends."""
-        raise ScopeError(
-            "a private scope has to be entered: write `with private_training(...) as (opt, loader):` and train inside that "
-            "block, at the end of which everything is taken off the model again."
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused with a ``ScopeError``: a scope decorates nothing."""
-        raise ScopeError(
-            "a private scope cannot be called or decorate: write `with private_training(...) as (opt, loader):`, and call a "
-            "function decorated with @dp_step inside that block."
-        )
+    def _meet(self, stack: ExitStack) -> PeersDraws | None:
+        """Enter together with the other processes, if there are any, over the same model and with the same arguments."""
+        if self._peers is None:
+            return None
+        settings = {
+            "max_grad_norm": self._sum.clipping.max_grad_norm,
+            "clipping": (self._clipping_name, sorted(self._clipping_options.items())),
+            "loss_reduction": self.loss_reduction,
+            "noise_generator (given or not)": self.noise.is_repeatable,
+            "ledger (given or not)": self._ledger is not None,
+            _DATASET: some_examples(self._original_loader.dataset),
+        }
+        self._peers.open(stack, shared_facts(self.model, self._params, self.plan, self._meter, **settings))
+        if settings[_DATASET] is None:
+            warnings.warn(
+                "some examples were read twice, and were others or could not be read: whether all processes have the same dataset "
+                "in the same order was not compared. If an index is another example in each, examples are clipped twice.",
+                stacklevel=4,
+            )
+        return PeersDraws(self._peers, own_generator(self._original_loader))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -355,92 +417,15 @@ class PrivateTraining:
         Raises:
             ScopeError: the scope is not open, or gradients of private samples are waiting for their step.
         """
+        if self._peers is not None and is_replica(self._given_model):
+            raise ScopeError(
+                "scope.paused() with DistributedDataParallel, which adds up no gradients inside the scope: the processes would "
+                "part. Leave the scope for steps on public data, and enter another one with accountant=scope.accountant."
+            )
         if self.optimizer is None or not self.is_open:
             raise ScopeError("scope.paused() outside of the scope: there is nothing to pause.")
         with self.optimizer.paused():
             yield
-
-    # ---------------------------------------------------------------- results
-
-    @property
-    def steps(self) -> int:
-        """Private steps taken so far."""
-        return self._meter.steps
-
-    def get_epsilon(self, delta: float) -> float:
-        """Return the epsilon spent so far at ``delta``, by the scope's accountant. Works after the end, too."""
-        return epsilon_of(self.accountant, delta)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what has been spent, and what goes with it, to go on in another scope: plain numbers, strings and lists.
-
-        It can be kept as JSON, and by ``torch.save`` (it loads with ``weights_only=True``). No state of a random generator is
-        in it: from that, noise could be drawn again and taken off. Model, optimizer and scheduler are saved beside it.
-        """
-        return self._state.as_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run stopped that ``state`` is of: before entering, with the arguments of that run.
-
-        What it spent is spent here; a budget goes on to the number of steps that it was calculated for, and is never refilled.
-
-        Raises:
-            ScopeError: the scope was entered; or its accountant has spent what the state knows nothing of.
-            InvalidArgumentError: the state is damaged, of something else, or of a run with another dataset, clipping or
-                accountant; or it has a budget, and this scope has none.
-        """
-        if self.is_open or self._lifetime.ended:
-            raise ScopeError("load_state_dict() after entering: load into a scope before `with`, so that no step comes first.")
-        self.resume(state)
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """The same for integrations: also in an open scope, before its first step."""
-        self._state.resume(state)
-
-    def _padding_remark(self) -> str:
-        if not self._collate.padded or (self._padding is not None and self._padding.paddings and not self._padding.waiting):
-            return ""
-        return "rows are made of one example each, but whether the model leaves padding out has not been seen"
-
-    def report(self, delta: float | None = None) -> PrivacyReport:
-        """Return what can be said about privacy at this point.
-
-        Args:
-            delta: default: ``target_delta`` if given, else the smaller of 1e-5 and a tenth of 1 / (dataset size).
-        """
-        if delta is None:
-            delta = self.target_delta if self.target_delta is not None else min(1e-5, 0.1 / self.plan.examples)
-        delta = fraction("delta", delta, "pass a number between 0 and 1.")
-        plan, clipping, sigma = self.plan, self._sum.clipping, self._meter.noise_multiplier
-        spent = spent_by(self.accountant, delta)
-        return PrivacyReport(
-            epsilon=spent.epsilon,
-            epsilon_remark=spent.remark,
-            delta=delta,
-            accountant=self.accountant.mechanism(),
-            sampling="Poisson" if plan.poisson else BY_ORDER,
-            sample_rate=plan.charged_rate,
-            noise_multiplier=sigma,
-            max_grad_norm=clipping.max_grad_norm,
-            sensitivity=clipping.sensitivity,
-            clipping=self._clipping_name,
-            clipping_details=clipping.details(sigma),
-            steps=self.steps,
-            expected_batch_size=plan.expected_batch_size,
-            dataset_size=plan.examples,
-            foreign_steps=self._meter.foreign_steps,
-            written_steps=0 if self.optimizer is None else self.optimizer.writes.steps,
-            collate=self._collate.remark or self._padding_remark(),
-            model_verified=self.self_check is not None and self.self_check.model_verified,
-            loss_verified=self.self_check is not None and self.self_check.loss_verified,
-            grad_sample_mode=self.grad_sample_mode,
-            history=tuple(self.accountant.history),
-            target_epsilon=None if self._meter.budget is None else self._meter.budget.epsilon,
-            target_delta=self.target_delta,
-            nonprivate_statistics=None if self.nonprivate_statistics is None else self.nonprivate_statistics.as_dict(),
-            random_numbers=self._noise.random_numbers,
-            not_covered=not_covered(secure=self._noise.is_secure),
-        )
 
 
 private_training = PrivateTraining

@@ -122,7 +122,13 @@ def _decorate(fn: Callable[..., Any], *, reduction: Reduction, two_pass: bool, n
         with call.scope.controller.session.threads.step():
             return _take(call, form, reduction, two_pass)
 
+    step.is_dp_step = True  # type: ignore[attr-defined]
     return step
+
+
+def is_dp_step(fn: object) -> bool:
+    """Whether ``fn``, or the method that it is, was decorated with :func:`dp_step`."""
+    return getattr(fn, "is_dp_step", False) is True
 
 
 def _take(call: StepCall, form: _Form, reduction: Reduction, two_pass: bool) -> Any:
@@ -137,6 +143,9 @@ def _take(call: StepCall, form: _Form, reduction: Reduction, two_pass: bool) -> 
             True,
             f'grad_sample_mode={scope.grad_sample_mode!r} is there to keep what it saves. Use "ghost", or leave it out.',
         )
+    if two_pass and optimizer.by_units:
+        what = "norms over the examples of a unit (privacy_unit=) are not taken in two passes yet. Leave it out, and set a smaller "
+        raise bad("two_pass", True, what + "max_physical_batch_size in the scope.")
     optimizer.zero_grad()
     drawn = optimizer.physical_batch
     if (drawn is not None and drawn.size == 0) or _has_no_rows(batch, controller.axis):
@@ -151,6 +160,10 @@ def _take(call: StepCall, form: _Form, reduction: Reduction, two_pass: bool) -> 
         return optimizer.loss_scale.multiplied(loss, shared_by), aux
 
     def how_reduced(loss: Tensor) -> str:
+        # Divided by the number of rows, gradients in low precision would round otherwise when one example is missing: of a thousand
+        # alike that moves the sum by twice the bound. Added up, a row's gradient is its own. (With a scale, float16 has no room.)
+        if loss.dim() == 1 and not optimizer.loss_scale.is_held:
+            return "sum"
         return scope.loss_reduction if loss.dim() == 1 or reduction == "auto" else reduction
 
     def back(loss: Tensor, *, again: bool) -> None:

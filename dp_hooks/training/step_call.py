@@ -12,6 +12,7 @@ from torch import nn
 from .._validate import bad
 from ..capture.validate import uncompiled
 from ..errors import InvalidArgumentError, ScopeError
+from .processes import replicated
 from .scope import PrivateTraining, open_scopes
 
 Named = PrivateTraining | Callable[[], PrivateTraining]
@@ -107,7 +108,7 @@ def _named(fn: Callable[..., Any], named: Named) -> PrivateTraining:
 
 
 def _over(fn: Callable[..., Any], model: object, first: object) -> PrivateTraining:
-    scope = open_scopes.of(uncompiled(model))
+    scope = open_scopes.of(uncompiled(replicated(model)))
     if scope is None or not scope.is_open:
         raise ScopeError(
             f"{name_of(fn)}() is a private train step, but no private_training scope over this model is open here. Call it "

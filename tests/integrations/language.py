@@ -138,7 +138,6 @@ def accelerated(model: nn.Module, bf16: bool) -> Any:
                 opt.zero_grad()
                 if len(batch["labels"]):
                     accelerator.backward(losses(prepared, batch).mean())
-                accelerator.clip_grad_norm_(prepared.parameters(), 1e-6)
                 opt.step()
     AcceleratorState._reset_state(True)
     vars(model).pop("forward", None)

@@ -47,8 +47,6 @@ def train(accelerator, model, opt, loader, schedule, epochs=EPOCHS):
             with accelerator.accumulate(model):
                 if len(batch["labels"]):
                     accelerator.backward(losses(model, batch).mean())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1e-9)
                 opt.step()
                 schedule.step()
                 opt.zero_grad()
@@ -127,6 +125,44 @@ def test_what_was_prepared_cannot_be_stepped_in_the_scope():
     model, optimizer, loader, _ = prepared(accelerator_for())
     with private_training(model, optimizer, loader, **OPTIONS), pytest.raises(ScopeError, match="was stepped inside"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_"])
+def test_clipping_by_accelerate_is_refused_in_a_scope(name):
+    """For all or one of a scope's parameters, whichever scope was opened or left first; of other models nothing changes."""
+    accelerator, (model, second, other) = accelerator_for(), (language_model(lora=False) for _ in range(3))
+    original, clip = vars(Accelerator)[name], getattr(accelerator, name)
+    losses(other, next(iter(sampled(Sentences(), EACH)))).mean().backward()
+    scopes = [private_training(m, sgd(m), sampled(Sentences(), EACH), **OPTIONS) for m in (model, second)]
+    for scope in scopes:
+        scope.__enter__()
+    for left, gone in ((scopes[0], model), (scopes[1], second)):
+        for refused in (gone.parameters(), [*other.parameters(), next(gone.parameters())], next(second.parameters())):
+            with pytest.raises(ScopeError, match=rf"accelerator\.{name}\(\) .* max_grad_norm"):
+                getattr(accelerator, name)(refused, 1e-9)
+        left.__exit__(None, None, None)
+        getattr(accelerator, name)([*gone.parameters(), *other.parameters()], 1e9)  # clips nothing
+    assert vars(Accelerator)[name] is original
+    assert float(other.get_input_embeddings().weight.grad.abs().max()) > 1e-6
+    with private_training(model, sgd(model), sampled(Sentences(), EACH), **OPTIONS):
+        clip(other.parameters(), 1e-9)
+    assert float(other.get_input_embeddings().weight.grad.abs().max()) <= 1e-9
+
+
+def test_a_loop_that_clips_by_accelerate_releases_nothing():
+    """As accelerate's documentation has it, with a line that is to be left out: the error comes before the first step."""
+    accelerator = accelerator_for()
+    model, optimizer, loader, _ = prepared(accelerator)
+    start, scope = values(model), private_training(model, optimizer, loader, **{**OPTIONS, "noise_multiplier": 1.0})
+    with quietly(), scope as (_, private_loader):
+        for batch in private_loader:
+            if len(batch["labels"]):
+                accelerator.backward(losses(model, batch).mean())
+                with pytest.raises(ScopeError, match="Leave it out"):
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                break
+    assert scope.steps == 0
+    assert_same(values(model), start)
 
 
 def test_a_saved_state_goes_on_with_what_was_spent(tmp_path):

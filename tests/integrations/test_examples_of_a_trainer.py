@@ -8,19 +8,26 @@ import torch
 from .language import DELTA, EXAMPLES, C, language_model, preference_trainer, quietly, sft_trainer, trained_by, transformers_trainer
 
 
-def clipped_mean(trainer, model, expected):
-    """Return the sum of the clipped gradients of each example alone, by the trainer's own ``compute_loss``, divided."""
+def clipped_mean(trainer, model, expected, units=None):
+    """Return the sum of the clipped gradients of each example alone, by the trainer's own ``compute_loss``, divided.
+
+    With ``units``, of each example, those of a unit are added up before they are clipped.
+    """
     if getattr(model, "is_gradient_checkpointing", False):
         # As train() will do: trainers of TRL 0.24 begin with reentrant ones, whatever they are told.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
     loader = trainer.get_train_dataloader()
+    of_unit = {}
     for k in range(EXAMPLES):
         batch = trainer._prepare_inputs(loader.collate_fn([copy.deepcopy(loader.dataset[k])]))
         loss = trainer.compute_loss(model.train(), batch)
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+        unit = k if units is None else units[k]
+        of_unit[unit] = [a + b for a, b in zip(of_unit[unit], grads, strict=True)] if unit in of_unit else grads
+    for grads in of_unit.values():
         norm = torch.cat([g.flatten() for g in grads]).norm()
         for t, g in zip(total, grads, strict=True):
             t.add_(g * min(1.0, float(C / norm)))
@@ -116,9 +123,27 @@ def test_a_step_is_the_sum_of_what_each_example_gives_alone(kind, lora, checkpoi
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         wanted = clipped_mean(trainer, model, EXAMPLES)
         scope = trained_by(trainer, sample_rate=1.0)
+    assert_moved(model, before, wanted)
+    assert scope.report(DELTA).loss_verified
+
+
+@pytest.mark.parametrize("kind", ["SFTTrainer", "DPOTrainer"])
+def test_a_step_is_the_sum_of_units_of_several_examples(kind, tmp_path):
+    """``privacy_unit`` goes to the scope: pairs, tokens and their weights are those of examples, and units are clipped as one."""
+    units = [k // 2 for k in range(EXAMPLES)]
+    with quietly():
+        trainer, model = CASES[kind](False, tmp_path, max_steps=1)
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        wanted = clipped_mean(trainer, model, EXAMPLES, units)
+        scope = trained_by(trainer, sample_rate=1.0, privacy_unit=units)
+    assert_moved(model, before, wanted)
+    assert scope.report(DELTA).units == max(units) + 1
+
+
+def assert_moved(model, before, wanted):
+    """Assert that parameters moved by half of what is ``wanted``."""
     after = [p.detach() for p in model.parameters() if p.requires_grad]
     off = torch.cat([(b - a - 0.5 * w).flatten() for a, b, w in zip(after, before, wanted, strict=True)]).norm()
     size = torch.cat([0.5 * w.flatten() for w in wanted]).norm()
     assert float(size) > 1e-3
     assert float(off / size) < 1e-4
-    assert scope.report(DELTA).loss_verified

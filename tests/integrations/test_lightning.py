@@ -179,3 +179,25 @@ def test_trainers_that_clip_noise_or_never_end_are_refused(wrong, said):
     with quietly(), refused, scope_of(trainer, module, **budget):
         trainer.fit(module)
     assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "charged"),
+    [
+        ({"sampling": "random_allocation"}, (("random_allocation", 3), 2)),
+        ({"sampling": "truncated_poisson", "max_batch_size": 6}, (("truncated_poisson", 4 / 12, 12, 6), 6)),
+    ],
+)
+def test_a_trainer_takes_other_samplings(options, charged):
+    """Two epochs of three batches: charged as passes or as truncated batches."""
+    scope, trainer = fit(Module(), accountant="pld", **options)
+    assert scope.accountant.history == [(1.0, *charged)]
+    assert scope.steps == 6 == trainer.global_step
+
+
+@pytest.mark.parametrize("sampling", ["random_allocation", "sequential"])
+def test_batches_accumulated_by_the_trainer_are_poisson_batches(sampling):
+    """An order or allocation of them is refused by name."""
+    trainer = L.Trainer(max_epochs=1, accumulate_grad_batches=2, enable_checkpointing=False, **QUIET)
+    with pytest.raises(InvalidArgumentError, match=f"sampling='{sampling}'.*accumulate_grad_batches=2"):
+        scope_of(trainer, Module(), sampling=sampling, accountant="pld").__enter__()

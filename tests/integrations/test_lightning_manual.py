@@ -20,7 +20,7 @@ OPTIONS = {"noise_multiplier": 0.0, "max_grad_norm": C, "accountant": "rdp"}
 
 
 def loader(batch=4):
-    return DataLoader(TensorDataset(X, Y), batch_size=batch, shuffle=True, generator=drawn(3))
+    return DataLoader(TensorDataset(X, Y), batch_size=batch, shuffle=True, generator=drawn(7))
 
 
 class Manual(L.LightningModule):
@@ -257,8 +257,9 @@ def test_gradients_of_private_examples_reach_no_other_optimizer(leak):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "pass part="),
-        ({"part": "nobody"}, "part='nobody'"),
+        ({}, "pass part=.* one optimizer over all of them"),
+        ({"part": "nobody"}, "part='nobody' .* one optimizer over all of them"),
+        ({"part": ["discriminator", "generator"]}, "part=.'discriminator', 'generator'. .* one optimizer over all of them"),
         ({"part": "generator.1"}, "0 of 2 optimizers"),
         ({"part": "discriminator", "target_epsilon": 3.0, "target_delta": 1e-5, "noise_multiplier": None}, "epochs"),
     ],
@@ -274,3 +275,68 @@ def test_a_part_without_an_optimizer_of_its_own_is_refused(options, said):
     ):
         pass
     assert dict(vars(module)) == own
+
+
+class TwoParts(L.LightningModule):
+    """Two networks, or one after the other, with an optimizer each; private examples go into both."""
+
+    def __init__(self, chained, together):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 5 if chained else 3), nn.Linear(5, 3)
+        self.automatic_optimization = False
+        self.chained, self.together = chained, together
+
+    def configure_optimizers(self):
+        groups = [{"params": list(net.parameters()), "lr": lr} for net, lr in ((self.first, 0.1), (self.second, 0.2))]
+        return torch.optim.SGD(groups) if self.together else [torch.optim.SGD([group]) for group in groups]
+
+    def losses(self, x, y):
+        if self.chained:
+            return [F.cross_entropy(self.second(torch.tanh(self.first(x))), y)]
+        return [F.cross_entropy(self.first(x), y), F.cross_entropy(self.second(x), y)]
+
+    def training_step(self, batch, batch_idx):
+        optimizers = [self.optimizers()] if self.together else self.optimizers()
+        for opt in optimizers:
+            opt.zero_grad()
+        self.manual_backward(sum(self.losses(*batch)))
+        for opt in optimizers:
+            opt.step()
+
+
+@pytest.mark.parametrize("private", ["first", "second"])
+@pytest.mark.parametrize("chained", [False, True], ids=["beside", "chained"])
+def test_two_optimizers_on_private_examples_are_refused(chained, private):
+    """One of them can be private: what the other would step is stopped, and stays as it was; a second scope is refused."""
+    module = TwoParts(chained, together=False)
+    other = module.second if private == "first" else module.first
+    before = [p.detach().clone() for p in other.parameters()]
+    with pytest.raises(ScopeError, match=r"private examples.* One optimizer is private"):
+        fit(module, part=private)
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
+    trainer = L.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    scopes = [private_trainer(trainer, module, train_dataloaders=loader(), part=part, **OPTIONS) for part in ("first", "second")]
+    with scopes[0], pytest.raises(ScopeError, match="in an open private scope already"), scopes[1]:
+        pass
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["beside", "chained"])
+def test_two_parts_in_one_optimizer_are_private_together(chained):
+    """What the refusals advise: each example's gradient over both parts is clipped as one, and a step is charged once."""
+    module, wanted = TwoParts(chained, together=True), TwoParts(chained, together=True)
+    batches = []
+    module.losses = lambda x, y: batches.append((x, y)) or TwoParts.losses(module, x, y)
+    scope, _ = fit(module)
+    assert scope.accountant.history == [(0.0, 4 / 12, 9)]
+    optimizer, params = wanted.configure_optimizers(), list(wanted.parameters())
+    for x, y in batches:
+        total = [torch.zeros_like(p) for p in params]
+        for k in range(len(x)):
+            grads = torch.autograd.grad(sum(wanted.losses(x[k : k + 1], y[k : k + 1])), params)
+            factor = min(1.0, float(C / torch.cat([g.flatten() for g in grads]).norm()))
+            total = [t + factor * g for t, g in zip(total, grads, strict=True)]
+        for p, t in zip(params, total, strict=True):
+            p.grad = t / 4
+        optimizer.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(module.parameters(), params, strict=True))

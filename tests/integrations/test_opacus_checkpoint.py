@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp_hooks import PrivacyEngineHookBased
-from dp_hooks.errors import ScopeError
+from dp_hooks.errors import InvalidArgumentError, ScopeError
 
 from ..models import drawn, equal_trees
 from ..training.helpers import train
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_what_a_run_began_with(tmp_
     with PrivacyEngineHookBased(accountant="rdp") as engine:
         model = text_model()
         _, opt, loader = make(engine, model)
-        with pytest.raises(RuntimeError, match="state_dict"):
+        with pytest.raises(InvalidArgumentError, match="state_dict"):
             engine.load_checkpoint(path=path, module=model)
         assert engine.accountant.history == []
         train(model, opt, loader)

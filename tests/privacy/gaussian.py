@@ -62,8 +62,19 @@ def noise_of(model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
     return noises_of(model, **kwargs)[0]
 
 
+def correlation(one: Tensor, other: Tensor) -> float:
+    """The inner product of two pieces, as far as both reach, in standard deviations of what it is for independent numbers."""
+    one, other = one.flatten().double(), other.flatten().double()
+    size = min(len(one), len(other))
+    one, other = one[:size], other[:size]
+    return abs(float(one @ other)) / float(one.norm() * other.norm()) * math.sqrt(size)
+
+
 def fits(numbers: Tensor, std: float) -> bool:
-    """A chi-square test of N(0, std^2), and of its mean, at 4.5 standard deviations."""
+    """A chi-square test of N(0, std^2), and of its mean, at 4.5 standard deviations.
+
+    Wrong with a chance of 1.4e-5 where the std is right. Of :data:`COUNT` numbers one that is 5 % off is ten deviations away.
+    """
     numbers = numbers.flatten().double()
     n = numbers.numel()
     chi = (numbers.square().sum().item() / std**2 - n) / math.sqrt(2 * n)

@@ -166,7 +166,7 @@ PLAIN: list[Row] = [
     *each("sample_rate", (0, -0.1, 1.01, 2, NAN, "0.1", True), "in (0, 1]"),
     *each("sample_rate", (0.5,), "poisson_sampling=False", poisson_sampling=False),
     *each("batch_first", (1, 0, "no", None), "True or False"),
-    *each("poisson_sampling", (1, 0, "no", None), "True or False"),
+    *each("poisson_sampling", (1, 0, "no"), "True or False"),
     *each("self_check", (1,), "True or False"),
     *each("spot_check_rate", (-0.1, 1.5, True, "often", float("nan")), "0 to 1"),
     *each("noise_generator", (7,), "torch.Generator"),

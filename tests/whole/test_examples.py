@@ -257,6 +257,20 @@ def test_examples_on_images_end_with_three_accuracies(name, digits, monkeypatch,
         assert "differ from plain autograd on single samples" in out
 
 
+def test_the_audit_ends_with_two_bounds_of_epsilon(digits, monkeypatch, capsys, tmp_path):
+    """A private loss holds, one that compares images is found out, and epsilon is between what is found and what is stated."""
+    draw = ["--output", str(tmp_path / "audit.png")] if importlib.util.find_spec("matplotlib") else []
+    how = ["--examples", "200", "--epochs", "10", "--batch-size", "40", "--epsilon", "8"]
+    monkeypatch.setattr(sys, "argv", ["audit.py", *how, *draw])
+    digits(load("audit")).main()
+    out = capsys.readouterr().out
+    assert out.count("nothing was found") == 2
+    assert out.index("a loss that compares images") < out.index("FOUND: ") < out.index("Audit of one run: 80 canaries")
+    last = re.search(r"^epsilon is (\S+) at most, as stated, and (\S+) at least, as found$", out, re.MULTILINE)
+    assert 0 <= float(last[2]) < float(last[1]) <= 8
+    assert (tmp_path / "audit.png").exists() == bool(draw)
+
+
 def test_a_wrong_rule_that_passes_ends_the_example(digits, monkeypatch):
     """The example notices it if the library does not refuse the wrong rule: here there is no mistake in it."""
     monkeypatch.setattr(
@@ -284,7 +298,7 @@ def test_the_rule_of_the_custom_layer_is_right():
 
 def test_the_language_model_beats_frequencies(monkeypatch, capsys):
     """Perplexities of frequencies, before training, without privacy and with it: training helps, and a little of it is enough."""
-    how = ["--part", "0.05", "--length", "32", "--epochs", "4", "--batch-size", "64", "--epsilon", "100"]
+    how = ["--part", "0.03", "--length", "32", "--epochs", "4", "--batch-size", "64", "--epsilon", "100"]
     monkeypatch.setattr(sys, "argv", ["language_model.py", *how])
     load("language_model").main()
     out = capsys.readouterr().out
@@ -346,8 +360,10 @@ def test_a_bad_csv_file_is_explained(content, message, tmp_path):
         load("example_data").load_csv(path)
 
 
-@pytest.mark.parametrize("engine", ["dp_hooks", "dp_hooks-two-pass"])
-@pytest.mark.parametrize("name", load("benchmark").WORKLOADS)
+BENCHMARKED = [(name, engine) for engine in ("dp_hooks", "dp_hooks-two-pass") for name in load("benchmark").WORKLOADS]
+
+
+@pytest.mark.parametrize(("name", "engine"), [*BENCHMARKED, ("mlp", "dp_hooks-units"), ("gpt2-tied", "dp_hooks-uneven-units")])
 def test_the_benchmarks_workloads_can_be_trained(name, engine):
     """Every workload of the benchmark, made very small, is trained with the library; its self-check passes."""
     benchmark = load("benchmark")
@@ -361,7 +377,7 @@ def test_the_benchmarks_workloads_can_be_trained(name, engine):
 @pytest.mark.parametrize("name", load("benchmark").TINY)
 def test_overhead_stays_small(name):
     """Of tiny models a private step takes at most so many times the operations of an ordinary one, and hardly looks at a result."""
-    found = load("benchmark").overhead.measure(name, rounds=1)
+    found = load("benchmark").overhead.measure(name, rounds=0)  # operations are counted; no time is taken
     assert found["operations ratio"] <= (3.5 if name == "resnet50" else 1.4)
     assert found["synchronisations"] <= (40 if name == "resnet50" else 3)
 

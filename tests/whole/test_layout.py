@@ -26,6 +26,7 @@ ROOMS = [
     {"capture", "privacy.report"},
     {"checks", "privacy"},
     {"training"},
+    {"audit"},
     {"integrations"},
     {"__init__"},
     {"__main__"},
@@ -40,8 +41,15 @@ TRUSTED = {"torch", "opacus", "typing_extensions", "numpy"}
 OPTIONAL = {"privacy.plots": {"matplotlib"}, "privacy.noise.secret_bytes": {"cryptography"}}
 
 MOST_FILES_ON_TOP = 10
-MOST_FOLDERS_ON_TOP = 8
-MOST_LINES = {"a file": 450, "the rest": 15_500, "privacy": 4_500, "integrations": 2_500, "the file in the middle": 130}
+MOST_FOLDERS_ON_TOP = 9
+MOST_LINES = {
+    "a file": 450,
+    "the rest": 16_500,
+    "privacy": 5_800,
+    "integrations": 2_500,
+    "audit": 1_800,
+    "the file in the middle": 130,
+}
 
 
 def name_of(path):
@@ -152,7 +160,7 @@ def test_the_house_is_small():
     assert len([d for d in PACKAGE.iterdir() if d.is_dir() and d.name != "__pycache__"]) <= MOST_FOLDERS_ON_TOP
     assert {name: n for name, n in lines.items() if n > MOST_LINES["a file"]} == {}
     assert statistics.median(lines.values()) <= MOST_LINES["the file in the middle"]
-    for room in ("privacy", "integrations"):
+    for room in ("privacy", "integrations", "audit"):
         inside = [name for name in lines if room_of(name).split(".")[0] == room]
         assert sum(lines.pop(name) for name in inside) < MOST_LINES[room]
     assert sum(lines.values()) < MOST_LINES["the rest"]

@@ -240,8 +240,8 @@ def test_every_line_of_the_report_is_explained():
 
 
 def test_readme_is_short_enough():
-    """README has at most 560 lines."""
-    assert len(LINES) <= 560
+    """README has at most 640 lines."""
+    assert len(LINES) <= 640
 
 
 def test_links_lead_somewhere():

@@ -177,7 +177,9 @@ class Session:
         if self.call.running and self.trace is not None:  # the pass was interrupted
             self.trace.stop()
         self.call.end()
-        if not self.depth:  # what was recorded of it lives as long as its graph, not as long as this
+        if (
+            not self.depth and self.call.record is not None
+        ):  # what was recorded of it lives as long as its graph, not as long as this
             self.call = replace(self.call, record=None)
         self.retracked_task = None
         self.restore_parameters()  # an interrupted forward could not

@@ -182,6 +182,7 @@ class OpTrace:
     """
 
     buffers: Callable[[], Iterable[Tensor]] = tuple
+    keeps_generators: bool = True  # for passes that draw, and are run again by what it keeps
     rows: int | None = None
     # What the present pass, or the last one, went through and no checked pass of several samples did.
     unverified: set[Transition] = field(default_factory=set)
@@ -207,7 +208,7 @@ class OpTrace:
     def function(self) -> Iterator[None]:
         """Follow a whole function, the calls of modules in it included."""
         self._count(None)
-        self.unverified, self.draws = set(), Draws()
+        self.unverified, self.draws = set(), self._no_draws()
         self._open(None)
         self._whole = True
         try:
@@ -219,12 +220,15 @@ class OpTrace:
     def start(self, name: str, rows: int | None) -> None:
         """Follow an outermost call of a module from now on."""
         self._count(rows)
-        self.drawn_inside = Draws()
+        self.drawn_inside = self._no_draws()
         if self._whole:
             self.enter(name)
             return
         self.unverified, self.draws = set(), self.drawn_inside
         self._open(name)
+
+    def _no_draws(self) -> Draws:
+        return Draws() if self.keeps_generators else Draws(generators=None)
 
     def _count(self, rows: int | None) -> None:
         if rows != self.rows:

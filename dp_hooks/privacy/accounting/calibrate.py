@@ -1,14 +1,19 @@
 """A budget: its arguments, and the noise with which it lasts."""
 
+from __future__ import annotations
+
 import functools
 import math
 from dataclasses import dataclass
-
-from opacus.accountants import IAccountant
+from typing import TYPE_CHECKING
 
 from ..._validate import bad, fraction, non_negative, positive
 from ...errors import AccountingError
-from .opacus import DELTA, epsilon_for
+from .opacus import DELTA, asked, check_knows, epsilon_for, is_known
+from .rates import Rate
+
+if TYPE_CHECKING:
+    from opacus.accountants import IAccountant
 
 _LARGEST_SIGMA = 1e4
 _LARGEST_EPSILON = 100.0
@@ -65,7 +70,7 @@ def check_epsilon(name: str, value: object) -> float:
     return epsilon
 
 
-def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, releases: int) -> float:
+def calibrate(accountant: IAccountant, budget: Budget, sample_rate: Rate, releases: int) -> float:
     """Return the noise multiplier with which ``releases`` steps at ``sample_rate`` stay within the budget.
 
     The result is the larger end of a bracket, so epsilon is never above the target, and at least 99.9 % of it is used
@@ -75,7 +80,9 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
     Raises:
         InvalidArgumentError: the accountant holds charges already, which the calculation would leave out, or it cannot
             certify such a small epsilon with any noise.
+        AccountingError: the accountant does not know this sampling.
     """
+    check_knows(accountant, sample_rate)
     epsilon = budget.epsilon
     if accountant.history:
         raise bad(
@@ -88,13 +95,26 @@ def calibrate(accountant: IAccountant, budget: Budget, sample_rate: float, relea
             "make_private_with_epsilon of a new one, and then its load_checkpoint.",
         )
 
-    if accountant.mechanism() == "gdp" and sample_rate < 1:
+    if accountant.mechanism() == "gdp" and sample_rate != 1:
         raise bad(
             "accountant",
             "gdp",
             "its central limit is not an upper bound with Poisson sampling: the noise calculated for target_epsilon would be too "
             'little. Use accountant="pld", "prv" or "rdp".',
         )
+    if is_known(accountant):
+        return calibrated(accountant.mechanism(), budget, sample_rate, releases)
+    return _search(accountant, budget, sample_rate, releases)
+
+
+@functools.lru_cache(maxsize=64)  # seconds, which a second scope with the same budget need not take again
+def calibrated(name: str, budget: Budget, sample_rate: Rate, releases: int) -> float:
+    """The same by an accountant of that ``name``, remembered."""
+    return _search(asked(name), budget, sample_rate, releases)
+
+
+def _search(accountant: IAccountant, budget: Budget, sample_rate: Rate, releases: int) -> float:
+    epsilon = budget.epsilon
 
     @functools.cache  # "prv" takes half a second and more for each
     def spent(sigma: float) -> float:

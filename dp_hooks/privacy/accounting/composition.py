@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .privacy_loss import Array, OnGrid, PrivacyLoss
+from .privacy_loss import Array, Loss, OnGrid
 
 # The share of epsilon that the grid may add, by estimate; the powers of two that its size may be; how many cells in all.
 _GRID_SHARE, _SMALLEST, _LARGEST, _MOST_CELLS = 1e-3, 13, 22, 1_000_000
@@ -13,9 +13,10 @@ _BEYOND = math.log(1e-8)  # of the tilted probability on each side of the window
 _RAISED = math.log(1e-9)  # of the tilted probability, by raising the smallest losses
 _UNIT = np.finfo(np.float64).eps
 _MOST_NOISE = 1e-3  # the share of rounding in delta beyond which another tilt is tried
+_NEGLIGIBLE = math.log(1e-40)  # of the transform of the tilted sum, which is 1 at its largest
 _STEP_ROUNDING = 1e-13  # relative, of the probabilities of one release: quadrature, exponentials, sums
 
-Composed = Sequence[tuple[PrivacyLoss, int]]
+Composed = Sequence[tuple[Loss, int]]
 
 
 def composed_epsilon(releases: Composed, delta: float) -> float:
@@ -25,7 +26,7 @@ def composed_epsilon(releases: Composed, delta: float) -> float:
     of it (a saddle point). So what a Fourier transform rounds off is small beside what is looked for, however small delta is;
     and only a window about epsilon has to be held. Accounted for, all to the side of a larger epsilon:
 
-    - the grid, by :meth:`PrivacyLoss.on_grid`, and what lies outside of it, as losses without bound;
+    - the grid, by :meth:`Loss.on_grid`, and what lies outside of it, as losses without bound;
     - the window: sums that wrap around it from below only add; those above it are bounded by Chernoff's inequality;
     - rounding in the transforms: a norm-wise bound (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 24.2),
       through the power and the sums that follow.
@@ -129,6 +130,7 @@ class _Sum:
     def __init__(self, grids: Sequence[tuple[OnGrid, int]], window: _Window) -> None:
         self._window, size = window, window.size
         logarithm, offset, self._log_scale = np.zeros(size // 2 + 1, complex), 0, 0.0
+        kept = np.arange(size // 2 + 1)  # frequencies at which the transform of the sum is not negligible: often few
         of_one = 4 * _UNIT * math.log2(size)  # of a transform, relative, in the Euclidean norm
         of_transforms, growth, of_powers = 0.0, 0.0, np.full(size // 2 + 1, 4 * _UNIT)
         for grid, count in grids:
@@ -139,18 +141,22 @@ class _Sum:
             self._log_scale += count * (moment + _STEP_ROUNDING)
             circle = np.bincount((np.arange(len(probability)) - mode) % size, probability, size)
             likeliest, circle[0] = circle[0], 0.0  # transformed without error, however much more likely than the rest
-            one = np.fft.rfft(circle) + likeliest
-            one[one == 0] = 1e-300
+            one = np.fft.rfft(circle)[kept] + likeliest
+            with np.errstate(divide="ignore"):
+                large = logarithm.real + count / 2 * np.log(one.real**2 + one.imag**2) > _NEGLIGIBLE
+            kept, one, logarithm, of_powers = kept[large], one[large], logarithm[large], of_powers[large]
             log_one = np.log(one)
             logarithm += count * log_one
             error = of_one * float(np.linalg.norm(circle))
             of_transforms += count * error
             growth += count * error * math.sqrt(size)
             of_powers += count * 2 * _UNIT * (1 + np.abs(log_one))
-        transform = np.exp(logarithm)
+        transform = np.zeros(size // 2 + 1, complex)
+        transform[kept] = np.exp(logarithm)
         density = np.fft.irfft(transform, size)
         self._error = of_transforms * math.exp(min(growth, 100.0)) + of_one * float(np.linalg.norm(density))
-        self._error += float(np.linalg.norm(np.abs(transform) * of_powers)) * math.sqrt(2 / size)
+        self._error += float(np.linalg.norm(np.abs(transform[kept]) * of_powers)) * math.sqrt(2 / size)
+        self._error += 2 * math.exp(_NEGLIGIBLE)
         self._density: Array = np.roll(np.maximum(density, 0.0), (offset - window.first) % size)
         steps = window.spacing * np.arange(size)
         self._kernel: Array = np.exp(-window.t * steps) * -np.expm1(-steps)
@@ -172,7 +178,8 @@ class _Sum:
         above, below = self._delta(low), self._delta(high)  # between them delta is linear in e^epsilon
         part = (above - delta) / (above - below)
         epsilon = (window.first + low) * window.spacing + math.log1p(part * math.expm1(window.spacing))
-        return float(epsilon), self._noise(low) / (self._inside(low) + self._noise(low))
+        whole = self._inside(low) + self._noise(low)
+        return float(epsilon), self._noise(low) / whole if whole else 1.0
 
     def _delta(self, i: int) -> float:
         """Return an upper bound of delta, of the losses in the window, at the epsilon of number ``i``."""

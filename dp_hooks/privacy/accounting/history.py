@@ -1,11 +1,15 @@
-"""What accountants have been charged with: ``(noise multiplier, sampling rate, steps)``, one entry after the other."""
+"""What accountants have been charged with: ``(noise multiplier, rate, steps)``, one entry after the other; see :mod:`.rates`."""
 
 import math
+from collections.abc import Iterable
 from numbers import Real
+from typing import Any
 
 from ...errors import ScopeError
+from .rates import Rate, as_rate
 
-History = list[tuple[float, float, int]]
+Charge = tuple[float, Rate, int]
+History = list[Charge]
 
 
 def as_number(value: object) -> float:
@@ -19,21 +23,26 @@ def as_number(value: object) -> float:
     return float(value)
 
 
-def as_charge(entry: object) -> tuple[float, float, int]:
+def as_charge(entry: object) -> Charge:
     """Return an entry that was read from somewhere, if it is one.
 
     Raises:
-        ValueError, OverflowError: it is not of a noise multiplier, a sampling rate and a number of steps.
+        ValueError, OverflowError: it is not of a noise multiplier, a rate and a number of steps.
     """
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
         raise ValueError(f"{entry!r} is no charge")
-    sigma, rate, steps = map(as_number, entry)
-    if sigma < 0 or not 0 < rate <= 1 or steps < 0 or steps != int(steps):
+    sigma, rate, steps = as_number(entry[0]), as_rate(entry[1]), as_number(entry[2])
+    if sigma < 0 or steps < 0 or steps != int(steps):
         raise ValueError(f"{entry!r} is no charge")
     return sigma, rate, int(steps)
 
 
-def add_charge(history: History, sigma: float, rate: float, steps: int = 1) -> None:
+def as_json(history: Iterable[Charge]) -> list[list[Any]]:
+    """Return a history in the shape that it has after it was kept as JSON; :func:`as_charge` reads its entries."""
+    return [[float(sigma), list(rate) if isinstance(rate, tuple) else float(rate), int(steps)] for sigma, rate, steps in history]
+
+
+def add_charge(history: History, sigma: float, rate: Rate, steps: int = 1) -> None:
     """Add to ``history``: to its last entry, if that is alike."""
     if history and history[-1][:2] == (sigma, rate):
         history[-1] = (sigma, rate, history[-1][2] + steps)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from opacus.accountants import IAccountant
 
-from .history import History, continues, joined, unknown
+from .history import Charge, History, continues, joined, unknown
 
 
 class Lineage:
@@ -20,11 +20,11 @@ class Lineage:
         self._saved: set[int] = set()  # after how many releases
         self._loaded: History = []
 
-    def save(self, history: Iterable[tuple[float, float, int]]) -> None:
+    def save(self, history: Iterable[Charge]) -> None:
         """The ``history`` of the run is about to be saved."""
         self._saved.add(_releases(history))
 
-    def joined(self, spent: Iterable[tuple[float, float, int]], loaded: Iterable[tuple[float, float, int]]) -> tuple[History, bool]:
+    def joined(self, spent: Iterable[Charge], loaded: Iterable[Charge]) -> tuple[History, bool]:
         """Return the history with which a run that has ``spent`` so much goes on from what was saved; and whether it is ``spent``.
 
         Raises:
@@ -36,7 +36,7 @@ class Lineage:
             raise unknown(now, then)
         return joined(now, then)
 
-    def went_on(self, history: Iterable[tuple[float, float, int]]) -> None:
+    def went_on(self, history: Iterable[Charge]) -> None:
         """The run goes on with the ``history`` that :meth:`joined` returned."""
         self._loaded = _plain(history)
 
@@ -49,9 +49,9 @@ def lineage_of(accountant: IAccountant) -> Lineage:
     return _lineages.setdefault(accountant, Lineage())
 
 
-def _plain(history: Iterable[tuple[float, float, int]]) -> History:
+def _plain(history: Iterable[Charge]) -> History:
     return [(sigma, rate, steps) for sigma, rate, steps in history]
 
 
-def _releases(history: Iterable[tuple[float, float, int]]) -> int:
+def _releases(history: Iterable[Charge]) -> int:
     return sum(steps for _, _, steps in history)

@@ -6,18 +6,19 @@ from opacus.accountants import IAccountant
 
 from ...errors import BudgetExhaustedError, ScopeError
 from .calibrate import Budget
+from .history import Charge
 from .opacus import charge, epsilon_for
 from .open_ledger import OpenLedger
-from .upper_bound import Charge
+from .rates import Rate
 
 
 class PrivacyMeter:
     """Charges every release before its result can be seen, and refuses the one that would break the budget.
 
-    With Poisson sampling a release is one logical batch at rate ``q``. Without, it is one pass over the loader, in which
-    every example is in one batch at most, so that all its steps together are one Gaussian mechanism without
-    amplification (parallel composition under the null-record relation). A batch that did not come from the private loader
-    has no known sampling: its step is charged without amplification.
+    With Poisson sampling a release is one logical batch. Without, it is one pass over the loader, in which every example is in
+    one batch at most: in the loader's own order, all steps of a pass together are one Gaussian mechanism without
+    amplification (parallel composition under the null-record relation); with random allocation they gain from not knowing which
+    batch. A batch that did not come from the private loader has no known sampling: its step is charged without amplification.
     """
 
     def __init__(
@@ -25,19 +26,20 @@ class PrivacyMeter:
         accountant: IAccountant,
         *,
         noise_multiplier: float,
-        charged_rate: float,
-        poisson: bool,
+        charged_rate: Rate,
+        per_pass: bool,
         budget: Budget | None = None,
         releases: int = 0,
     ) -> None:
         """Charge to ``accountant``; a ``budget`` was calculated for ``releases`` with these first two numbers.
 
-        ``noise_multiplier`` is what the next release is charged with; without a budget it may be set anew.
+        ``noise_multiplier`` is what the next release is charged with; without a budget it may be set anew. ``per_pass``: a release
+        is a pass, not a batch.
         """
         self.accountant = accountant
         self.noise_multiplier = noise_multiplier
         self.charged_rate = charged_rate
-        self.poisson = poisson
+        self.per_pass = per_pass
         self.budget = budget
         self.releases = releases
         self.steps = 0
@@ -69,7 +71,7 @@ class PrivacyMeter:
 
     @property
     def remaining(self) -> int | None:
-        """Releases left in the budget (batches with Poisson sampling, else passes); None: no budget was set.
+        """Releases left in the budget (batches, or passes if they are charged as such); None: no budget was set.
 
         Counted from the accountant's history, so that what a checkpoint brought along is included; charges of another kind
         (steps on batches from elsewhere, another noise) leave as many as still fit into the target.
@@ -101,11 +103,11 @@ class PrivacyMeter:
     def batches_left(self) -> int | None:
         """Logical batches that a pass may have if it begins now; None: no bound."""
         left = self.remaining
-        return None if left and not self.poisson else left  # a pass that has begun is paid for as a whole
+        return None if left and self.per_pass else left  # a pass that has begun is paid for as a whole
 
     def start_pass(self) -> None:
         """Account for a new pass over the loader, just before its first batch is handed out."""
-        if self.poisson:
+        if not self.per_pass:
             return
         if self.remaining == 0:
             raise self._exhausted()
@@ -115,14 +117,14 @@ class PrivacyMeter:
 
     def check_step(self, *, foreign: bool) -> None:
         """Raise if one more step may not be taken; changes nothing."""
-        if foreign or self.poisson:
+        if foreign or not self.per_pass:
             self._check_total(1.0 if foreign else self.charged_rate)
         if foreign:
             if not self._allows_one_more(1.0):
                 raise self._exhausted(
                     " (the batch did not come from the private loader, so the step has no amplification by sampling)"
                 )
-        elif self.poisson:
+        elif not self.per_pass:
             if self.remaining == 0:
                 raise self._exhausted()
         elif self._pass_sigma is not None and self.noise_multiplier < self._pass_sigma:
@@ -142,16 +144,16 @@ class PrivacyMeter:
                 )
             self._charge(1.0)
             self.foreign_steps += 1
-        elif self.poisson:
+        elif not self.per_pass:
             self._charge(self.charged_rate)
         self.steps += 1
 
-    def _charge(self, rate: float) -> None:
+    def _charge(self, rate: Rate) -> None:
         charge(self.accountant, self.noise_multiplier, rate)
         if self.ledger is not None:
             self.ledger.charge(self.noise_multiplier, rate)
 
-    def _check_total(self, rate: float) -> None:
+    def _check_total(self, rate: Rate) -> None:
         """Refuse what would bring all runs in the ledger above what they may spend together: this step, or, once, the budget."""
         if self.ledger is None:
             return
@@ -161,7 +163,7 @@ class PrivacyMeter:
         self._planned = True
         self.ledger.check_one_more(self.noise_multiplier, rate)
 
-    def _allows_one_more(self, rate: float) -> bool:
+    def _allows_one_more(self, rate: Rate) -> bool:
         budget = self.budget
         if budget is None:
             return True

@@ -1,16 +1,22 @@
-"""Accountants of Opacus and "pld": made by name, charged, and asked for epsilon."""
+"""Accountants of Opacus and "pld": made by name, charged, and asked for epsilon. "pld" can be asked without Opacus."""
+
+from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from opacus.accountants import IAccountant, create_accountant
+from typing import TYPE_CHECKING
 
 from ..._validate import fraction, one_of
 from ...errors import AccountingError, ScopeError
-from . import pld  # registers its accountant with Opacus
-from .upper_bound import Charge, epsilon_bound, gathered
+from . import pld
+from .history import Charge
+from .rates import Rate, kind_of
+from .upper_bound import epsilon_bound, gathered
+
+if TYPE_CHECKING:
+    from opacus.accountants import IAccountant
 
 ACCOUNTANTS = ("pld", "prv", "rdp", "gdp")
 DELTA = "delta must lie between 0 and 1 and should be well below 1 / (number of examples), such as 1e-5."
@@ -32,17 +38,46 @@ class Spent:
 
 def make_accountant(accountant: str | IAccountant) -> IAccountant:
     """Return the accountant of that name ("pld", "prv", "rdp", "gdp"), or the given object itself."""
+    from opacus.accountants import IAccountant, create_accountant
+
     if isinstance(accountant, IAccountant):
         return accountant
     return create_accountant(mechanism=one_of("accountant", accountant, ACCOUNTANTS))
 
 
-def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: float) -> None:
+def asked(name: str) -> IAccountant:
+    """Return an accountant of that name that is only asked what would be spent: of "pld" without an import of Opacus."""
+    return pld.PLD() if name == pld.NAME else make_accountant(name)
+
+
+def is_known(accountant: IAccountant) -> bool:
+    """Whether it is one of Opacus's accountants or "pld", and of no class that is derived from them."""
+    name = accountant.mechanism()
+    return type(accountant) is pld.PLD or (name in ACCOUNTANTS and type(accountant) is type(make_accountant(name)))
+
+
+def check_knows(accountant: IAccountant, *rates: Rate) -> None:
+    """Refuse samplings that an accountant does not know: it would go by what they are not.
+
+    Raises:
+        AccountingError: there are some.
+    """
+    unknown = sorted({kind_of(rate) for rate in rates} - {""})
+    if unknown and not isinstance(accountant, pld.PLD):
+        raise AccountingError(
+            f"the {accountant.mechanism()!r} accountant cannot account for {' and '.join(map(repr, unknown))} sampling, with which "
+            'steps are charged here. Use accountant="pld".'
+        )
+
+
+def charge(accountant: IAccountant, noise_multiplier: float, sample_rate: Rate) -> None:
     """Add one release to what ``accountant`` holds.
 
     Raises:
         ScopeError: the accountant cannot add such a step to its history, which is left as it was.
+        AccountingError: it does not know this sampling.
     """
+    check_knows(accountant, sample_rate)
     before, last = len(accountant.history), accountant.history[-1:]
     try:
         accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
@@ -74,18 +109,19 @@ def spent_by(accountant: IAccountant, delta: float) -> Spent:
 
     Raises:
         InvalidArgumentError: ``delta`` outside (0, 1).
-        AccountingError: the accountant fails on its history.
+        AccountingError: the accountant fails on its history, or does not know a sampling in it.
     """
     delta = fraction("delta", delta, DELTA)
     history = [entry for entry in accountant.history if entry[2] > 0]
     if not history:
         return Spent(0.0)
+    check_knows(accountant, *(rate for _, rate, _ in history))
     if any(sigma == 0 for sigma, _, _ in history):
         return Spent(math.inf)
     name = accountant.mechanism()
-    if name not in ACCOUNTANTS or type(accountant) is not type(create_accountant(name)):
+    if not is_known(accountant):
         return Spent(_ask(accountant, delta))  # the user's own
-    sampled = any(rate < 1 for _, rate, _ in history)
+    sampled = any(rate != 1 for _, rate, _ in history)
     if name == "gdp":
         return Spent(_ask(accountant, delta), _NO_BOUND if sampled else "")
     affordable = _affordable(name, history, delta)
@@ -125,7 +161,7 @@ def _affordable(name: str, history: list[Charge], delta: float) -> list[Charge] 
 
 
 def _with_history(name: str, history: Sequence[Charge]) -> IAccountant:
-    accountant = create_accountant(mechanism=name)
+    accountant = asked(name)
     accountant.history = list(history)
     return accountant
 

@@ -1,21 +1,25 @@
 """A ledger that an open scope writes its charges to, and that bounds what all runs spend together."""
 
+from __future__ import annotations
+
 import uuid
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from opacus.accountants import IAccountant
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BudgetExhaustedError
-from .history import History, add_charge, beyond, joined
+from .history import Charge, History, add_charge, as_charge, as_json, beyond, joined
 from .ledger_contents import FORMAT, Spent
 from .ledger_file import LedgerFile, Record
 from .opacus import ACCOUNTANTS, epsilon_for, make_accountant
+from .rates import Rate
+
+if TYPE_CHECKING:
+    from opacus.accountants import IAccountant
 
 # Which run of which file an accountant was charged in: a further scope of this process may go on with it.
-_runs: "weakref.WeakKeyDictionary[IAccountant, tuple[Path, str]]" = weakref.WeakKeyDictionary()
+_runs: weakref.WeakKeyDictionary[IAccountant, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
 
 class OpenLedger:
@@ -42,7 +46,7 @@ class OpenLedger:
         Raises:
             ScopeError: the file says something else of that run.
         """
-        history = [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in history]
+        history = [as_charge(entry) for entry in history]
         if run is None:
             path, run = _runs.get(self._accountant, (None, None))
             run = run if path == self.spent.path else None
@@ -53,7 +57,7 @@ class OpenLedger:
         self.run, self._brought = run, beyond(self.spent.runs[run], whole)  # none, unless an older copy of the file was put back
         return whole
 
-    def charge(self, sigma: float, rate: float) -> None:
+    def charge(self, sigma: float, rate: Rate) -> None:
         """Write one release down, before it happens."""
         records: list[Record] = []
         if self.spent.is_new:
@@ -65,19 +69,21 @@ class OpenLedger:
             run = uuid.uuid4().hex
             records.append({"kind": "run", "run": run, "accountant": self._accountant.mechanism()})
         if self._brought:
-            records.append({"kind": "brought", "run": run, "history": [list(entry) for entry in self._brought]})
-        records.append({"kind": "charge", "run": run, "sigma": float(sigma), "rate": float(rate)})
+            records.append({"kind": "brought", "run": run, "history": as_json(self._brought)})
+        now = as_charge((sigma, rate, 1))
+        [[_, kept, _]] = as_json([now])
+        records.append({"kind": "charge", "run": run, "sigma": float(sigma), "rate": kept})
         self._file.append(*records)
         self.run, self.spent.is_new = run, False
         own = self.spent.runs.setdefault(run, [])
-        for entry in [*self._brought, (float(sigma), float(rate), 1)]:
+        for entry in [*self._brought, now]:
             add_charge(own, *entry)
         self._brought = []
         _runs[self._accountant] = self.spent.path, run
         if self._safe is not None:
             self._safe = (self._safe[0], self._safe[1] - 1)
 
-    def check_one_more(self, sigma: float, rate: float) -> None:
+    def check_one_more(self, sigma: float, rate: Rate) -> None:
         """Refuse a release that would bring all runs above the total.
 
         Raises:
@@ -99,7 +105,7 @@ class OpenLedger:
             self._pace = self._pace // 2
         self._safe = (kind, self._pace)
 
-    def _fit(self, sigma: float, rate: float, steps: int) -> bool:
+    def _fit(self, sigma: float, rate: Rate, steps: int) -> bool:
         total = self.spent.total
         assert total is not None
         history = [*self.spent.history, *self._brought, (sigma, rate, steps)]
@@ -124,7 +130,7 @@ class OpenLedger:
             )
 
 
-def total_epsilon(accountant: IAccountant, history: Iterable[tuple[float, float, int]], delta: float) -> float:
-    """Epsilon of ``history`` by an accountant of the same kind; by "prv" where that is the user's own, or no bound."""
+def total_epsilon(accountant: IAccountant, history: Iterable[Charge], delta: float) -> float:
+    """Epsilon of ``history`` by an accountant of the same kind; by "pld" where that is the user's own, or no bound."""
     known = accountant.mechanism() in ACCOUNTANTS and accountant.mechanism() != "gdp"
-    return epsilon_for(accountant if known else make_accountant("prv"), list(history), delta)
+    return epsilon_for(accountant if known else make_accountant("pld"), list(history), delta)

@@ -9,7 +9,7 @@ from ..._validate import bad, fraction
 from .history import History
 from .ledger_contents import Spent
 from .ledger_file import read_records
-from .opacus import DELTA, make_accountant
+from .opacus import DELTA, asked
 from .open_ledger import total_epsilon
 
 
@@ -85,7 +85,7 @@ def budget(path: str | os.PathLike[str], *, delta: float | None = None, accounta
     spent = Spent(Path(path), records, examples=0)
     if delta is None:
         delta = spent.total.delta if spent.total is not None else min(1e-5, 0.1 / max(1, spent.examples))
-    delta, counts = fraction("delta", delta, DELTA), make_accountant(accountant)
+    delta, counts = fraction("delta", delta, DELTA), asked(accountant)
 
     def epsilon(history: History) -> float:
         return total_epsilon(counts, history, delta)

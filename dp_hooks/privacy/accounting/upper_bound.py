@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import torch
+from .history import Charge
+from .rates import Rate, raised, unamplified
 
-# (noise multiplier, sampling rate, steps), as in the history of Opacus's accountants.
-Charge = tuple[float, float, int]
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512)
 
 
@@ -16,34 +15,36 @@ def gathered(history: Iterable[Charge], groups: int) -> list[Charge]:
     Equal charges are counted together. Where too many are left, sigma is rounded down and the rate up, on the finest
     logarithmic grid that does: either only makes a release more revealing.
     """
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[tuple[float, Rate], int] = {}
     for sigma, rate, steps in history:
         counts[sigma, rate] = counts.get((sigma, rate), 0) + steps
     per_octave = 1024.0
     while len(counts) > groups:
-        rounded: dict[tuple[float, float], int] = {}
+        rounded: dict[tuple[float, Rate], int] = {}
         for (sigma, rate), steps in counts.items():
             sigma = 2 ** (math.floor(math.log2(sigma) * per_octave) / per_octave)
-            rate = min(1.0, 2 ** (math.ceil(math.log2(rate) * per_octave) / per_octave))
+            rate = raised(rate, per_octave)
             rounded[sigma, rate] = rounded.get((sigma, rate), 0) + steps
         counts, per_octave = rounded, per_octave / 2
     return [(sigma, rate, steps) for (sigma, rate), steps in counts.items()]
 
 
 def epsilon_bound(history: Sequence[Charge], delta: float) -> float:
-    """Return an epsilon, at ``delta``, that Poisson-sampled Gaussian releases certainly do not exceed.
+    """Return an epsilon, at ``delta``, that Gaussian releases certainly do not exceed.
 
     The least of three bounds for the relation of one record added or removed: Renyi divergences of integer orders, and the
     exact Gaussian curve once without amplification by sampling and once for as many uses of an example as there are, but for
-    a probability of ``delta / 2``. Takes well below a second. Every sigma has to be positive.
+    a probability of ``delta / 2``. Takes well below a second. Every sigma has to be positive. Samplings other than Poisson's count
+    as none.
     """
-    history = gathered((charge for charge in history if charge[2] > 0), 128)
-    if not history:
+    groups = gathered(((sigma, unamplified(rate), steps) for sigma, rate, steps in history if steps > 0), 128)
+    plain = [(sigma, float(rate), steps) for sigma, rate, steps in groups if not isinstance(rate, tuple)]
+    if not plain:
         return 0.0
-    unamplified = gaussian_epsilon(math.sqrt(sum(steps / sigma**2 for sigma, _, steps in history)), delta)
-    share = delta / 2 / len(history)
-    uses = sum(_most_uses(rate, steps, share) / sigma**2 for sigma, rate, steps in history)
-    return min(unamplified, gaussian_epsilon(math.sqrt(uses), delta / 2), _renyi_epsilon(history, delta))
+    whole = gaussian_epsilon(math.sqrt(sum(steps / sigma**2 for sigma, _, steps in plain)), delta)
+    share = delta / 2 / len(plain)
+    uses = sum(_most_uses(rate, steps, share) / sigma**2 for sigma, rate, steps in plain)
+    return min(whole, gaussian_epsilon(math.sqrt(uses), delta / 2), _renyi_epsilon(plain, delta))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -69,7 +70,13 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _log_cdf(x: float) -> float:
-    return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64, device="cpu")))
+    """Return the logarithm of the normal distribution function; far below 0 by Laplace's continued fraction of Mills' ratio."""
+    if x > -10:
+        return math.log(math.erfc(-x / math.sqrt(2)) / 2)
+    fraction = 0.0
+    for k in range(60, 0, -1):
+        fraction = k / (fraction - x)
+    return -x * x / 2 - math.log((fraction - x) * math.sqrt(2 * math.pi))
 
 
 def _most_uses(rate: float, steps: int, probability: float) -> int:
@@ -89,12 +96,14 @@ def _most_uses(rate: float, steps: int, probability: float) -> int:
     return high - 1
 
 
-def _renyi_epsilon(history: Sequence[Charge], delta: float) -> float:
+def _renyi_epsilon(history: Sequence[tuple[float, float, int]], delta: float) -> float:
     """By Renyi divergences of integer orders.
 
     Sources: Mironov, Talwar and Zhang, 2019 (arXiv:1908.10530), Section 3.3; Balle et al., AISTATS 2020
     (arXiv:1905.09982), Theorem 21 for the conversion.
     """
+    import torch  # where it is needed: commands are done before it would be there
+
     orders = torch.tensor(_ORDERS, dtype=torch.float64, device="cpu")[:, None]
     k = torch.arange(max(_ORDERS) + 1, dtype=torch.float64, device="cpu")
     binomial = torch.lgamma(orders + 1) - torch.lgamma(k + 1) - torch.lgamma((orders - k).clamp(min=0) + 1)

@@ -48,6 +48,8 @@ class AdaptiveClipping(FlatClipping):
       Gaussian mechanism with noise multiplier z. So is, at most, the whole pass.
     """
 
+    learns = True
+
     def __init__(
         self,
         max_grad_norm: float,

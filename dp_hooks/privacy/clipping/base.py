@@ -22,6 +22,8 @@ class ClippingFunction(ABC):
     for functions that do not learn.
     """
 
+    learns = False  # whether it does: from :meth:`statistic`, by :meth:`update`
+
     @property
     @abstractmethod
     def max_grad_norm(self) -> Any:

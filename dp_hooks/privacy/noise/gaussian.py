@@ -75,6 +75,11 @@ class GaussianNoise:
         self._draws: tuple[object, Tensor, list[Tensor]] | None = None  # for tensors of these shapes: numbers, and views of them
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether numbers come from the user's generator."""
+        return self.generator is not None
+
+    @property
     def random_numbers(self) -> str:
         """Where they are from."""
         kind = "repeatable (noise_generator)" if self.generator is not None else "with fresh entropy"

@@ -12,11 +12,15 @@ class Noise(Protocol):
 
     Attributes:
         random_numbers: in words, where they are from, for the report.
+        is_repeatable: whether it is drawn from a generator of the user's.
         is_secure: whether nobody can predict them or read anything off the digits of the released numbers.
     """
 
     @property
     def random_numbers(self) -> str: ...  # noqa: D102
+
+    @property
+    def is_repeatable(self) -> bool: ...  # noqa: D102
 
     @property
     def is_secure(self) -> bool: ...  # noqa: D102

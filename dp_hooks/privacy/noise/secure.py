@@ -39,7 +39,7 @@ class SecureNoise:
     2022, arXiv:2207.10635); and how long a step takes.
     """
 
-    is_secure = True
+    is_secure, is_repeatable = True, False
 
     def __init__(self, read: ReadBytes = secret_bytes) -> None:
         """Draw from ``read``; anything but the default is for tests, which have to be repeatable."""

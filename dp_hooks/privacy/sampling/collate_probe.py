@@ -45,21 +45,21 @@ Rows = list[Row]
 Padded = dict[tuple[tuple[Any, ...], int], PaddedField]
 
 
-def probe_collate(loader: DataLoader[Any]) -> CollateFacts:
+def probe_collate(loader: DataLoader[Any], *, in_order: bool = False) -> CollateFacts:
     """Collate a few examples, then the same with one exchanged for another: only the rows of that one may change.
 
-    Longer examples may pad the others; sorted rows are recognised. Random numbers are repeated by their seed. The generators
-    of PyTorch, Python and NumPy are as they were afterwards.
+    Longer examples may pad the others; sorted rows are recognised, unless rows have to be ``in_order`` of the examples. Random
+    numbers are repeated by their seed. The generators of PyTorch, Python and NumPy are as they were afterwards.
 
     Raises:
-        InvalidArgumentError: a row depends on several examples, or rows do not count examples.
+        InvalidArgumentError: a row depends on several examples, or rows do not count examples, or are in another order.
     """
     if loader.collate_fn is default_collate:
         return CollateFacts()
     name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
     with generators_kept():
         try:
-            probe = _Probe(loader.collate_fn, _examples(loader.dataset), name)
+            probe = _Probe(loader.collate_fn, _examples(loader.dataset), name, in_order=in_order)
             return CollateFacts(padded=probe.run())
         except _Unclear as unclear:
             return CollateFacts(remark=str(unclear))
@@ -75,8 +75,8 @@ def _examples(dataset: Any) -> list[Any]:
 
 
 class _Probe:
-    def __init__(self, collate: Callable[[list[Any]], Any], examples: list[Any], name: str) -> None:
-        self.collate, self.name = collate, name
+    def __init__(self, collate: Callable[[list[Any]], Any], examples: list[Any], name: str, *, in_order: bool) -> None:
+        self.collate, self.name, self.in_order = collate, name, in_order
         # The longest first: it pads what it is exchanged into; the second longest pads the others before.
         self.examples = sorted(examples, key=_length, reverse=True)
         self.draws = False
@@ -175,7 +175,7 @@ class _Probe:
         return rows
 
     def _compare(self, before: Rows, after: Rows, padded: Padded, exchanged: int) -> None:
-        """All rows but one have to be there again, in whatever order."""
+        """All rows but one have to be there again, in whatever order; or in their own."""
         left, gone = list(after), []
         for i, row in enumerate(before):
             same = next((found for found in left if _differing(row, found, padded) is None), None)
@@ -186,6 +186,14 @@ class _Probe:
         if len(gone) > 1:
             other = next(i for i in gone if i != exchanged)  # in the exchanged one any field may differ
             self._refuse(_worst(before[other], after[other]), "changes when another example of the batch does")
+        others = (i for i in range(len(before)) if i != exchanged)
+        if self.in_order and any(_differing(before[i], after[i], padded) is not None for i in others):
+            raise bad(
+                "loader",
+                f"collate_fn={self.name}",
+                "it puts rows in another order than that of the examples (sorted by length, shuffled). With privacy_unit= rows are "
+                "told to be of one unit by their places. Remedy: leave the order as it is.",
+            )
 
     def _refuse(self, path: tuple[Any, ...], what: str) -> NoReturn:
         raise bad(

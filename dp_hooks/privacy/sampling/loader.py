@@ -4,15 +4,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from ...errors import ScopeError
 from ..accounting.meter import PrivacyMeter
+from ..accounting.rates import ALLOCATION
+from .allocation import AllocationSampler
 from .empty_batch import EmptyAwareCollate
-from .physical import OncePerPass, Pass, PhysicalBatch, PhysicalSampler
+from .physical import LogicalBatches, OncePerPass, PartOfEach, Pass, PhysicalBatch, PhysicalSampler, SharedDraws
+from .plan import SEQUENTIAL, SamplingPlan
 from .poisson import PoissonSampler, SecurePoissonSampler
-from .scheme import SamplingPlan
 from .split import Split
+from .unit_batches import UnitPhysicalSampler, UnitSampler
 
 _KEPT = (
     "num_workers pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor persistent_workers "
@@ -20,11 +24,17 @@ _KEPT = (
 ).split()
 
 
+def own_generator(loader: DataLoader[Any]) -> torch.Generator | None:
+    """The generator that the user's loader draws by, if it was given one."""
+    found: torch.Generator | None = loader.generator or getattr(loader.batch_sampler, "generator", None)  # of Opacus's sampler
+    return found
+
+
 class PrivateDataLoader(DataLoader[Any]):
     """The loader a private scope hands out: same dataset, collate function and workers, but private batches.
 
     Attributes:
-        sample_rate: q, the probability of an example to be in a batch.
+        sample_rate: q, the probability of an example, or of a unit, to be in a batch.
     """
 
     def __init__(
@@ -36,20 +46,24 @@ class PrivateDataLoader(DataLoader[Any]):
         max_physical_batch_size: int | None,
         split: Split,
         place: Callable[[Any], Any] | None = None,
+        shared: SharedDraws | None = None,
     ) -> None:
         """Take everything but the sampling, which is that of ``plan``, from ``loader``.
 
         ``meter`` is told when a pass begins, and may refuse it; ``before_batch`` is called with a batch before it is handed out,
         and after ``place`` has put it where the model is; ``split`` is for other loaders that are built of the sampler and the
-        collate function of this one.
+        collate function of this one; ``shared`` is there where several processes have parts of one batch.
         """
-        logical: PoissonSampler | OncePerPass
-        if plan.poisson:
-            generator = loader.generator or getattr(loader.batch_sampler, "generator", None)  # of Opacus's sampler
-            drawn = (plan.examples, plan.sample_rate, plan.batches_per_pass)
-            logical = SecurePoissonSampler(*drawn) if plan.secure else PoissonSampler(*drawn, generator)
-        else:
+        logical: LogicalBatches
+        generator = own_generator(loader) if shared is None else shared.generator
+        if plan.sampling == SEQUENTIAL:
             logical = OncePerPass(cast(BatchSampler, loader.batch_sampler))
+        elif plan.sampling == ALLOCATION:
+            sizes = (plan.examples, plan.batches_per_pass)
+            logical = AllocationSampler.secure(*sizes) if plan.secure else AllocationSampler(*sizes, generator)
+        else:
+            drawn, most = (plan.protected, plan.sample_rate, plan.batches_per_pass), plan.max_batch_size
+            logical = SecurePoissonSampler(*drawn, most=most) if plan.secure else PoissonSampler(*drawn, generator, most=most)
         self.sample_rate = plan.sample_rate
         self._meter = meter
         self._before_batch = before_batch
@@ -59,12 +73,20 @@ class PrivateDataLoader(DataLoader[Any]):
         # accelerator.prepare(loader) would build another loader from the parts of this one, past everything that is done here.
         self._is_accelerate_prepared = True
         self._split = split
+        kept = {name: getattr(loader, name) for name in _KEPT}
+        if shared is not None:
+            logical = PartOfEach(logical, shared)
+            if kept["generator"] is not None:  # a pass draws a seed from it, too
+                kept["generator"] = shared.generator
+        made: type[PhysicalSampler] = PhysicalSampler
+        if plan.units is not None:
+            logical, made = UnitSampler(plan.units, cast(PoissonSampler, logical)), UnitPhysicalSampler
         expected, limit = plan.expected_batch_size, lambda: meter.batches_left
         super().__init__(
             loader.dataset,
-            batch_sampler=PhysicalSampler(logical, expected, max_physical_batch_size, limit, self._lend),
+            batch_sampler=made(logical, expected, max_physical_batch_size, limit, self._lend),
             collate_fn=EmptyAwareCollate(loader.collate_fn, loader.dataset, split.made),
-            **{name: getattr(loader, name) for name in _KEPT},
+            **kept,
         )
 
     def __iter__(self) -> Any:
@@ -121,7 +143,7 @@ class PrivateDataLoader(DataLoader[Any]):
         if not own.has_begun:
             self._meter.start_pass()
             own.has_begun, self._pass = True, own
-        if self._pass is not own and not self._meter.poisson:
+        if self._pass is not own and self._meter.per_pass:
             raise ScopeError(
                 "two passes over the private loader are interleaved; without Poisson sampling a pass is charged at its "
                 "start, with the noise of that moment. Finish or leave one pass before beginning the next."

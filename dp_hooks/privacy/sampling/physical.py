@@ -4,12 +4,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch.utils.data import BatchSampler, Sampler
 
 from ...errors import ScopeError
-from .poisson import PoissonSampler
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class PhysicalBatch:
         index: position among the physical parts of that logical batch.
         size: number of examples in it; 0 if Poisson sampling drew none.
         last: whether it completes the logical batch.
+        units: where units are protected, how many examples each unit in it has, in the order of the examples; else None.
     """
 
     logical: int
     index: int
     size: int
     last: bool
+    units: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -62,6 +64,52 @@ class OncePerPass(Sampler[list[int]]):
             yield list(batch)
 
 
+class SharedDraws(Protocol):
+    """How several processes draw the same batches, and share each.
+
+    Attributes:
+        generator: what they are drawn by.
+    """
+
+    generator: torch.Generator
+
+    def begin_pass(self) -> None:
+        """A pass begins, here as in all other processes: bring the generators into the same state again."""
+
+    def part(self, indices: list[int]) -> list[int]:
+        """What this process has of a batch with these examples."""
+        ...
+
+
+class PartOfEach(Sampler[list[int]]):
+    """What one of several processes has of every logical batch, which all of them draw alike."""
+
+    def __init__(self, batches: Any, draws: SharedDraws) -> None:
+        """``batches`` are drawn by the generator of ``draws``."""
+        self.batches = batches
+        self._draws = draws
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Iterate over one pass.
+
+        A pass that was left early may have been drawn ahead for the workers of a loader, by each process as far as it had parts.
+        """
+        self._draws.begin_pass()
+        return map(self._draws.part, self.batches)
+
+
+class LogicalBatches(Protocol):
+    """What draws logical batches, each in whatever form, so many a pass."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
 class PhysicalSampler(BatchSampler):
     """Splits logical batches into physical ones and keeps, per pass, a queue that says which part is which.
 
@@ -71,7 +119,7 @@ class PhysicalSampler(BatchSampler):
 
     def __init__(
         self,
-        logical: PoissonSampler | OncePerPass,
+        logical: LogicalBatches,
         expected: float,
         max_size: int | None,
         limit: Callable[[], int | None],

@@ -1,33 +1,36 @@
-"""Poisson sampling: every example is in a batch or not, independently."""
+"""Poisson sampling: every example is in a batch or not, independently; and the same with at most so many in a batch."""
 
-import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..._no_randomness import undisturbed_generators
 from ..noise.entropy import fresh_generator
 from ..noise.secret_bytes import ReadBytes, secret_bytes
-
-_AT_ONCE = 1 << 20  # examples that secret bits are drawn for at a time, 8 MB of them
+from .draws import included, some_of, words_from, words_of
 
 
 class PoissonSampler(Sampler[list[int]]):
     """Draws logical batches in which every example is present independently with probability ``sample_rate``.
 
     This is the sampling that privacy amplification is proved for (Abadi et al., CCS 2016; Mironov et al., 2019,
-    arXiv:1908.10530). The size of a batch varies and can be 0. The draw is made in float64: a float32 uniform has a
-    granularity of 6e-8, which would be off by percents at rates near 1e-6.
+    arXiv:1908.10530). The size of a batch varies and can be 0; its examples come in ascending order, whatever is in them. A batch
+    takes time for the examples in it, not for all there are; it is exactly so distributed (:func:`~.draws.included`).
+
+    With ``most``, a batch of more is cut: which ones are dropped is drawn, every choice with the same probability (truncated
+    Poisson sampling: Ganesh et al., 2025, arXiv:2508.15089).
     """
 
-    def __init__(self, examples: int, sample_rate: float, batches: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, examples: int, sample_rate: float, batches: int, generator: torch.Generator | None = None, *, most: int | None = None
+    ) -> None:
         """Draw ``batches`` index lists from ``range(examples)`` a pass; without ``generator`` from fresh entropy."""
         self.examples = examples
         self.sample_rate = sample_rate
         self.batches = batches
+        self.most = examples if most is None else most
         self.generator = generator if generator is not None else fresh_generator(torch.device("cpu"))
+        self._words = words_of(self.generator)
 
     def __len__(self) -> int:
         """Logical batches in a pass."""
@@ -36,31 +39,21 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Draw the batches of one pass."""
         for _ in range(self.batches):
-            yield self._present().nonzero().flatten().tolist()
-
-    def _present(self) -> Tensor:
-        with undisturbed_generators():  # the user's generator may be one of PyTorch's own
-            uniform = torch.rand(self.examples, dtype=torch.float64, device=self.generator.device, generator=self.generator)
-        return uniform < self.sample_rate
+            yield some_of(included(self.examples, self.sample_rate, self._words), self.most, self._words).tolist()
 
 
 class SecurePoissonSampler(PoissonSampler):
     """The same from bits that nobody can predict: what privacy gains by sampling, it gains since nobody knows who was drawn.
 
-    An example is present if 64 bits of its own, as a whole number, are below ``sample_rate * 2^64``, cut off: at the rate q exactly
-    from 2^-12 on, and below that less often than q by at most 2^-64, never more often.
+    The rate is ``sample_rate`` exactly, as it is for a generator: never above.
     """
 
-    def __init__(self, examples: int, sample_rate: float, batches: int, read: ReadBytes = secret_bytes) -> None:
+    def __init__(
+        self, examples: int, sample_rate: float, batches: int, read: ReadBytes = secret_bytes, *, most: int | None = None
+    ) -> None:
         """Draw ``batches`` index lists from ``range(examples)`` a pass; ``read`` is another source in tests only."""
         self.examples = examples
         self.sample_rate = sample_rate
         self.batches = batches
-        self._read = read
-
-    def _present(self) -> Tensor:
-        below = int(math.ldexp(self.sample_rate, 64)) - (1 << 63)  # bits are read as signed numbers, from -2^63 on
-        if below == 1 << 63:
-            return torch.ones(self.examples, dtype=torch.bool, device="cpu")
-        counts = [min(_AT_ONCE, self.examples - begin) for begin in range(0, self.examples, _AT_ONCE)]
-        return torch.cat([torch.frombuffer(self._read(8 * count), dtype=torch.int64) < below for count in counts])
+        self.most = examples if most is None else most
+        self._words = words_from(read)

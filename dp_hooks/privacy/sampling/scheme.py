@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sized
-from dataclasses import dataclass
 from typing import Any, cast
 
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -17,43 +17,24 @@ from torch.utils.data import (
 )
 
 from ..._validate import bad, fraction, positive_int
+from ..accounting.rates import TRUNCATED
 from .physical import PhysicalSampler
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How batches will be drawn from a loader; made by :func:`plan_sampling` without touching anything.
-
-    Attributes:
-        examples: N, the number of examples in the dataset.
-        sample_rate: q, the probability of one example to be in one logical batch.
-        expected_batch_size: ``q * N``, the denominator of "mean". Not rounded.
-        batches_per_pass: logical batches in one pass over the loader.
-        poisson: Poisson sampling, or the loader's own order.
-        secure: whether Poisson sampling draws from bits that nobody can predict.
-    """
-
-    examples: int
-    sample_rate: float
-    expected_batch_size: float
-    batches_per_pass: int
-    poisson: bool
-    secure: bool = False
-
-    def releases(self, epochs: float) -> int:
-        """Return how often noise is released in ``epochs`` passes: per batch with Poisson sampling, else per pass."""
-        return math.ceil(epochs * (self.batches_per_pass if self.poisson else 1) - 1e-9)
-
-    @property
-    def charged_rate(self) -> float:
-        """The sampling rate that one release is charged with."""
-        return self.sample_rate if self.poisson else 1.0
-
+from .plan import POISSON, SEQUENTIAL, SamplingPlan, largest_batch, plan_of_sizes
 
 _REBUILD = "Build the loader as DataLoader(dataset, batch_size=..., shuffle=True); Poisson sampling replaces its order."
 
 
-def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None, secure: bool = False) -> SamplingPlan:
+_STREAM = (
+    "its dataset is an IterableDataset, from which no example can be drawn independently. Use a map-style one (with __len__ and "
+    "__getitem__), as a datasets.Dataset is, or another view of an Arrow table. A stream that fits into memory becomes one by "
+    "list(stream), one that fits on the disk by datasets.Dataset.from_generator(lambda: iter(stream)).with_format('torch'). Of a "
+    "stream without end, store the examples that are to be trained on first."
+)
+
+
+def plan_sampling(
+    loader: object, *, sampling: str = POISSON, sample_rate: object = None, max_batch_size: object = None, secure: bool = False
+) -> SamplingPlan:
     """Check ``loader`` and work out q, the expected batch size and the length of a pass: those of a ``DPDataLoader`` are its own.
 
     Raises:
@@ -73,12 +54,10 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None, 
             "prepared yet).",
         )
     if isinstance(loader.dataset, IterableDataset):
-        raise bad(
-            "loader",
-            loader,
-            "its dataset is an IterableDataset, from which no example can be drawn independently. "
-            "Use a map-style dataset (with __len__ and __getitem__), or store the stream in one first.",
-        )
+        raise bad("loader", loader, _STREAM)
+    poisson, in_order = sampling in (POISSON, TRUNCATED), sampling == SEQUENTIAL
+    if max_batch_size is not None and sampling != TRUNCATED:
+        raise bad("max_batch_size", max_batch_size, f"it goes with sampling={TRUNCATED!r}, and sampling is {sampling!r}.")
     drawn: Any = loader.batch_sampler
     own_rate = type(drawn) is UniformWithReplacementSampler
     batch_size = loader.batch_size
@@ -90,35 +69,41 @@ def plan_sampling(loader: object, *, poisson: bool, sample_rate: object = None, 
         raise bad("loader", loader, "its dataset is empty; there is nothing to train on.")
     if batch_size is not None and batch_size > examples:
         raise bad("loader", loader, f"its batch_size={batch_size} is larger than the dataset of {examples} examples.")
-    _check_sampler(loader.sampler, examples, poisson)
+    _check_sampler(loader.sampler, examples, in_order)
     if own_rate:
-        _check_independent(drawn, examples, poisson)
+        _check_independent(drawn, examples, sampling)
     if not getattr(loader, "in_order", True):
         raise bad("loader", loader, "it was built with in_order=False; batches must arrive in the order of drawing.")
-    if secure and poisson and (loader.generator or getattr(drawn, "generator", None)) is not None:
+    if secure and not in_order and (loader.generator or getattr(drawn, "generator", None)) is not None:
         remedy = "with secure_mode=True nobody may be able to draw the batches again. Build the DataLoader without generator=."
         raise bad("loader", loader.generator or drawn.generator, remedy)
     if sample_rate is None and batch_size is not None:
-        return SamplingPlan(examples, batch_size / examples, float(batch_size), len(loader), poisson, secure)
+        return plan_of_sizes(examples, batch_size, len(loader), sampling=sampling, max_batch_size=max_batch_size, secure=secure)
     if not poisson:
-        raise bad("sample_rate", sample_rate, "it is the rate of Poisson sampling; leave it out with poisson_sampling=False.")
+        raise bad("sample_rate", sample_rate, f"it is the rate of Poisson sampling; leave it out with {_argument(sampling)}.")
     given = drawn.sample_rate if sample_rate is None else sample_rate
     rate = fraction("sample_rate", given, "the probability of an example to be in a batch is in (0, 1].", one_allowed=True)
     batches = math.ceil(1 / rate - 1e-9) if sample_rate is not None else positive_int("steps", drawn.steps)
-    return SamplingPlan(examples, rate, rate * examples, batches, poisson, secure)
+    most = largest_batch(sampling, max_batch_size, examples, rate)
+    return SamplingPlan(examples, rate, rate * examples, batches, sampling, most, secure)
 
 
-def _check_independent(sampler: Any, examples: int, poisson: bool) -> None:
+def _argument(sampling: str) -> str:
+    return "poisson_sampling=False" if sampling == SEQUENTIAL else f"sampling={sampling!r}"
+
+
+def _check_independent(sampler: Any, examples: int, sampling: str) -> None:
     """An Opacus sampler of Poisson batches: its rate is taken over, and batches are drawn at it by our own."""
-    if not poisson:
+    if sampling not in (POISSON, TRUNCATED):
         what = "the loader draws by Poisson sampling already, as a DPDataLoader does, and has no order of its own to keep. "
-        raise bad("poisson_sampling", False, what + "Pass poisson_sampling=True, or the loader that it was made from.")
+        name, value = ("poisson_sampling", False) if sampling == SEQUENTIAL else ("sampling", sampling)
+        raise bad(name, value, what + "Pass poisson_sampling=True, or the loader that it was made from.")
     if sampler.num_samples != examples:
         what = f"it draws from {sampler.num_samples} examples, and the dataset has {examples}. "
         raise bad("loader", sampler, what + "Build it with num_samples=len(dataset).")
 
 
-def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
+def _check_sampler(sampler: object, examples: int, in_order: bool) -> None:
     plain = type(sampler) in (RandomSampler, SequentialSampler)
     if isinstance(sampler, WeightedRandomSampler):
         raise bad(
@@ -126,12 +111,15 @@ def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
             sampler,
             f"weighted sampling picks some examples more often than the accounting assumes. Weight the loss instead. {_REBUILD}",
         )
-    if poisson and not plain:
+    if isinstance(sampler, DistributedSampler):
+        remedy = "Leave it out: of several processes each draws the same batches from the whole dataset, and takes its part."
+        raise bad("loader", sampler, f"it would give each process a part of the dataset that sampling knows nothing of. {remedy}")
+    if not in_order and not plain:
         raise bad(
             "loader",
             sampler,
-            "Poisson sampling would ignore this sampler and draw from the whole dataset. To train on a part of it, pass "
-            f"torch.utils.data.Subset(dataset, indices). {_REBUILD}",
+            "Poisson sampling or random allocation would ignore this sampler and draw from the whole dataset. To train on a part "
+            f"of it, pass torch.utils.data.Subset(dataset, indices). {_REBUILD}",
         )
     if not plain and type(sampler) is not SubsetRandomSampler:
         raise bad(
@@ -141,7 +129,7 @@ def _check_sampler(sampler: object, examples: int, poisson: bool) -> None:
             "data. Of this sampler that is not known: sorted by length, say, one example can move all others to another batch. Use "
             "shuffle=True or False, or poisson_sampling=True.",
         )
-    if not poisson and isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples > examples):
+    if in_order and isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples > examples):
         raise bad(
             "loader",
             sampler,

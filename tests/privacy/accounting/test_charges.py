@@ -127,7 +127,7 @@ def test_first_pass_without_poisson_sampling_is_one_gaussian_mechanism() -> None
         assert train(model, opt, loader) == 3
     exact = gaussian_epsilon(1.0, DELTA)
     assert exact == pytest.approx(4.377, abs=5e-4)
-    assert exact <= run.epsilon <= exact + 0.02
+    assert exact <= run.epsilon * (1 + 1e-12) <= exact + 0.02
     assert run.history == [(1.0, 1.0, 1)]
     report = run.scope.report()
     assert report.sample_rate == 1.0
@@ -237,7 +237,7 @@ def test_scheduled_noise_is_charged_with_the_value_in_force() -> None:
             train(model, opt, loader, stop=2)
             scheduler.step()
     assert run.history == [(4.0, 4 / 12, 2), (2.0, 4 / 12, 2), (1.0, 4 / 12, 2)]
-    assert run.epsilon == accountant_with(run.history).get_epsilon(DELTA)
+    assert run.epsilon == accountant_with(run.history, "pld").get_epsilon(DELTA)
 
 
 class Broken(RDPAccountant):

@@ -19,6 +19,7 @@ from dp_hooks.privacy.accounting.ledger_file import LedgerFile, read_records
 from dp_hooks.privacy.accounting.opacus import epsilon_for, make_accountant
 
 from ...models import build, in_order, scope_over, values
+from ...mutations import MUTATIONS, mutated_bytes
 
 DELTA, SIGMA = 1e-5, 1.0
 PRIVATE: dict[str, Any] = {"noise_multiplier": SIGMA, "poisson_sampling": True, "accountant": "rdp", "self_check": False}
@@ -317,20 +318,8 @@ def test_a_line_that_was_changed_is_noticed(how, written):
 def test_anything_else_in_a_file_is_refused(written, tmp_path):
     """Random changes of a ledger give an error of this library or what is a beginning of it; other files are none."""
     whole, draw = written.read_bytes(), random.Random(0)
-    for _ in range(int(os.environ.get("DP_HOOKS_MUTATIONS", "300"))):
-        data = bytearray(whole)
-        for _ in range(draw.randint(1, 4)):
-            at, kind = draw.randrange(len(data)), draw.randrange(4)
-            if kind == 0:
-                data[at] = draw.randrange(256)
-            elif kind == 1:
-                del data[at : at + draw.randint(1, 200)]
-            elif kind == 2:
-                data[at:at] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 50)))
-            else:
-                data[at:at] = draw.choice([b"[" * 50_000, b"1e999", b"NaN", b"\n", b"null", b"\xff\xfe", b'{"kind": "charge"}\n'])
-            data = data or bytearray(b"x")
-        written.write_bytes(data)
+    for _ in range(MUTATIONS):
+        written.write_bytes(mutated_bytes(whole, draw, [b"[" * 50_000, b'{"kind": "charge"}\n']))
         try:
             assert charges(written) <= 4
         except DPHooksError:

@@ -17,7 +17,7 @@ from dp_hooks.errors import InvalidArgumentError, ScopeError
 from dp_hooks.privacy.noise.gaussian import GaussianNoise
 
 from ...models import drawn, each_mode
-from ..gaussian import COUNT, NEVER, Wide, assert_fits_only, fits, noise_of, noises_of, released, wide_scope
+from ..gaussian import COUNT, NEVER, Wide, assert_fits_only, correlation, fits, noise_of, noises_of, released, wide_scope
 
 
 @pytest.mark.parametrize(("sigma", "bound"), [(1.0, 1.0), (0.7, 3.0), (4.0, 0.25), (50.0, 1e-3)])
@@ -81,20 +81,14 @@ def test_noise_multiplier_zero_adds_nothing() -> None:
     assert not any(noise.any() for noise in noise_of(Wide(), noise_multiplier=0.0).values())
 
 
-def _correlation(a: Tensor, b: Tensor) -> float:
-    """Inner product in standard deviations of its null distribution."""
-    a, b = a.flatten().double(), b.flatten().double()
-    return abs((a @ b).item()) / (a.norm() * b.norm()).item() * math.sqrt(a.numel())
-
-
 @pytest.mark.parametrize("generator", [None, drawn])
 def test_steps_and_parameters_have_independent_noise(generator: Any) -> None:
     """Noise of two steps, and of two parameters in one step, is uncorrelated; a repetition would not be."""
     first, second = noises_of(Wide(), 2, noise_generator=generator and generator())
-    assert _correlation(first["a.weight"], second["a.weight"]) < 5.5
-    assert _correlation(first["a.weight"][:1], first["b.weight"]) < 5.5
-    assert _correlation(first["a.weight"][0], first["a.weight"][1]) < 5.5
-    assert _correlation(first["a.weight"], first["a.weight"]) > 5.5
+    assert correlation(first["a.weight"], second["a.weight"]) < 5.5
+    assert correlation(first["a.weight"][:1], first["b.weight"]) < 5.5
+    assert correlation(first["a.weight"][0], first["a.weight"][1]) < 5.5
+    assert correlation(first["a.weight"], first["a.weight"]) > 5.5
 
 
 def test_global_seed_does_not_fix_the_noise() -> None:
@@ -103,7 +97,7 @@ def test_global_seed_does_not_fix_the_noise() -> None:
     for _ in range(2):
         torch.manual_seed(7)
         found.append(noise_of(Wide(), noise_generator=None)["a.weight"])
-    assert _correlation(*found) < 5.5
+    assert correlation(*found) < 5.5
     assert all(abs(x.std().item() - 1) < 0.05 for x in found)
 
 
@@ -122,14 +116,14 @@ def test_noise_generator_fixes_the_noise() -> None:
     """The same seed gives the same noise, another seed other noise."""
     one, same, other = (noise_of(Wide(), noise_generator=drawn(s)) for s in (3, 3, 4))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert _correlation(one["a.weight"], other["a.weight"]) < 5.5
+    assert correlation(one["a.weight"], other["a.weight"]) < 5.5
 
 
 def test_two_scopes_with_one_generator_go_on_drawing() -> None:
     """A generator used for two scopes is not rewound: the second draws fresh noise."""
     generator = drawn(3)
     one, two = (noise_of(Wide(), noise_generator=generator)["a.weight"] for _ in range(2))
-    assert _correlation(one, two) < 5.5
+    assert correlation(one, two) < 5.5
 
 
 def test_unused_parameters_get_noise() -> None:
@@ -231,7 +225,7 @@ def test_every_number_gets_noise_once_however_it_is_shared_out(
     assert (values != scale).double().mean() > (0.99 if dtype != torch.bfloat16 else 0.9)
     block = totals[4].flatten()[: 1 << 16].double()
     for lag in (1 << 13, 1 << 14, 1 << 15):  # streams that repeat each other would be in step at some block
-        assert _correlation(block[lag:] - scale, block[:-lag] - scale) < 5.5
+        assert correlation(block[lag:] - scale, block[:-lag] - scale) < 5.5
 
 
 @pytest.mark.parametrize("std", [0.0, 2.0])

@@ -20,7 +20,7 @@ from dp_hooks.privacy.noise.secure import SecureNoise
 from dp_hooks.privacy.sampling.poisson import SecurePoissonSampler
 
 from ...models import build, drawn, each_mode, in_order, scope_over
-from ..gaussian import COUNT, NEVER, Wide, assert_fits_only, noise_of, noises_of, released, wide_scope
+from ..gaussian import COUNT, NEVER, Wide, assert_fits_only, correlation, noise_of, noises_of, released, wide_scope
 from ..seeded_bytes import SeededBytes, no_noise
 from .test_grid import neighbours
 
@@ -47,12 +47,6 @@ def test_mean_divides_the_noise_by_the_expected_batch_size(read: SeededBytes) ->
     """With loss_reduction "mean" the std is sigma * C / (q N)."""
     noise = noise_of(Wide(), noise_multiplier=1.5, max_grad_norm=2.0, loss_reduction="mean", **SECURE)
     assert_fits_only(noise["a.weight"], 1.5 * 2.0 / (10 * NEVER))
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Inner product in standard deviations of its null distribution."""
-    a, b = a.flatten().double(), b.flatten().double()
-    return abs((a @ b).item()) / (a.norm() * b.norm()).item() * math.sqrt(a.numel())
 
 
 def test_steps_and_parameters_have_independent_noise(read: SeededBytes) -> None:

@@ -1,7 +1,6 @@
 """Poisson sampling: the rate, and draws that are independent of each other at that rate and no other."""
 
 import math
-from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from dp_hooks.privacy.sampling.poisson import PoissonSampler, SecurePoissonSampler
 
 from ...models import drawn
-from ..seeded_bytes import SeededBytes, Then
+from ..seeded_bytes import SeededBytes
 from .helpers import Rows, as_tensor, batches_of, indices, loader_over, private
 
 
@@ -147,22 +146,91 @@ def test_tiny_rates_are_met_to_their_last_digit() -> None:
     assert not fits(sum(int((torch.rand(examples, generator=generator) < rate).sum()) for _ in range(draws)))
 
 
-@pytest.mark.parametrize("rate", [0.15, 0.5, 2048 / 8454, 1e-3, 1e-9, 2.0**-64, 1.0])
-def test_secret_bits_are_met_to_the_last_of_64(rate: float) -> None:
-    """An example is in the batch for the largest 64 bits below rate * 2^64, and not for the next: the rate is never above q."""
-    below = math.floor(Fraction(rate) * 2**64)
-    for bits, there in ((below - 1, True), (below, False), (0, True), (2**64 - 1, rate == 1)):
-        if bits < 2**64:
-            signed = (bits - 2**63) % 2**64
-            assert list(SecurePoissonSampler(1, rate, 1, Then(signed.to_bytes(8, "little"), 0))) == [[0] if there else []]
+@pytest.mark.parametrize("secure", [False, True], ids=["generator", "secure"])
+def test_rates_are_met_where_all_or_few_are_drawn(secure: bool) -> None:
+    """At rate 1 all examples are drawn; at the smallest positive rate none is; in ascending order at any."""
+
+    def sampler(rate: float, most: int | None = None) -> PoissonSampler:
+        return SecurePoissonSampler(9, rate, 2, most=most) if secure else PoissonSampler(9, rate, 2, most=most)
+
+    assert list(sampler(1.0)) == [list(range(9))] * 2
+    assert list(sampler(5e-324)) == [[], []]
+    assert [len(batch) for batch in sampler(1.0, most=4)] == [4, 4]
 
 
-def test_many_examples_are_drawn_part_by_part() -> None:
-    """More examples than bits are read for at a time have each their own bits, in order."""
-    examples = (1 << 20) + 3
+def test_bits_that_nobody_can_predict_are_asked_for_as_needed() -> None:
+    """A secure batch reads eight bytes for each gap between the examples drawn, not for each example there is."""
     read = SeededBytes(4)
-    (batch,) = SecurePoissonSampler(examples, 0.25, 1, read)
-    assert read.asked == [8 << 20, 24]
-    assert deviation(len(batch), examples, 0.25) < 4.5
+    (batch,) = SecurePoissonSampler(1 << 24, 1e-4, 1, read)
+    assert deviation(len(batch), 1 << 24, 1e-4) < 4.5
+    assert 8 * len(batch) < sum(read.asked) < 8 * (len(batch) + 500)
     assert all(a < b for a, b in pairwise(batch))
-    assert batch[-1] < examples
+
+
+# ---------------------------------------------------------------- at most so many
+
+MOST = 8  # about two batches in five are larger
+
+
+def kept_share() -> float:
+    """The probability of an example to be in a batch of at most MOST: E[min(S, MOST)] / N, by the binomial distribution of S."""
+    sizes = [math.comb(N, k) * Q**k * (1 - Q) ** (N - k) for k in range(N + 1)]
+    return sum(min(k, MOST) * p for k, p in enumerate(sizes)) / N
+
+
+@pytest.fixture(scope="module", params=["generator", "secure"])
+def truncated(request: pytest.FixtureRequest) -> Tensor:
+    """0/1 matrix [draw, example] of batches with at most MOST examples."""
+    secure = request.param == "secure"
+    sampler = SecurePoissonSampler if secure else PoissonSampler
+    counts = torch.zeros(DRAWS, N, dtype=torch.float64)
+    for row, now in zip(counts, sampler(N, Q, DRAWS, SeededBytes(12) if secure else drawn(12), most=MOST), strict=True):
+        assert all(a < b for a, b in pairwise(now))
+        row[now] = 1
+    return counts
+
+
+def first_of(inclusions: Tensor) -> Tensor:
+    """Batches of which the first MOST examples are kept: a wrong way to drop the others."""
+    return inclusions * (inclusions.cumsum(1) <= MOST)
+
+
+def test_no_batch_is_larger_and_smaller_ones_are_left_as_they_are(truncated: Tensor) -> None:
+    """Sizes are those of Poisson sampling, those above the limit at it: the share of full batches fits, and not that of others."""
+    sizes = truncated.sum(1)
+    assert int(sizes.max()) == MOST
+    full = 1 - sum(math.comb(N, k) * Q**k * (1 - Q) ** (N - k) for k in range(MOST))
+    found = int((sizes == MOST).sum())
+    assert deviation(found, DRAWS, full) < 4.5
+    assert deviation(found, DRAWS, 0.85 * full) > 4.5
+
+
+def test_who_is_dropped_does_not_hang_on_who_it_is(truncated: Tensor, inclusions: Tensor) -> None:
+    """Every example is kept at the same rate, E[min(S, B)] / N; q and 0.95 of it, and dropping the last ones, are rejected."""
+    share = kept_share()
+    assert max(deviation(count, DRAWS, share) for count in truncated.sum(0).tolist()) < 4.5
+    assert max(deviation(count, DRAWS, share) for count in first_of(inclusions).sum(0).tolist()) > 4.5
+    total = float(truncated.sum())
+    assert deviation(total, N * DRAWS, share) < 4.5  # the total varies less than independent draws would
+    assert deviation(total, N * DRAWS, Q) > 4.5
+    assert deviation(total, N * DRAWS, 0.95 * share) > 4.5
+
+
+def test_pairs_are_kept_together_by_chance(truncated: Tensor) -> None:
+    """Any two examples are in a batch together as often as a uniform subset of those drawn has both."""
+    sizes = [math.comb(N, k) * Q**k * (1 - Q) ** (N - k) for k in range(N + 1)]
+    pair = sum(min(k, MOST) * (min(k, MOST) - 1) * p for k, p in enumerate(sizes)) / (N * (N - 1))
+    together = truncated.T @ truncated
+    together.fill_diagonal_(DRAWS * pair)
+    assert float((together - DRAWS * pair).abs().max()) / math.sqrt(DRAWS * pair) < 5.5
+    after = (truncated[1:] * truncated[:-1]).sum().item()
+    assert deviation(after, N * (DRAWS - 1), kept_share() ** 2) < 4.5
+
+
+def test_the_private_loader_truncates() -> None:
+    """Batches of the private loader have at most ``max_batch_size`` examples, or what is exceeded once in a million batches."""
+    found = batches_of(loader_over(200, 40, generator=drawn(1)), 10, sampling="truncated_poisson", max_batch_size=41)
+    assert max(len(batch) for batch in found) == 41
+    assert min(len(batch) for batch in found) < 38
+    assert private(loader_over(1000, 100), sampling="truncated_poisson").plan.max_batch_size == 148
+    assert private(loader_over(1000, 100)).plan.max_batch_size is None

@@ -1,0 +1,1 @@
+"""What the audits find, and what they leave alone."""
